@@ -1,0 +1,109 @@
+"""A recipe: what was asked for, one section a stage. Reads YAML; knows no torch and no timm.
+
+Unknown keys are refused with the nearest right name, duplicate keys are an error, `1e-3` is a
+number, and every message carries file:line.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of the sections: unknown keys are refused, values are checked on assignment."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class ModelSection(Section):
+    """Which network. `auto` as the name builds the architecture from the checkpoint."""
+
+    name: str
+    checkpoint: str | None = None
+    num_classes: int | None = Field(None, ge=1)
+    img_size: int | None = Field(None, ge=1)
+    num_heads: int | None = Field(None, ge=1)
+
+
+class DataSection(Section):
+    """Which images. Sources: `folder:PATH`, `digits`, or timm's `tfds/`, `hfds/`, `wds/`."""
+
+    train: str | None = None
+    calibration: str | None = None
+    val: str | None = None
+    class_map: str | None = None
+    classes: list[str | int] | str | None = None  # indices, synsets, names, or a file
+    images_per_class: int | None = Field(None, ge=1)
+    on_bad_image: Literal["error", "skip"] | None = None  # None: each stage's own default
+    batch_size: int = Field(32, ge=1)
+    workers: int = Field(0, ge=0)
+    # preprocessing: None takes the model's own
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] | None = None
+    crop_pct: float | None = Field(None, gt=0, le=1)
+    crop_mode: Literal["center", "squash", "border"] | None = None
+
+
+class DiscoverSection(Section):
+    """How paths are found. `points` None: 5 for Gauss-Legendre, 20 for left-Riemann."""
+
+    topk: int = Field(1, ge=1)
+    method: Literal[
+        "neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"
+    ] = "neuron-path"
+    scope: Literal["auto", "cls", "patch", "all"] = "auto"
+    quadrature: Literal["gauss-legendre", "left-riemann"] = "gauss-legendre"
+    points: int | None = Field(None, ge=1, le=256)
+    accumulation: Literal["sum", "last"] = "sum"
+    batch_size: int = Field(16, ge=1)  # images; points x images run as one batch
+    shard_size: int = Field(256, ge=1)  # images per shard
+    memory: float | None = Field(None, gt=0)  # GiB; None: as much as there is
+
+
+class PruneSection(Section):
+    """What stays. A budget is one of keep, target_params, target_macs, target_latency."""
+
+    topk: int | None = Field(None, ge=1)
+    keep: float | None = Field(None, gt=0, le=1)
+    target_params: float | None = Field(None, gt=0)  # <= 1: share of dense; else a count
+    target_macs: float | None = Field(None, gt=0)
+    criterion: str = "variance"
+    selection: str = "uniform"
+    compensation: Literal["none", "mean", "least-squares", "sequential"] = "least-squares"
+    protect_paths: bool = True
+    round_to: int = Field(16, ge=1)
+    min_keep: int = Field(16, ge=1)
+    calibration_images: int | None = Field(None, ge=1)
+    keep_head: bool = True
+    max_drop: float | None = Field(None, gt=0)
+
+
+class EvaluateSection(Section):
+    """How the pruned network is measured."""
+
+    latency: bool = True
+    batches: list[int] = Field(default_factory=lambda: [1, 16])
+
+
+class ExportSection(Section):
+    """How it is shipped."""
+
+    opset: int = Field(20, ge=17, le=23)
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+
+
+class Recipe(Section):
+    """The whole line: discover -> plan -> prune -> evaluate -> export -> report."""
+
+    name: str
+    model: ModelSection
+    data: DataSection = Field(default_factory=DataSection)
+    discover: DiscoverSection | None = Field(default_factory=DiscoverSection)
+    prune: PruneSection = Field(default_factory=PruneSection)
+    evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
+    export: ExportSection | None = Field(default_factory=ExportSection)
+    device: str = "auto"
+    seed: int = 0

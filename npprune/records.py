@@ -1,0 +1,435 @@
+"""What is written to disk: dataclasses to and from JSON, versioned, without torch or files.
+
+Every document carries `schema_version`. A newer version than this program knows is refused, an
+unknown field too: a result is read years later by code that must not guess.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from npprune.errors import StoreError
+
+SCHEMA_VERSION = 1
+
+R = TypeVar("R")
+
+
+@lru_cache(maxsize=None)
+def _adapter(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(with_config(ConfigDict(extra="forbid"))(cls))
+
+
+def to_json(record: Any, *, indent: int | None = 2) -> str:
+    """A record as JSON text, keys in declaration order, ending in a newline."""
+    return json.dumps(to_dict(record), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """A record as JSON-ready dicts and lists; a document gets its `schema_version` first."""
+    data: dict[str, Any] = _adapter(type(record)).dump_python(record, mode="json")
+    if isinstance(record, Document):
+        data = {"schema_version": SCHEMA_VERSION, "kind": record.kind, **data}
+    return data
+
+
+def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
+    """A record from parsed JSON. StoreError names the field that is wrong, and `where`."""
+    place = f" ({where})" if where else ""
+    data = dict(data)
+    if issubclass(cls, Document):
+        version = data.pop("schema_version", None)
+        kind = data.pop("kind", None)
+        if kind != cls.kind:
+            raise StoreError(f"expected a {cls.kind} document, got kind {kind!r}{place}")
+        if not isinstance(version, int) or version > SCHEMA_VERSION or version < 1:
+            raise StoreError(
+                f"`schema_version` must be 1..{SCHEMA_VERSION}, got {version!r}{place}",
+                hint="a newer npprune wrote this file: upgrade npprune",
+            )
+    try:
+        return _adapter(cls).validate_python(data)  # type: ignore[no-any-return]
+    except ValidationError as err:
+        first = err.errors()[0]
+        path = ".".join(str(p) for p in first["loc"])
+        raise StoreError(f"`{path}`: {first['msg'].lower()}{place}") from err
+
+
+def from_json(cls: type[R], text: str, *, where: str = "") -> R:
+    """As `from_dict`, from text."""
+    try:
+        data = json.loads(text)
+    except ValueError as err:
+        raise StoreError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
+    if not isinstance(data, dict):
+        raise StoreError(f"expected a JSON object, got {type(data).__name__} ({where})")
+    return from_dict(cls, data, where=where)
+
+
+def digest(record: Any) -> str:
+    """sha256 of a record's canonical JSON: equal settings have equal digests."""
+    data = to_dict(record) if is_dataclass(record) else record
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Document:
+    """A record that is a file of its own."""
+
+    kind: ClassVar[str] = ""
+
+
+# ---------------------------------------------------------------- model and data
+
+
+@dataclass
+class Preprocessing:
+    """How an image file becomes the model's input. Travels with the weights."""
+
+    input_size: tuple[int, int, int] = (3, 224, 224)  # channels, height, width
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.9  # the crop's side over the resized image's
+    crop_mode: str = "center"  # center | squash (resize straight, no crop) | border
+
+
+@dataclass
+class ClassInfo:
+    """One output of the classifier."""
+
+    index: int
+    name: str
+    synset: str | None = None
+
+
+@dataclass
+class ModelSource:
+    """Where weights came from, enough to load them again."""
+
+    architecture: str  # timm name
+    model_args: dict[str, Any] = field(default_factory=dict)  # for timm.create_model
+    checkpoint: str | None = None  # file as given; None: timm's hub weights
+    sha256: str = ""  # of the weights as loaded, see models.weights_sha256
+
+
+@dataclass
+class ModelInfo:
+    """What a network is and what it costs. MACs: multiply-accumulates of one image."""
+
+    source: ModelSource
+    params: int
+    macs: int
+    widths: list[int]  # hidden units per block
+    heads: list[int]  # attention heads per block
+    embed_dim: int
+    num_classes: int
+    scope: str  # tokens that the classifier pools: cls | patch | all
+    preprocessing: Preprocessing
+
+
+@dataclass
+class DataInfo:
+    """What was read from a data source, and how its labels were found."""
+
+    spec: str
+    label_rule: str  # e.g. "ImageNet synset folders", "class map FILE", "folder rank"
+    images: int
+    classes: int
+    skipped: list[str] = field(default_factory=list)  # unreadable images, by path
+    sha256: str = ""  # of the ordered (id, label) list
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@dataclass
+class Rate:
+    """A proportion with its 95 % Wilson interval; all of value, low, high in [0, 1]."""
+
+    correct: int
+    total: int
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Mean:
+    """A mean with its standard error and 95 % interval."""
+
+    value: float
+    standard_error: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass
+class Accuracy:
+    """What one network did on one set of images."""
+
+    top1: Rate
+    top5: Rate
+    true_probability: Mean  # mean softmax probability of the true class
+
+
+@dataclass
+class ClassRow:
+    """Dense and pruned on the images of one class."""
+
+    label: int
+    name: str
+    images: int
+    dense_top1: float
+    pruned_top1: float
+    deviation: float  # mean relative change of the true class's probability
+
+
+@dataclass
+class Latency:
+    """Milliseconds per batch, dense and pruned, timed in turn in one run after a warm-up."""
+
+    runtime: str  # "onnxruntime" | "torch"
+    provider: str  # what ran, e.g. "CPUExecutionProvider"
+    batch: int
+    threads: int
+    runs: int
+    dense_ms: float  # median
+    pruned_ms: float
+    dense_iqr_ms: float
+    pruned_iqr_ms: float
+    ratio: float  # pruned over dense, median of paired ratios
+    ratio_low: float  # quartiles of the paired ratios
+    ratio_high: float
+
+
+# ---------------------------------------------------------------- stages
+
+
+@dataclass
+class DiscoverySummary:
+    """How the paths of a run were found."""
+
+    method: str
+    scope: str
+    quadrature: str
+    points: int
+    topk: int
+    accumulation: str
+    data: DataInfo
+    images: int
+    classes: int
+    seconds: float
+    mean_score: Mean | None
+    frequency: list[list[tuple[int, float]]] = field(default_factory=list)
+    """Per block: (neuron, share of the images whose path holds it), most frequent first."""
+    class_paths: dict[int, list[list[int]]] = field(default_factory=dict)
+    """Per class: its most frequent neuron per block, then the next ones (blocks x topk)."""
+
+
+@dataclass
+class Plan(Document):
+    """The neurons that stay. Can be read, edited and applied."""
+
+    kind: ClassVar[str] = "plan"
+
+    keep: list[list[int]]  # per block, ascending indices into the dense hidden layer
+    widths: list[int]  # dense hidden units per block
+    source_sha256: str = ""  # of the dense weights; empty: applies to any model of these widths
+    architecture: str = ""
+    how: dict[str, Any] = field(default_factory=dict)  # criterion, budget, topk, seed, ...
+    heads: list[list[int]] | None = None  # kept attention heads per block; None: all
+    classes: list[int] | None = None  # outputs the head is cut to; None: all
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if len(self.keep) != len(self.widths):
+            raise StoreError(
+                f"a plan keeps neurons in every block: {len(self.widths)} blocks, "
+                f"got {len(self.keep)} lists"
+            )
+        for block, (kept, width) in enumerate(zip(self.keep, self.widths, strict=True)):
+            if not kept:
+                raise StoreError(f"`keep[{block}]` must name at least one neuron, got none")
+            if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+                raise StoreError(f"`keep[{block}]` must be ascending without repeats")
+            if kept[0] < 0 or kept[-1] >= width:
+                bad = kept[0] if kept[0] < 0 else kept[-1]
+                raise StoreError(f"`keep[{block}]` must lie in 0..{width - 1}, got {bad}")
+
+    @property
+    def kept_widths(self) -> list[int]:
+        """Hidden units per block after pruning."""
+        return [len(kept) for kept in self.keep]
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of all hidden units that stay."""
+        return sum(self.kept_widths) / sum(self.widths)
+
+
+@dataclass
+class PruneSummary:
+    """How a network was made smaller."""
+
+    criterion: str
+    selection: str
+    compensation: str
+    keep: float | None
+    topk: int | None
+    round_to: int
+    widths: list[int]
+    dense_widths: list[int]
+    protected: list[int]  # path neurons kept per block
+    calibration: DataInfo | None
+    seconds: float
+    plan_sha256: str
+    warnings: list[str] = field(default_factory=list)
+    predicted: dict[str, float] = field(default_factory=dict)  # on held-out calibration images
+    details: dict[str, Any] = field(default_factory=dict)  # shrinkage, condition numbers, harm
+
+
+@dataclass
+class Evaluation:
+    """Dense and pruned on the same images in one run."""
+
+    data: DataInfo
+    preprocessing: Preprocessing
+    device: str
+    dense: Accuracy
+    pruned: Accuracy
+    probability_deviation: Mean  # per image: (p_pruned - p_dense) / p_dense, of the true class
+    deviation_by_class: Mean  # the same, averaged per class first, as the paper does
+    accuracy_deviation: float  # (top1_pruned - top1_dense) / top1_dense
+    top1_change: Mean  # paired, pruned minus dense, in [-1, 1]
+    agreement: Rate  # same top-1 prediction as dense
+    classes: list[ClassRow]
+    latency: list[Latency] = field(default_factory=list)
+    restricted_to: list[int] | None = None  # chosen classes; then the next two are set
+    dense_restricted: Accuracy | None = None  # predictions limited to the chosen classes
+    pruned_restricted: Accuracy | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class ParityRow:
+    """ONNX Runtime against PyTorch at one batch size on real images."""
+
+    batch: int
+    images: int
+    max_relative_error: float  # max |onnx - torch| / max |torch| over the batch's logits
+    top1_agreement: float
+
+
+@dataclass
+class ExportRecord(Document):
+    """An exported file and how well it agrees with the network it came from."""
+
+    kind: ClassVar[str] = "export"
+
+    file: str  # file name
+    format: str  # onnx
+    precision: str  # fp32 | fp16 | int8
+    opset: int
+    bytes: int
+    sha256: str
+    provider: str
+    parity: list[ParityRow]
+    tolerance: float
+    passed: bool
+    dense_bytes: int | None = None
+    latency: list[Latency] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class CheckpointConfig(Document):
+    """`config.json` beside `model.safetensors`: all that rebuilding the network needs."""
+
+    kind: ClassVar[str] = "checkpoint"
+
+    source: ModelSource  # the dense network
+    widths: list[int]
+    heads: list[int]
+    num_classes: int
+    preprocessing: Preprocessing
+    classes: list[ClassInfo]
+    weights_sha256: str
+    plan_sha256: str = ""
+    run: str | None = None  # the run folder, relative to this one
+    prune: PruneSummary | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Variant:
+    """One pruned network of a run: how it was made, and what was measured of it."""
+
+    name: str
+    checkpoint: str  # folder, relative to the run's
+    model: ModelInfo
+    prune: PruneSummary
+    evaluation: Evaluation | None = None
+    export: ExportRecord | None = None
+
+
+@dataclass
+class Environment:
+    """What the numbers were made with."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    device_reason: str = ""
+    threads: int = 0
+    platform: str = ""
+    seed: int = 0
+
+
+@dataclass
+class Manifest(Document):
+    """Written first into a run folder; another configuration never reuses the folder."""
+
+    kind: ClassVar[str] = "manifest"
+
+    name: str
+    created: str
+    environment: Environment
+    model: ModelInfo
+    data: DataInfo
+    settings: dict[str, Any]  # what decides the bits of the paths
+    settings_sha256: str
+    inputs: dict[str, str] = field(default_factory=dict)  # file -> sha256
+
+
+@dataclass
+class Result(Document):
+    """Everything a report shows. Reports are pure functions of this."""
+
+    kind: ClassVar[str] = "result"
+
+    name: str
+    created: str
+    environment: Environment
+    model: ModelInfo
+    classes: list[ClassInfo]
+    discovery: DiscoverySummary | None = None
+    variants: list[Variant] = field(default_factory=list)
+    analyses: dict[str, Any] = field(default_factory=dict)
+
+    def variant(self, name: str) -> Variant | None:
+        """The variant of this name, or None."""
+        return next((v for v in self.variants if v.name == name), None)
+
+
+def field_names(cls: type) -> list[str]:
+    """The names of a record's fields, in order."""
+    return [f.name for f in fields(cls)]
