@@ -1,0 +1,28 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(name: str) -> Path:
+    path = SHARED / name
+    if not path.is_dir():
+        pytest.skip(f"needs {name} data beside the checkout (../shared/{name}), which is not there")
+    return path
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """The released program's outputs, or skip."""
+    return _shared("golden")
+
+
+@pytest.fixture(scope="session")
+def shared_testbed() -> Path:
+    """A real ImageNet model and images, or skip."""
+    return _shared("testbed")
