@@ -1,0 +1,178 @@
+"""What two networks did on the same images: accuracy, probability deviation, paired change.
+
+Every number carries its uncertainty. Tensors are gathered over the whole set first (logits
+[n, c], labels [n]); sums run in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from npprune.errors import UsageError
+from npprune.records import Accuracy, Mean, Rate
+
+Z95 = 1.959963984540054
+"""The standard normal's 97.5 % quantile."""
+
+
+def wilson(correct: int, total: int) -> Rate:
+    """A proportion with its 95 % Wilson score interval (Wilson, 1927).
+
+    Raises:
+        UsageError: total is not positive, or correct not within 0..total.
+    """
+    if total < 1 or not 0 <= correct <= total:
+        raise UsageError(
+            f"a rate needs 0 <= correct <= total and total >= 1, got {correct}/{total}"
+        )
+    share, z2 = correct / total, Z95 * Z95
+    scale = 1 + z2 / total
+    center = (share + z2 / (2 * total)) / scale
+    half = Z95 * math.sqrt(share * (1 - share) / total + z2 / (4 * total * total)) / scale
+    # at the ends the interval touches the share exactly; rounding must not move it past
+    low = 0.0 if correct == 0 else max(0.0, center - half)
+    high = 1.0 if correct == total else min(1.0, center + half)
+    return Rate(correct=correct, total=total, value=share, low=low, high=high)
+
+
+def mean_interval(values: Tensor | Sequence[float]) -> Mean:
+    """A mean with its standard error s / sqrt(n) and the 95 % interval of the normal.
+
+    One value has no spread to estimate: its standard error is 0, and n = 1 says why.
+
+    Raises:
+        UsageError: no values, or one that is not finite.
+    """
+    x = torch.as_tensor(values).detach().to("cpu", torch.float64).flatten()
+    n = x.numel()
+    if n == 0:
+        raise UsageError("a mean needs at least one value, got none")
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise UsageError(f"a mean needs finite values, got {bad} of {n} that are not")
+    value = float(x.mean())
+    error = float(x.std(correction=1)) / math.sqrt(n) if n > 1 else 0.0
+    half = Z95 * error
+    return Mean(value=value, standard_error=error, low=value - half, high=value + half, n=n)
+
+
+def restrict(logits: Tensor, classes: Sequence[int]) -> Tensor:
+    """Logits with every class but the chosen ones at -inf: [n, c] -> [n, c].
+
+    Softmax and argmax of the result are those of the classifier limited to `classes`.
+    """
+    index = torch.as_tensor(sorted(set(classes)), device=logits.device)
+    if index.numel() == 0 or int(index[0]) < 0 or int(index[-1]) >= logits.shape[1]:
+        raise UsageError(
+            f"classes must name outputs 0..{logits.shape[1] - 1}, got {list(classes)[:8]}"
+        )
+    limited = torch.full_like(logits, -math.inf)
+    limited[:, index] = logits[:, index]
+    return limited
+
+
+def true_probability(logits: Tensor, labels: Tensor) -> Tensor:
+    """Softmax probability of each image's own label: [n, c], [n] -> [n], float64."""
+    _check(logits, labels)
+    log_p = logits.to(torch.float64).log_softmax(dim=1)
+    return log_p.gather(1, labels.long()[:, None])[:, 0].exp()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
+    """Top-1, top-5 and the mean true-class probability of logits [n, c] on labels [n].
+
+    With fewer than five classes top-5 counts all of them. -inf stands for a class that is not
+    offered (see `restrict`).
+    """
+    _check(logits, labels)
+    n, offered = logits.shape
+    ranked = logits.topk(min(5, offered), dim=1).indices == labels.long()[:, None]
+    return Accuracy(
+        top1=wilson(int((logits.argmax(dim=1) == labels).sum()), n),
+        top5=wilson(int(ranked.any(dim=1).sum()), n),
+        true_probability=mean_interval(true_probability(logits, labels)),
+    )
+
+
+def agreement(dense: Tensor, pruned: Tensor) -> Rate:
+    """How often two networks' logits [n, c] have the same top-1."""
+    same = dense.argmax(dim=1) == pruned.argmax(dim=1)
+    return wilson(int(same.sum()), same.numel())
+
+
+def top1_change(dense: Tensor, pruned: Tensor, labels: Tensor) -> Mean:
+    """Pruned minus dense top-1, paired: the mean over images of (right now) - (right before).
+
+    The two networks saw the same images, so the interval of the paired differences is the right
+    one, and narrower than that of two separate rates.
+    """
+    _check(dense, labels)
+    _check(pruned, labels)
+    after = (pruned.argmax(dim=1) == labels).to(torch.float64)
+    before = (dense.argmax(dim=1) == labels).to(torch.float64)
+    return mean_interval(after - before)
+
+
+def probability_deviation(p_dense: Tensor, p_pruned: Tensor) -> Tensor:
+    """The paper's deviation per image, (p_pruned - p_dense) / p_dense: [n], [n] -> [n] float64.
+
+    p is the softmax probability of the image's true class. A dense probability that underflows
+    is held at the smallest normal float64, so that the ratio stays finite.
+
+    Source: Neuron Path (ICLR 2025), deviation of the probability under removal.
+    """
+    if p_dense.shape != p_pruned.shape:
+        raise UsageError(
+            f"probabilities must come in pairs, got {tuple(p_dense.shape)} "
+            f"and {tuple(p_pruned.shape)}"
+        )
+    before = p_dense.to(torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
+    return (p_pruned.to(torch.float64) - before) / before
+
+
+def by_class(values: Tensor, labels: Tensor) -> dict[int, float]:
+    """The mean of per-image values [n] within each class, classes ascending."""
+    if values.shape != labels.shape:
+        raise UsageError(
+            f"one value per label is needed, got {tuple(values.shape)} and {tuple(labels.shape)}"
+        )
+    classes, place = labels.unique(return_inverse=True)
+    total = torch.zeros(classes.numel(), dtype=torch.float64, device=values.device)
+    total.index_add_(0, place, values.to(torch.float64))
+    mean = total / place.bincount(minlength=classes.numel())
+    return dict(zip(classes.tolist(), mean.tolist(), strict=True))
+
+
+def deviation_by_class(p_dense: Tensor, p_pruned: Tensor, labels: Tensor) -> Mean:
+    """The deviation averaged within each class first, then over classes, as the paper does."""
+    return mean_interval(list(by_class(probability_deviation(p_dense, p_pruned), labels).values()))
+
+
+def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
+    """KL(dense || pruned) of the predictions per image, in nats: logits [n, c] -> [n] float64."""
+    log_p = dense.to(torch.float64).log_softmax(dim=1)
+    log_q = pruned.to(torch.float64).log_softmax(dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
+    if logits.ndim != 2 or labels.shape != logits.shape[:1]:
+        raise UsageError(
+            "logits must be [n, c] and labels [n], got "
+            f"{tuple(logits.shape)} and {tuple(labels.shape)}"
+        )
+    if bool(torch.isnan(logits).any()):
+        bad = int(torch.isnan(logits).any(dim=1).sum())
+        raise UsageError(
+            f"logits must be numbers, got NaN for {bad} of {len(logits)} images",
+            hint="the network overflowed: check its weights and the precision it runs in",
+        )
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):
+        raise UsageError(
+            f"labels must lie in 0..{logits.shape[1] - 1}, "
+            f"got {int(labels.min())}..{int(labels.max())}"
+        )

@@ -1,0 +1,118 @@
+"""Metrics against hand-worked numbers and independent formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from npprune.core import metrics
+from npprune.errors import UsageError
+
+
+def test_wilson_matches_a_published_value_and_solves_its_own_equation() -> None:
+    rate = metrics.wilson(81, 263)  # Newcombe (1998), table I: 0.2553 to 0.3662
+    assert rate.value == 81 / 263
+    assert (round(rate.low, 4), round(rate.high, 4)) == (0.2553, 0.3662)
+    for bound in (rate.low, rate.high):
+        residual = (rate.value - bound) ** 2 - metrics.Z95**2 * bound * (1 - bound) / 263
+        assert abs(residual) < 1e-12
+
+
+@pytest.mark.parametrize(("correct", "low", "high"), [(0, 0.0, None), (10, None, 1.0)])
+def test_wilson_at_the_ends(correct: int, low: float | None, high: float | None) -> None:
+    rate = metrics.wilson(correct, 10)
+    assert 0 <= rate.low <= rate.value <= rate.high <= 1
+    assert rate.high - rate.low > 0.2
+    assert low is None or rate.low == low
+    assert high is None or rate.high == high
+
+
+@pytest.mark.parametrize(("correct", "total"), [(1, 0), (3, 2), (-1, 2)])
+def test_wilson_refuses(correct: int, total: int) -> None:
+    with pytest.raises(UsageError, match=f"got {correct}/{total}"):
+        metrics.wilson(correct, total)
+
+
+def test_mean_interval() -> None:
+    mean = metrics.mean_interval([1.0, 2.0, 4.0])
+    deviation = math.sqrt(((4 / 3) ** 2 + (1 / 3) ** 2 + (5 / 3) ** 2) / 2)
+    assert mean.value == pytest.approx(7 / 3)
+    assert mean.standard_error == pytest.approx(deviation / math.sqrt(3))
+    assert mean.high - mean.value == pytest.approx(1.959964 * mean.standard_error)
+    assert metrics.mean_interval([5.0]).standard_error == 0.0
+    with pytest.raises(UsageError, match="got none"):
+        metrics.mean_interval([])
+    with pytest.raises(UsageError, match="1 of 2"):
+        metrics.mean_interval([1.0, math.nan])
+
+
+def test_accuracy_counts_and_probability() -> None:
+    logits = torch.tensor(
+        [[5.0, 0, 0, 0, 0, -1], [0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5], [0.0, 9, -2, -3, -4, -5]]
+    )
+    labels = torch.tensor([0, 5, 0, 2])
+    result = metrics.accuracy(logits, labels)
+    assert (result.top1.correct, result.top1.total) == (2, 4)
+    assert result.top5.correct == 3
+    p = torch.softmax(logits.double(), 1)[range(4), labels]
+    assert result.true_probability.value == pytest.approx(float(p.mean()))
+    few = metrics.accuracy(logits[:, :3], torch.tensor([0, 2, 0, 2]))
+    assert few.top5.value == 1.0
+
+
+def test_accuracy_refuses_nan_shapes_and_labels() -> None:
+    with pytest.raises(UsageError, match="NaN for 1 of 2 images"):
+        metrics.accuracy(torch.tensor([[0.0, math.nan], [0, 1]]), torch.tensor([0, 1]))
+    with pytest.raises(UsageError, match=r"\(2, 3\) and \(3,\)"):
+        metrics.accuracy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))
+    with pytest.raises(UsageError, match=r"0\.\.2, got 0\.\.3"):
+        metrics.accuracy(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+def test_restrict_is_the_smaller_classifier() -> None:
+    g = torch.Generator().manual_seed(0)
+    logits, classes = torch.randn(40, 9, generator=g), [7, 1, 4]
+    labels = torch.tensor(classes)[torch.randint(3, (40,), generator=g)]
+    limited = metrics.accuracy(metrics.restrict(logits, classes), labels)
+    place = {c: i for i, c in enumerate(sorted(classes))}
+    cut = metrics.accuracy(
+        logits[:, sorted(classes)], torch.tensor([place[int(c)] for c in labels])
+    )
+    assert limited.top1 == cut.top1
+    assert limited.true_probability.value == pytest.approx(cut.true_probability.value, rel=1e-12)
+    with pytest.raises(UsageError, match=r"0\.\.8"):
+        metrics.restrict(logits, [9])
+
+
+def test_probability_deviation_per_image_and_by_class() -> None:
+    dense = torch.tensor([0.5, 0.2, 0.8, 0.4])
+    pruned = torch.tensor([0.25, 0.3, 0.8, 0.1])
+    labels = torch.tensor([3, 1, 3, 3])
+    per_image = metrics.probability_deviation(dense, pruned)
+    assert torch.allclose(per_image, torch.tensor([-0.5, 0.5, 0.0, -0.75], dtype=torch.float64))
+    assert metrics.by_class(per_image, labels) == pytest.approx({1: 0.5, 3: -1.25 / 3})
+    mean = metrics.deviation_by_class(dense, pruned, labels)
+    assert mean.n == 2
+    assert mean.value == pytest.approx((0.5 - 1.25 / 3) / 2)
+    assert torch.isfinite(metrics.probability_deviation(torch.zeros(1), torch.ones(1))).all()
+
+
+def test_paired_change_and_agreement() -> None:
+    dense = torch.eye(4)[[0, 1, 2, 3]]
+    pruned = torch.eye(4)[[0, 1, 3, 2]]
+    labels = torch.tensor([0, 1, 2, 2])
+    change = metrics.top1_change(dense, pruned, labels)
+    assert change.value == 0.0  # one lost, one won
+    assert change.standard_error == pytest.approx(math.sqrt(2 / 3) / 2)
+    assert metrics.agreement(dense, pruned).correct == 2
+
+
+def test_divergence_matches_torch() -> None:
+    g = torch.Generator().manual_seed(1)
+    a, b = torch.randn(5, 7, generator=g), torch.randn(5, 7, generator=g)
+    expected = torch.nn.functional.kl_div(
+        b.double().log_softmax(1), a.double().log_softmax(1), log_target=True, reduction="none"
+    ).sum(1)
+    assert torch.allclose(metrics.divergence(a, b), expected, atol=1e-12)
