@@ -10,7 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
@@ -411,6 +411,46 @@ class Manifest(Document):
 
 
 @dataclass
+class Series:
+    """One group of points, bars, or boxes of a figure. `x` None: the figure's `x_names`."""
+
+    name: str
+    y: list[float | None]
+    x: list[float] | None = None
+    low: list[float | None] | None = None  # ends of the intervals of y
+    high: list[float | None] | None = None
+    labels: list[str] | None = None  # of single points
+    boxes: list[list[float]] | None = None  # kind "box": 5, 25, 50, 75, 95 % quantiles each
+
+
+@dataclass
+class FigureData:
+    """What a figure shows, not how: the report draws it."""
+
+    kind: Literal["scatter", "lines", "bars", "box", "heatmap"]
+    series: list[Series] = field(default_factory=list)
+    x_label: str = ""
+    y_label: str = ""
+    x_names: list[str] | None = None  # categories; the columns of a heatmap
+    y_names: list[str] | None = None  # the rows of a heatmap
+    matrix: list[list[float | None]] | None = None  # heatmap, rows x columns
+    reference: dict[str, float] = field(default_factory=dict)  # horizontal lines by name
+    front: bool = False  # scatter: join the points no other beats (smaller x, larger y)
+    log_x: bool = False
+
+
+@dataclass
+class Analysis:
+    """A section of the report beside the standard ones: a table, and a figure if there is one."""
+
+    title: str
+    text: str = ""
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str | int | float | None]] = field(default_factory=list)
+    figure: FigureData | None = None
+
+
+@dataclass
 class Result(Document):
     """Everything a report shows. Reports are pure functions of this."""
 
@@ -423,7 +463,8 @@ class Result(Document):
     classes: list[ClassInfo]
     discovery: DiscoverySummary | None = None
     variants: list[Variant] = field(default_factory=list)
-    analyses: dict[str, Any] = field(default_factory=dict)
+    analyses: dict[str, Analysis] = field(default_factory=dict)
+    commands: list[str] = field(default_factory=list)  # that made it, in order
 
     def variant(self, name: str) -> Variant | None:
         """The variant of this name, or None."""
