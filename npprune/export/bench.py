@@ -1,0 +1,194 @@
+"""Time two networks side by side: A B A B, after a warm-up, in one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npprune.errors import UsageError
+from npprune.export.session import open_session
+from npprune.records import Latency
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import nn
+
+NOISY = 0.2
+"""Interquartile range over median above which a timing says little."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A network with its input at hand: calling it runs one batch to its end."""
+
+    call: Callable[[], object]
+    runtime: str  # "onnxruntime" | "torch"
+    provider: str  # what runs, e.g. "CPUExecutionProvider" or "cpu"
+    batch: int
+    threads: int  # 0: the runtime's own choice
+
+
+def onnx_runner(
+    path: Path,
+    batch: int,
+    *,
+    provider: str = "cpu",
+    threads: int | None = None,
+    images: np.ndarray | None = None,
+) -> Runner:
+    """`path` in ONNX Runtime on `batch` images [b, 3, H, W] (None: noise of the right shape)."""
+    session = open_session(path, provider, threads)
+    if session.fixed_batch not in (None, batch):
+        raise UsageError(
+            f"`batch` must be {session.fixed_batch}, the size {path.name} was exported with, "
+            f"got `{batch}`"
+        )
+    feed = _filled(images, batch) if images is not None else _noise(session, batch)
+    return Runner(
+        lambda: session.run(feed), "onnxruntime", session.provider, batch, session.threads
+    )
+
+
+def torch_runner(
+    model: nn.Module,
+    batch: int,
+    *,
+    images: Any,
+    device: str = "cpu",
+    threads: int | None = None,
+) -> Runner:
+    """`model` in PyTorch on `batch` of the `images` tensor [n, 3, H, W]. The model moves to
+    `device` and is put in evaluation mode; a CUDA device is waited for."""
+    import torch
+
+    model = model.eval().to(device)
+    feed = _filled(images.cpu().numpy(), batch)
+    tensor = torch.from_numpy(feed).to(device)
+    count = threads or torch.get_num_threads()
+
+    def call() -> None:
+        with torch.inference_mode(), _torch_threads(count):
+            model(tensor)
+            if tensor.is_cuda:
+                torch.cuda.synchronize(tensor.device)
+
+    return Runner(call, "torch", str(tensor.device), batch, count)
+
+
+def bench_pair(
+    dense: Runner,
+    pruned: Runner,
+    *,
+    warmup: int = 5,
+    runs: int | None = None,
+    min_seconds: float = 2.0,
+    max_runs: int = 1000,
+) -> Latency:
+    """Time both in turn, dense first. `runs` pairs; None: at least 10, until `min_seconds` have
+    gone by. The ratio is the median of the paired ratios: load on the machine that lasts longer
+    than a pair cancels in it. Milliseconds per batch."""
+    if (dense.batch, dense.runtime) != (pruned.batch, pruned.runtime):
+        raise UsageError("two networks are compared on the same runtime and batch size")
+    if runs is not None and runs < 1:
+        raise UsageError(f"`runs` must be at least 1, got `{runs}`")
+    times = interleave([dense.call, pruned.call], warmup, runs, min_seconds, max_runs)
+    a, b = times
+    ratios = sorted(y / x for x, y in zip(a, b, strict=True))
+    return Latency(
+        runtime=dense.runtime,
+        provider=dense.provider,
+        batch=dense.batch,
+        threads=dense.threads,
+        runs=len(a),
+        dense_ms=quantile(a, 0.5),
+        pruned_ms=quantile(b, 0.5),
+        dense_iqr_ms=quantile(a, 0.75) - quantile(a, 0.25),
+        pruned_iqr_ms=quantile(b, 0.75) - quantile(b, 0.25),
+        ratio=quantile(ratios, 0.5),
+        ratio_low=quantile(ratios, 0.25),
+        ratio_high=quantile(ratios, 0.75),
+    )
+
+
+def interleave(
+    calls: Sequence[Callable[[], object]],
+    warmup: int,
+    runs: int | None,
+    min_seconds: float,
+    max_runs: int = 1000,
+) -> list[list[float]]:
+    """Milliseconds of every run of every call; one round runs each of them once, in order."""
+    for _ in range(warmup):
+        for call in calls:
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    begin = time.perf_counter()
+    while not _enough(len(times[0]), time.perf_counter() - begin, runs, min_seconds, max_runs):
+        for call, taken in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def _enough(done: int, seconds: float, runs: int | None, min_seconds: float, max_runs: int) -> bool:
+    if runs is not None:
+        return done >= runs
+    return done >= max_runs or (done >= 10 and seconds >= min_seconds)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, linear between neighbours."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = int(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+def noise_warning(latency: Latency) -> str | None:
+    """A sentence where the timings scatter too much to compare, else None."""
+    spread = max(latency.dense_iqr_ms / latency.dense_ms, latency.pruned_iqr_ms / latency.pruned_ms)
+    if spread > NOISY:
+        return (
+            f"this machine is busy or noisy: half of the timings at batch {latency.batch} scatter "
+            f"over {100 * spread:.0f} % of their median (above {100 * NOISY:.0f} %)"
+        )
+    if latency.ratio_low < 1 < latency.ratio_high:
+        return (
+            f"dense and pruned cannot be told apart at batch {latency.batch}: the middle half of "
+            f"the paired ratios is {latency.ratio_low:.2f} to {latency.ratio_high:.2f}"
+        )
+    return None
+
+
+def _filled(images: np.ndarray, batch: int) -> np.ndarray:
+    import numpy as np
+
+    return np.ascontiguousarray(images[np.arange(batch) % len(images)])
+
+
+def _noise(session: Any, batch: int) -> np.ndarray:
+    import numpy as np
+
+    shape = [batch, *(int(s) for s in session.input_shape[1:])]
+    rng = np.random.default_rng(0)
+    if session.input_name == "pixels":
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    return rng.standard_normal(shape, dtype=np.float32)
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,185 @@
+"""Open an ONNX file in ONNX Runtime, and say on what it runs.
+
+ONNX Runtime falls back to the CPU without an error when a GPU library is missing. Here a provider
+asked for by name runs or is refused, and `auto` says what it took and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npprune.errors import DeviceError, ExportError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnxruntime
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_GPU_HINT = "pip install 'onnxruntime-gpu[cuda,cudnn]', and a driver that `nvidia-smi` can see"
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open ONNX file: what was asked for, what runs, and why."""
+
+    inner: onnxruntime.InferenceSession
+    path: Path
+    asked: str  # auto | cpu | cuda | tensorrt
+    provider: str  # the first of `providers`, e.g. "CPUExecutionProvider"
+    providers: list[str]  # as the session itself reports them
+    reason: str
+    threads: int  # intra-op; 0: ONNX Runtime's own choice
+
+    @property
+    def input_name(self) -> str:
+        """`images`, or `pixels` where the file holds its preprocessing."""
+        return str(self.inner.get_inputs()[0].name)
+
+    @property
+    def input_shape(self) -> list[int | str | None]:
+        """Sizes; the batch is a string or None where it is open."""
+        return list(self.inner.get_inputs()[0].shape)
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size the file insists on, or None."""
+        first = self.input_shape[0]
+        return first if isinstance(first, int) else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The file's own metadata."""
+        return dict(self.inner.get_modelmeta().custom_metadata_map)
+
+    def run(self, batch: np.ndarray) -> np.ndarray:
+        """Logits float32 [b, c] of one batch. ExportError names the file if it cannot run."""
+        try:
+            logits: np.ndarray = self.inner.run(None, {self.input_name: batch})[0]
+        except Exception as err:  # ONNX Runtime's own exceptions share no public base
+            raise ExportError(
+                f"{self.path} cannot run on a batch of shape {tuple(batch.shape)} "
+                f"(input `{self.input_name}` {self.input_shape}): {_line(err)}"
+            ) from err
+        return logits
+
+
+def open_session(path: Path, provider: str = "auto", threads: int | None = None) -> Session:
+    """Open `path` on `provider` (auto, cpu, cuda, tensorrt) with `threads` intra-op threads.
+
+    Errors: UsageError for an unknown provider, ExportError for a file that is missing or broken,
+    DeviceError for a named provider that is not there or that did not start.
+    """
+    import onnxruntime as ort
+
+    if provider != "auto" and provider not in PROVIDERS:
+        raise UsageError(
+            f"`provider` must be one of auto, {', '.join(PROVIDERS)}, got `{provider}`"
+        )
+    if threads is not None and threads < 1:
+        raise UsageError(f"`threads` must be at least 1, got `{threads}`")
+    path = Path(path)
+    if not path.is_file():
+        raise ExportError(f"no ONNX file at {path}", hint="`npprune export` writes one")
+    built = ort.get_available_providers()
+    if provider == "auto":
+        return _auto(path, threads, built)
+    wanted = PROVIDERS[provider]
+    if wanted not in built:
+        raise DeviceError(
+            f"`provider` {provider} is not part of the installed ONNX Runtime "
+            f"(it has {', '.join(built)})",
+            hint=None if provider == "cpu" else _GPU_HINT,
+        )
+    session, problem = _try(path, wanted, threads)
+    if session is None:
+        _start(path, PROVIDERS["cpu"], threads)  # a broken file is said to be one
+        raise DeviceError(
+            f"`provider` {provider} did not start: {problem}",
+            hint=_GPU_HINT + ("; TensorRT: pip install tensorrt" if "tensor" in provider else ""),
+        )
+    return _session(session, path, provider, "asked for", threads)
+
+
+def _auto(path: Path, threads: int | None, built: list[str]) -> Session:
+    cuda, cpu = PROVIDERS["cuda"], PROVIDERS["cpu"]
+    if cuda not in built:
+        reason = "this ONNX Runtime is built without CUDA"
+    elif not _has_nvidia_driver():
+        reason = "no NVIDIA driver on this machine"
+    else:
+        session, problem = _try(path, cuda, threads)
+        if session is not None:
+            return _session(session, path, "auto", "a CUDA device is there", threads)
+        reason = f"the CUDA provider did not start: {problem}"
+    return _session(_start(path, cpu, threads), path, "auto", reason, threads)
+
+
+def _try(path: Path, provider: str, threads: int | None) -> tuple[Any, str]:
+    """A session on `provider`, or None and why not."""
+    try:
+        session = _start(path, provider, threads)
+    except ExportError as err:
+        return None, err.message
+    running = session.get_providers()
+    if running[0] != provider:
+        return None, f"ONNX Runtime would have run on {running[0]} (missing libraries or no device)"
+    return session, ""
+
+
+def _start(path: Path, provider: str, threads: int | None) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    wanted = [provider] if provider == PROVIDERS["cpu"] else [provider, PROVIDERS["cpu"]]
+    try:
+        with _silent():
+            if provider != PROVIDERS["cpu"] and hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()
+            return ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
+    except Exception as err:  # ONNX Runtime's own exceptions share no public base
+        raise ExportError(
+            f"{path} cannot be opened: {_line(err)}",
+            hint="the file is damaged, not ONNX, or lacks the `.data` file written with it",
+        ) from err
+
+
+def _session(session: Any, path: Path, asked: str, reason: str, threads: int | None) -> Session:
+    running = list(session.get_providers())
+    return Session(session, path, asked, running[0], running, reason, threads or 0)
+
+
+def _has_nvidia_driver() -> bool:
+    import ctypes.util
+
+    return Path("/proc/driver/nvidia/version").exists() or bool(
+        ctypes.util.find_library("cuda") or ctypes.util.find_library("nvcuda")
+    )
+
+
+def _line(err: BaseException) -> str:
+    return " ".join(str(err).split())[:300]
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """ONNX Runtime prints about missing GPU libraries; what matters is said by `open_session`."""
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(4)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        ort.set_default_logger_severity(2)
