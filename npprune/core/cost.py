@@ -1,0 +1,101 @@
+"""What a vision transformer costs, in closed form: parameters, and multiply-accumulates (MACs).
+
+MACs are those of one image: every matrix product counts rows x inner x columns, the two products
+inside attention included; biases, norms, activations and the softmax are not counted (the usual
+convention, and that of `torch.utils.flop_counter`, whose FLOPs are two per MAC).
+
+Letters: t tokens, d width, h hidden units, n heads, q query/key dimensions and v value dimensions
+over all heads, c classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from npprune.errors import UsageError
+
+Price = Literal["neurons", "params", "macs"]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that decide the cost.
+
+    `queries[l]` and `values[l]` sum over block l's heads; None stands for the width, the plain
+    case. `fixed_params` is what no size here explains (class token, position embeddings, final
+    norm, ...), and `block_params` the same inside one block (norms, layer scales).
+    """
+
+    tokens: int  # all of them, class token included
+    width: int
+    hidden: tuple[int, ...]  # per block
+    classes: int
+    patches: int  # tokens that come from the image
+    patch_inputs: int  # channels x patch height x patch width
+    queries: tuple[int, ...] | None = None
+    values: tuple[int, ...] | None = None
+    gated: bool = False  # fc1 has two halves (SwiGLU): h is the width after the gate
+    qkv_bias: bool = True
+    hidden_bias: bool = True  # fc1
+    output_bias: bool = True  # fc2
+    pooled_only: bool = False  # the last block's MLP runs on the class token alone
+    fixed_params: int = 0
+    block_params: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("queries", "values"):
+            value = getattr(self, name)
+            if value is not None and len(value) != len(self.hidden):
+                raise UsageError(
+                    f"`{name}` must have one entry a block ({len(self.hidden)}), got {len(value)}"
+                )
+
+    def with_hidden(self, hidden: Sequence[int]) -> Sizes:
+        """The same network with other hidden widths."""
+        if len(hidden) != len(self.hidden):
+            raise UsageError(f"`hidden` must have {len(self.hidden)} entries, got {len(hidden)}")
+        return replace(self, hidden=tuple(hidden))
+
+
+def params(sizes: Sizes) -> int:
+    """Parameters of the whole network."""
+    d = sizes.width
+    total = sizes.fixed_params + sizes.patch_inputs * d + d + d * sizes.classes + sizes.classes
+    for l, h in enumerate(sizes.hidden):
+        q, v = _attention(sizes, l)
+        total += (d + int(sizes.qkv_bias)) * (2 * q + v) + v * d + d  # qkv and projection
+        total += h * neuron_price(sizes, l, "params")
+        total += d * int(sizes.output_bias) + sizes.block_params
+    return total
+
+
+def macs(sizes: Sizes) -> int:
+    """Multiply-accumulates of one image."""
+    t, d = sizes.tokens, sizes.width
+    total = sizes.patches * sizes.patch_inputs * d + d * sizes.classes
+    for l, h in enumerate(sizes.hidden):
+        q, v = _attention(sizes, l)
+        total += t * d * (2 * q + v) + t * t * (q + v) + t * v * d
+        total += h * neuron_price(sizes, l, "macs")
+    return total
+
+
+def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
+    """What one hidden unit of block l costs: 1, its parameters, or its MACs of one image."""
+    if price == "neurons":
+        return 1
+    rows = 2 if sizes.gated else 1  # of fc1
+    if price == "params":
+        return rows * (sizes.width + int(sizes.hidden_bias)) + sizes.width
+    if price == "macs":
+        last = sizes.pooled_only and l == len(sizes.hidden) - 1
+        return (1 if last else sizes.tokens) * sizes.width * (rows + 1)
+    raise UsageError(f"price must be neurons, params or macs, got {price!r}")
+
+
+def _attention(sizes: Sizes, l: int) -> tuple[int, int]:
+    q = sizes.width if sizes.queries is None else sizes.queries[l]
+    v = sizes.width if sizes.values is None else sizes.values[l]
+    return q, v

@@ -1,0 +1,141 @@
+"""Greedy elimination of neurons by what their removal costs after the best repair.
+
+For one block, with S the covariance of the hidden units, W = fc2.weight [d, h] and G the curvature
+of the loss at the block's output, A = (S + lambda I)^-1. Removing neuron j and refitting the rest
+changes the output's weighted squared error by exactly
+
+    cost_j = (W^T G W)_jj / A_jj
+
+so the cheapest neuron goes, and both are brought up to date:
+
+    W <- W - W_:j A_j: / A_jj          A <- A - A_:j A_j: / A_jj
+
+Source: Optimal Brain Surgeon (Hassibi and Stork, 1993), applied to whole columns as in SparseGPT
+(Frantar and Alistarh, 2023) and ZipLM (Kurtic et al., 2023); the curvature at the output as in
+K-FAC (Martens and Grosse, 2015).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from npprune.errors import UsageError
+
+SHRINKAGE = 1e-3
+"""lambda over the covariance's mean diagonal."""
+
+
+@dataclass
+class Elimination:
+    """The order in which neurons go, and what each step cost.
+
+    `order` int64 [h]: first to go first; the neurons that stay at width k are `order[h - k:]`.
+    `costs` float64 [h]: the rise of the weighted squared error by each removal (without prior),
+    inf for protected neurons, which stand at the end of the order.
+    """
+
+    order: Tensor
+    costs: Tensor
+
+    def keep(self, k: int) -> list[int]:
+        """The k neurons that stay, ascending."""
+        return sorted(self.order[len(self.order) - k :].tolist())
+
+    def scores(self) -> Tensor:
+        """Rank of removal as a score [h], higher = keep: 0 went first."""
+        scores = torch.empty(len(self.order), dtype=torch.float64)
+        scores[self.order] = torch.arange(len(self.order), dtype=torch.float64)
+        return scores
+
+
+def eliminate(
+    covariance: Tensor,
+    weight: Tensor,
+    curvature: Tensor | None = None,
+    *,
+    shrinkage: float = SHRINKAGE,
+    protected: Sequence[int] = (),
+    prior: Tensor | None = None,
+) -> Elimination:
+    """Greedy elimination of one block's neurons.
+
+    Args:
+        covariance: S [h, h] of the hidden activations.
+        weight: fc2.weight [d, h].
+        curvature: G [d, d]; None: the identity (plain reconstruction error).
+        shrinkage: lambda over S's mean diagonal.
+        protected: neurons that never go.
+        prior: positive factors [h] on the costs: above 1 goes later.
+
+    Raises:
+        UsageError: shapes that do not fit, or a prior that is not positive.
+    """
+    h = weight.shape[1]
+    _check(covariance, weight, curvature, prior)
+    a = inverse(covariance, shrinkage)
+    u = weight.detach().to(a)
+    if curvature is not None:
+        u = square_root(curvature.to(a)) @ u
+    factor = torch.ones(h, dtype=a.dtype, device=a.device) if prior is None else prior.to(a)
+    fixed = torch.zeros(h, dtype=torch.bool, device=a.device)
+    fixed[list(protected)] = True
+    names = torch.arange(h, device=a.device)
+    gone = torch.zeros(h, dtype=torch.bool, device=a.device)
+    order: list[int] = []
+    costs: list[float] = []
+    floor = torch.finfo(a.dtype).tiny
+    removable = h - int(fixed.sum())
+    left = h
+    while len(order) < removable:
+        cost = u.square().sum(dim=0) / a.diagonal().clamp_min(floor)
+        j = int((cost * factor).masked_fill(gone | fixed, torch.inf).argmin())
+        order.append(int(names[j]))
+        costs.append(float(cost[j]))
+        row = a[j] / a[j, j]
+        u.addr_(u[:, j].clone(), row, alpha=-1)
+        a.addr_(a[:, j].clone(), row, alpha=-1)
+        gone[j] = True
+        left -= 1
+        if left < 0.8 * len(gone):  # drop what is gone, so that later steps cost less
+            stay = (~gone).nonzero()[:, 0]
+            a, u = a[stay][:, stay].contiguous(), u[:, stay].contiguous()
+            factor, fixed, names, gone = factor[stay], fixed[stay], names[stay], gone[stay]
+    kept = sorted(set(range(h)) - set(order))
+    return Elimination(
+        torch.tensor(order + kept),
+        torch.tensor(costs + [torch.inf] * len(kept), dtype=torch.float64),
+    )
+
+
+def inverse(covariance: Tensor, shrinkage: float) -> Tensor:
+    """(S + lambda I)^-1 in float64, lambda = shrinkage x the mean diagonal of S [h, h].
+
+    A covariance of zeros (a dead block) gets lambda = 1, so that the inverse exists.
+    """
+    s = covariance.to(torch.float64)
+    scale = float(s.diagonal().mean())
+    ridge = shrinkage * scale if scale > 0 else 1.0
+    eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
+    return torch.cholesky_inverse(torch.linalg.cholesky(s + ridge * eye))
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """R with R^T R = matrix, for a positive semidefinite [d, d]."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return values.clamp_min(0).sqrt()[:, None] * vectors.T
+
+
+def _check(
+    covariance: Tensor, weight: Tensor, curvature: Tensor | None, prior: Tensor | None
+) -> None:
+    d, h = weight.shape
+    if covariance.shape != (h, h):
+        raise UsageError(f"covariance must be [{h}, {h}], got {list(covariance.shape)}")
+    if curvature is not None and curvature.shape != (d, d):
+        raise UsageError(f"curvature must be [{d}, {d}], got {list(curvature.shape)}")
+    if prior is not None and (prior.shape != (h,) or not bool((prior > 0).all())):
+        raise UsageError(f"prior must be {h} positive factors, got {list(prior.shape)}")
