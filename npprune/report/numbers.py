@@ -1,0 +1,355 @@
+"""The key numbers: dense beside pruned, what one is warned of, and the sentence that sums up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from npprune.records import Accuracy, Latency, Result, Variant
+from npprune.report import text
+from npprune.report.document import Card, Cell, Table, cells
+
+
+@dataclass
+class Measure:
+    """One row of the comparison of the dense network with one pruned network."""
+
+    label: str
+    dense: Cell
+    pruned: Cell
+    change: Cell
+
+
+@dataclass
+class Summary:
+    """What the terminal shows of a result: plain text, ready for a table.
+
+    `notices` come first: the first one says so if a pruned ONNX file is not faster.
+    """
+
+    notices: list[str]
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+
+
+def summary(result: Result) -> Summary:
+    """The key numbers of a result: columns ("", dense, pruned, change), or one column for each
+    pruned network where there are several. Without one, what was discovered."""
+    notices = not_faster(result)
+    if result.variants:
+        table = comparison(result)
+        return Summary(notices, table.columns, [[c.text for c in row] for row in table.rows])
+    rows = [
+        ["Parameters", text.params(result.model.params)],
+        ["MACs", text.macs(result.model.macs)],
+        ["Hidden units", text.count(sum(result.model.widths))],
+    ]
+    if found := result.discovery:
+        rows += [
+            ["Paths", f"{text.plural(found.images, 'image')}, K = {found.topk}"],
+            ["Classes", text.count(found.classes)],
+            ["Time", text.seconds(found.seconds)],
+        ]
+        if found.mean_score:
+            rows.insert(
+                5, ["Mean joint attribution score", text.significant(found.mean_score.value)]
+            )
+    return Summary(notices, ["", "dense"], rows)
+
+
+# ---------------------------------------------------------------- latency
+
+
+def latencies(variant: Variant) -> list[Latency]:
+    """All timings of a variant, ONNX Runtime first, by batch size; the export's own before the
+    evaluation's where both timed the same."""
+    timed: dict[tuple[str, str, int], Latency] = {}
+    for part in (variant.export, variant.evaluation):
+        for row in part.latency if part else []:
+            timed.setdefault((row.runtime, row.provider, row.batch), row)
+    return sorted(timed.values(), key=lambda t: (t.runtime != "onnxruntime", t.provider, t.batch))
+
+
+def key_latencies(variant: Variant) -> list[Latency]:
+    """Those in ONNX Runtime; PyTorch's where there are none."""
+    rows = latencies(variant)
+    return [t for t in rows if t.runtime == "onnxruntime"] or rows
+
+
+def macs_ratio(result: Result, variant: Variant) -> float:
+    """Pruned over dense."""
+    return variant.model.macs / result.model.macs
+
+
+def not_faster(result: Result) -> list[str]:
+    """A sentence for each variant whose ONNX file was not faster than the dense one here."""
+    lines = []
+    for variant in result.variants:
+        slow = [t for t in key_latencies(variant) if t.runtime == "onnxruntime" and t.ratio >= 1]
+        if slow:
+            each = "; ".join(
+                f"batch {t.batch}: {text.milliseconds(t.pruned_ms)} against "
+                f"{text.milliseconds(t.dense_ms)}, ratio {text.times(t.ratio)}"
+                for t in slow
+            )
+            lines.append(
+                f"{variant.name} is NOT faster than the dense network in ONNX Runtime on this "
+                f"machine ({each})."
+            )
+    return lines
+
+
+# ---------------------------------------------------------------- the comparison
+
+
+def measures(result: Result, variant: Variant) -> list[Measure]:
+    """Accuracy first, then cost."""
+    return _accuracy(variant) + _cost(result, variant)
+
+
+def _rates(label: str, dense: Accuracy, pruned: Accuracy, top: str, change: str = "") -> Measure:
+    a, b = getattr(dense, top), getattr(pruned, top)
+    return Measure(
+        label,
+        Cell(text.percent(a.value), text.rate_detail(a)),
+        Cell(text.percent(b.value), text.rate_detail(b)),
+        Cell(text.points(b.value - a.value), change),
+    )
+
+
+def _accuracy(variant: Variant) -> list[Measure]:
+    done = variant.evaluation
+    if done is None:
+        return []
+    dense, pruned, none = done.dense, done.pruned, Cell(text.DASH)
+    rows = [
+        _rates("Top-1", dense, pruned, "top1", text.change_span(done.top1_change)),
+        _rates("Top-5", dense, pruned, "top5"),
+    ]
+    if done.dense_restricted and done.pruned_restricted:
+        label = f"Top-1 among the {text.count(len(done.restricted_to or []))} chosen classes"
+        rows.append(_rates(label, done.dense_restricted, done.pruned_restricted, "top1"))
+    a, b = dense.true_probability, pruned.true_probability
+    deviation, by_class = done.probability_deviation, done.deviation_by_class
+    return [
+        *rows,
+        Measure(
+            "Mean probability of the true class",
+            Cell(text.percent(a.value), text.span(a.low, a.high)),
+            Cell(text.percent(b.value), text.span(b.low, b.high)),
+            Cell(text.points(b.value - a.value)),
+        ),
+        Measure(
+            "Probability deviation",
+            none,
+            Cell(text.percent(deviation.value, sign=True), text.change_span(deviation)),
+            none,
+        ),
+        Measure(
+            "Probability deviation, by class",
+            none,
+            Cell(text.percent(by_class.value, sign=True), text.change_span(by_class)),
+            none,
+        ),
+        Measure(
+            "Accuracy deviation", none, Cell(text.percent(done.accuracy_deviation, sign=True)), none
+        ),
+        Measure(
+            "Agreement with dense",
+            none,
+            Cell(text.percent(done.agreement.value), text.rate_detail(done.agreement)),
+            none,
+        ),
+    ]
+
+
+def _cost(result: Result, variant: Variant) -> list[Measure]:
+    dense, pruned = result.model, variant.model
+
+    def row(label: str, before: int, after: int, show: object) -> Measure:
+        a, b = (Cell(show(n)) for n in (before, after))  # type: ignore[operator]
+        return Measure(label, a, b, Cell(text.relative(after, before)))
+
+    rows = [
+        row("Parameters", dense.params, pruned.params, text.params),
+        row("MACs per image", dense.macs, pruned.macs, text.macs),
+        row("Hidden units", sum(dense.widths), sum(pruned.widths), text.count),
+    ]
+    if dense.heads != pruned.heads:
+        rows.append(row("Attention heads", sum(dense.heads), sum(pruned.heads), text.count))
+    if dense.num_classes != pruned.num_classes:
+        rows.append(row("Classes", dense.num_classes, pruned.num_classes, text.count))
+    for t in key_latencies(variant):
+        rows.append(
+            Measure(
+                f"Latency, {text.where(t)}",
+                Cell(text.milliseconds(t.dense_ms)),
+                Cell(text.milliseconds(t.pruned_ms)),
+                Cell(
+                    text.percent(t.ratio - 1, sign=True),
+                    f"ratio {text.fixed(t.ratio, 2)}, quartiles "
+                    f"{text.fixed(t.ratio_low, 2)}–{text.fixed(t.ratio_high, 2)}",
+                ),
+            )
+        )
+    if variant.export:
+        a, b = variant.export.dense_bytes, variant.export.bytes
+        change = Cell(text.relative(b, a) if a else text.DASH)
+        label = f"ONNX file, {variant.export.precision}"
+        rows.append(Measure(label, Cell(text.size(a)), Cell(text.size(b)), change))
+    return rows
+
+
+def comparison(result: Result) -> Table:
+    """Dense beside pruned. One variant: a column for the change; several: one column each."""
+    if len(result.variants) == 1:
+        only = measures(result, result.variants[0])
+        rows = [[Cell(m.label), m.dense, m.pruned, m.change] for m in only]
+        return Table(["", "dense", "pruned", "change"], rows)
+    by_variant = [{m.label: m for m in measures(result, v)} for v in result.variants]
+    labels: list[str] = []
+    for found in by_variant:  # keep each variant's own order, new labels before what follows them
+        at = 0
+        for label in found:
+            if label in labels:
+                at = labels.index(label) + 1
+            else:
+                labels.insert(at, label)
+                at += 1
+    rows = []
+    for label in labels:
+        given = [found.get(label) for found in by_variant]
+        dense = next(m.dense for m in given if m)
+        rows.append([Cell(label), dense, *(_beside(m, dense) for m in given)])
+    return Table(["", "dense", *(text.clean(v.name) for v in result.variants)], rows)
+
+
+def _beside(m: Measure | None, dense: Cell) -> Cell:
+    """A variant's cell where the dense column is shared; its own dense value if it differs."""
+    if m is None:
+        return Cell(text.DASH)
+    own = f"dense {m.dense.value}" if m.dense.value != dense.value else ""
+    change = m.change.value if m.change.value != text.DASH else ""
+    return Cell(m.pruned.value, "; ".join(s for s in (change, m.pruned.detail, own) if s))
+
+
+# ---------------------------------------------------------------- words
+
+
+def headline(result: Result) -> list[str]:
+    """What was done and what came of it, a sentence or two for each variant."""
+    model = result.model
+    name, blocks = model.source.architecture, len(model.widths)
+    if result.variants:
+        return [_sentence(result, v) for v in result.variants]
+    if found := result.discovery:
+        each = text.plural(found.topk, "neuron")
+        return [
+            f"The most influential neuron path of {text.plural(found.images, 'image')} of "
+            f"{text.plural(found.classes, 'class', 'classes')} through {name}: {each} in each of "
+            f"its {blocks} blocks. Nothing has been pruned yet."
+        ]
+    return [f"{name}, {blocks} blocks. Nothing has been discovered or pruned yet."]
+
+
+def _sentence(result: Result, variant: Variant) -> str:
+    dense, kept = sum(result.model.widths), sum(variant.model.widths)
+    who = result.model.source.architecture
+    what = (
+        f"{text.clean(variant.name)} keeps {text.count(kept)} of the {text.count(dense)} hidden "
+        f"units of {who} ({text.percent(kept / dense)})"
+    )
+    costs = f"{text.times(macs_ratio(result, variant))} the MACs"
+    if timed := key_latencies(variant):
+        costs += f" and {text.times(timed[0].ratio)} the latency ({text.where(timed[0])})"
+    done = variant.evaluation
+    if done is None:
+        return f"{what}, at {costs}. Its accuracy has not been measured yet."
+    a, b = done.dense.top1, done.pruned.top1
+    return (
+        f"{what}. On {text.plural(done.data.images, 'image')} it reaches "
+        f"{text.percent(b.value)} top-1 where the dense network reaches {text.percent(a.value)} "
+        f"({text.points(b.value - a.value)}, {text.change_span(done.top1_change)}), "
+        f"at {costs}."
+    )
+
+
+def warnings(result: Result) -> list[str]:
+    """All a reader must know before the numbers, the slow first."""
+    lines = not_faster(result)
+    for v in result.variants:
+        name = text.clean(v.name)
+        if v.export and not v.export.passed:
+            lines.append(f"{name}: the ONNX file does not agree with PyTorch (parity failed).")
+        lines += [f"{name}: {w}" for w in v.prune.warnings]
+        if v.evaluation is None:
+            continue
+        used, seen = v.prune.calibration, v.evaluation.data
+        if used and used.sha256 and used.sha256 == seen.sha256:
+            lines.append(
+                f"{name}: calibrated and evaluated on the same images; the accuracy is flattered."
+            )
+        if seen.images < 100:
+            lines.append(
+                f"{name}: evaluated on {text.plural(seen.images, 'image')} only; mind the interval."
+            )
+        if v.evaluation.preprocessing != v.model.preprocessing:
+            lines.append(f"{name}: evaluated with another preprocessing than the model's own.")
+    sources = {
+        "discovery": result.discovery.data if result.discovery else None,
+        **{f"calibration of {v.name}": v.prune.calibration for v in result.variants},
+        **{f"evaluation of {v.name}": v.evaluation.data for v in result.variants if v.evaluation},
+    }
+    for role, info in sources.items():
+        if info and info.skipped:
+            lines.append(
+                f"{text.plural(len(info.skipped), 'unreadable image')} skipped in the {role} "
+                f"(listed under Images)."
+            )
+    seen_hashes = {v.evaluation.data.sha256 for v in result.variants if v.evaluation}
+    if len(seen_hashes) > 1:
+        lines.append(
+            "The pruned networks were not all evaluated on the same images: compare each with "
+            "the dense accuracy of its own evaluation."
+        )
+    return list(dict.fromkeys(lines))
+
+
+def cards(result: Result) -> list[Card]:
+    """The few largest numbers, for a run with one pruned network."""
+    if len(result.variants) != 1:
+        return []
+    v = result.variants[0]
+    shown: list[Card] = []
+    if done := v.evaluation:
+        b, a = done.pruned.top1, done.dense.top1
+        shown.append(
+            Card(
+                "Top-1 accuracy",
+                text.percent(b.value),
+                text.percent(a.value),
+                f"{text.points(b.value - a.value)}, {text.change_span(done.top1_change)}",
+            )
+        )
+    for m in _cost(result, v):
+        if m.label in ("Parameters", "MACs per image"):
+            shown.append(Card(m.label, m.pruned.value, m.dense.value, m.change.value))
+    if timed := key_latencies(v):
+        t = timed[0]
+        shown.append(
+            Card(
+                "Latency",
+                text.milliseconds(t.pruned_ms),
+                text.milliseconds(t.dense_ms),
+                f"{text.percent(t.ratio - 1, sign=True)}, {text.where(t)}",
+            )
+        )
+    if v.export:
+        a_bytes = v.export.dense_bytes
+        change = text.relative(v.export.bytes, a_bytes) if a_bytes else ""
+        shown.append(Card("ONNX file", text.size(v.export.bytes), text.size(a_bytes), change))
+    return shown
+
+
+def plain_rows(rows: list[list[str]]) -> list[list[Cell]]:
+    """Rows of text as rows of cells."""
+    return [cells(*row) for row in rows]

@@ -1,0 +1,432 @@
+"""A result as a page: which parts there are, in which order, and what is in them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import PurePosixPath
+
+from npprune.records import ClassRow, DiscoverySummary, Evaluation, Latency, Result, Variant
+from npprune.report import figures, numbers, provenance, text
+from npprune.report.analyses import section as analysis_section
+from npprune.report.document import (
+    Figure,
+    Fold,
+    Item,
+    Missing,
+    Page,
+    Paragraph,
+    Section,
+    Table,
+    cells,
+)
+
+WORST, BEST = 20, 10  # classes listed
+TOP_NEURONS = 12  # per block, in the frequency picture
+CLASSES_DRAWN = 12  # in the picture of class paths
+VARIANTS_DRAWN = 8  # panels of kept widths
+
+
+def build(result: Result) -> Page:
+    """The page of a result. Parts that the run does not have yet name the command for them."""
+    sections = [
+        _accuracy(result),
+        _cost(result),
+        _speed(result),
+        _widths(result),
+        _classes(result),
+        *(analysis_section(key, each) for key, each in result.analyses.items()),
+        *_paths(result),
+        provenance.how(result),
+        provenance.images(result),
+        provenance.environment(result),
+        provenance.reproduce(result),
+    ]
+    return Page(
+        title=text.clean(result.name),
+        subtitle=f"{result.model.source.architecture}, {result.created}",
+        headline=numbers.headline(result),
+        warnings=numbers.warnings(result),
+        cards=numbers.cards(result),
+        sections=[s for s in sections if s.items],
+    )
+
+
+# ---------------------------------------------------------------- hints
+
+
+def folder(result: Result, variant: Variant) -> str:
+    """The checkpoint's folder as a command takes it."""
+    return f"ckpt/{PurePosixPath(variant.checkpoint).name or variant.name}"
+
+
+def _no_variant(result: Result) -> Missing:
+    return Missing(
+        "Nothing has been pruned in this run yet.",
+        f"npprune prune reports/{result.name} --keep 0.5 --calibration folder:TRAIN "
+        f"--out ckpt/{result.name}",
+    )
+
+
+def _evaluated(result: Result) -> list[tuple[Variant, Evaluation]]:
+    return [(v, v.evaluation) for v in result.variants if v.evaluation]
+
+
+def _not_evaluated(result: Result) -> list[Item]:
+    return [
+        Missing(
+            f"The accuracy of {text.clean(v.name)} has not been measured.",
+            f"npprune eval {folder(result, v)} --data folder:VAL",
+        )
+        for v in result.variants
+        if v.evaluation is None
+    ]
+
+
+# ---------------------------------------------------------------- dense and pruned
+
+
+def _accuracy(result: Result) -> Section:
+    section = Section("numbers", "Dense and pruned")
+    if not result.variants:
+        section.items = [_no_variant(result)]
+        return section
+    section.items.append(numbers.comparison(result))
+    if done := _evaluated(result):
+        section.items.append(_accuracy_figure(done))
+        section.items.append(
+            Paragraph(
+                "Intervals of proportions are Wilson's; those of changes and deviations are "
+                "paired over the same images. Probability deviation is the mean relative change "
+                "of the true class's probability against the dense network; accuracy deviation "
+                "the relative change of top-1."
+            )
+        )
+    for variant, evaluation in done:
+        if evaluation.dense_restricted and evaluation.pruned_restricted:
+            section.items += _restricted(variant, evaluation)
+    section.items += _not_evaluated(result)
+    return section
+
+
+def _accuracy_figure(done: list[tuple[Variant, Evaluation]]) -> Figure:
+    rows = []
+    dense_seen: set[str] = set()
+    for variant, evaluation in done:
+        name = text.clean(variant.name)
+        if evaluation.data.sha256 not in dense_seen or not evaluation.data.sha256:
+            label = "dense" if not dense_seen else f"dense, images of {name}"
+            rows.append((label, evaluation.dense.top1, evaluation.dense.top5))
+            dense_seen.add(evaluation.data.sha256)
+        rows.append((name, evaluation.pruned.top1, evaluation.pruned.top5))
+    table = Table(
+        ["network", "top-1", "top-5"],
+        [cells(label, text.rate(top1), text.rate(top5)) for label, top1, top5 in rows],
+    )
+    draw = partial(
+        figures.accuracy, rows, "Top-1 and top-5 accuracy with 95 % intervals", "accuracy"
+    )
+    return Figure("Accuracy", "Top-1 (filled) and top-5 (hollow).", draw, table)
+
+
+def _restricted(variant: Variant, evaluation: Evaluation) -> list[Item]:
+    dense, pruned = evaluation.dense_restricted, evaluation.pruned_restricted
+    assert dense is not None
+    assert pruned is not None
+    chosen = text.plural(len(evaluation.restricted_to or []), "chosen class", "chosen classes")
+    rows = [
+        ("pruned, predictions among the chosen classes", pruned),
+        ("dense, predictions among the chosen classes", dense),
+        ("dense, predictions among all classes", evaluation.dense),
+    ]
+    table = Table(
+        ["network and predictions", "top-1", "top-5"],
+        [cells(label, text.rate(a.top1), text.rate(a.top5)) for label, a in rows],
+        caption=f"{text.clean(variant.name)} on the images of its {chosen}. Choosing among fewer "
+        "classes is easier for any network: compare the first line with the second.",
+    )
+    return [table]
+
+
+def _cost(result: Result) -> Section:
+    section = Section("cost", "Cost, before and after")
+    if not result.variants:
+        return section
+    found: dict[str, list[float | None]] = {}
+    count = len(result.variants)
+
+    def put(label: str, i: int, after: float, before: float) -> None:
+        if before:
+            found.setdefault(label, [None] * count)[i] = after / before
+
+    for i, v in enumerate(result.variants):
+        put("parameters", i, v.model.params, result.model.params)
+        put("MACs", i, v.model.macs, result.model.macs)
+        put("hidden units", i, sum(v.model.widths), sum(result.model.widths))
+        for t in numbers.key_latencies(v):
+            put(f"latency, {text.where(t)}", i, t.ratio, 1)
+        if v.export and v.export.dense_bytes:
+            put("ONNX file", i, v.export.bytes, v.export.dense_bytes)
+    names = [text.clean(v.name) for v in result.variants]
+    series = [(name, [row[i] for row in found.values()]) for i, name in enumerate(names)]
+    table = Table(
+        ["share of dense", *names],
+        [cells(label, *(text.percent(v) for v in row)) for label, row in found.items()],
+    )
+    labels = list(found)
+    draw = partial(figures.costs, labels, series, "Cost as a share of the dense network's", "costs")
+    section.items.append(
+        Figure("Share of the dense network's cost", "Shorter is better.", draw, table)
+    )
+    return section
+
+
+def _speed(result: Result) -> Section:
+    section = Section("export", "Export: agreement and speed")
+    if not result.variants:
+        return section
+    for v in result.variants:
+        name = text.clean(v.name)
+        if v.export is None:
+            section.items.append(
+                Missing(
+                    f"{name} has not been exported.",
+                    f"npprune export {folder(result, v)} --out {folder(result, v)}/model.onnx",
+                )
+            )
+            continue
+        x = v.export
+        verdict = "passed" if x.passed else "FAILED"
+        section.items.append(
+            Table(
+                ["batch", "images", "largest relative logit error", "same top-1"],
+                [
+                    cells(
+                        str(p.batch),
+                        text.count(p.images),
+                        f"{p.max_relative_error:.1e}".replace("-", text.MINUS),
+                        text.percent(p.top1_agreement),
+                    )
+                    for p in x.parity
+                ],
+                caption=f"{name}: {x.file} ({x.precision}, opset {x.opset}, {text.size(x.bytes)}) "
+                f"in ONNX Runtime ({text.PROVIDERS.get(x.provider, x.provider)}) against PyTorch "
+                f"on real images, tolerance {x.tolerance:.0e}: {verdict}.",
+            )
+        )
+    rows = [(v, t) for v in result.variants for t in numbers.latencies(v)]
+    if rows:
+        section.items.append(_latency_table(result, rows))
+    return section
+
+
+def _latency_table(result: Result, rows: list[tuple[Variant, Latency]]) -> Table:
+    several = len(result.variants) > 1
+    out = []
+    for v, t in rows:
+        macs = numbers.macs_ratio(result, v)
+        label = text.where(t)
+        out.append(
+            cells(
+                f"{text.clean(v.name)}: {label}" if several else label,
+                f"{text.milliseconds(t.dense_ms)} ± {text.milliseconds(t.dense_iqr_ms)}",
+                f"{text.milliseconds(t.pruned_ms)} ± {text.milliseconds(t.pruned_iqr_ms)}",
+                f"{text.fixed(t.ratio, 2)} ({text.fixed(t.ratio_low, 2)}"
+                f"–{text.fixed(t.ratio_high, 2)})",
+                text.fixed(macs, 2),
+                text.percent(macs / t.ratio, 0) if t.ratio else text.DASH,
+                f"{t.threads}, {t.runs}",
+            )
+        )
+    return Table(
+        [
+            "timed in",
+            "dense",
+            "pruned",
+            "latency ratio (quartiles)",
+            "MACs ratio",
+            "of the MACs' speed-up",
+            "threads, runs",
+        ],
+        out,
+        caption="Median ± interquartile range per batch, dense and pruned timed in turn after a "
+        "warm-up. Ratios are pruned over dense; the last but one column is the measured speed-up "
+        "over the one that the MACs promise.",
+    )
+
+
+def _widths(result: Result) -> Section:
+    section = Section("widths", "What was kept in each block")
+    if not result.variants:
+        return section
+    dense = result.model.widths
+    shown = result.variants[:VARIANTS_DRAWN]
+    panels = [(text.clean(v.name), v.prune.widths, v.prune.protected) for v in shown]
+    columns = ["block", "dense"]
+    for v in shown:
+        name = text.clean(v.name) if len(shown) > 1 else ""
+        columns += [f"{name} kept".strip(), f"{name} share".strip()]
+        columns += [f"{name} path neurons".strip()] if any(v.prune.protected) else []
+    rows = []
+    for b, width in enumerate(dense):
+        row = [str(b), text.count(width)]
+        for v in shown:
+            row += [text.count(v.prune.widths[b]), text.percent(v.prune.widths[b] / width)]
+            row += [text.count(v.prune.protected[b])] if any(v.prune.protected) else []
+        rows.append(cells(*row))
+    draw = partial(figures.widths, dense, panels, "Kept hidden units per block", "widths")
+    section.items.append(
+        Figure(
+            "Hidden units kept in each block",
+            "Outline: dense. Filled: kept.",
+            draw,
+            Table(columns, rows),
+        )
+    )
+    if len(result.variants) > len(shown):
+        rest = len(result.variants) - len(shown)
+        section.items.append(Paragraph(f"{text.plural(rest, 'more network')} not drawn."))
+    return section
+
+
+# ---------------------------------------------------------------- classes
+
+
+def _classes(result: Result) -> Section:
+    section = Section("classes", "Classes hit worst, and least")
+    for v, evaluation in _evaluated(result):
+        ranked = sorted(evaluation.classes, key=lambda c: (c.pruned_top1 - c.dense_top1, c.label))
+        ranked = [c for c in ranked if c.images]
+        if not ranked:
+            continue
+        prefix = f"{text.clean(v.name)}: " if len(result.variants) > 1 else ""
+        worst = ranked[:WORST]
+        best = ranked[WORST:][-BEST:][::-1]
+        drawn = [(text.clean(c.name), c.dense_top1, c.pruned_top1) for c in worst]
+        title = f"{prefix}The {len(worst)} classes that lost most"
+        section.items.append(
+            Figure(
+                title,
+                f"Of {text.plural(len(ranked), 'class', 'classes')} with images; few images per "
+                "class make single classes uncertain.",
+                partial(figures.classes, drawn, title, f"classes-{len(section.items)}"),
+                _class_table(worst),
+            )
+        )
+        if best:
+            title = f"{prefix}The {len(best)} classes that kept or gained most"
+            section.items.append(Fold(title, _class_table(best)))
+    return section
+
+
+def _class_table(rows: list[ClassRow]) -> Table:
+    return Table(
+        ["class", "images", "dense top-1", "pruned top-1", "change", "probability deviation"],
+        [
+            cells(
+                f"{text.clean(c.name)} ({c.label})",
+                text.count(c.images),
+                text.percent(c.dense_top1),
+                text.percent(c.pruned_top1),
+                text.points(c.pruned_top1 - c.dense_top1),
+                text.percent(c.deviation, sign=True),
+            )
+            for c in rows
+        ],
+    )
+
+
+# ---------------------------------------------------------------- paths
+
+
+def _paths(result: Result) -> list[Section]:
+    section = Section("paths", "Neuron paths")
+    found = result.discovery
+    if found is None:
+        section.items.append(
+            Missing(
+                "No neuron paths were searched in this run.",
+                f"npprune discover {result.model.source.architecture} --data folder:TRAIN "
+                f"--topk 5 --out reports/{result.name}",
+            )
+        )
+        return [section]
+    if found.frequency:
+        section.items.append(_frequency(found))
+    if found.class_paths:
+        section.items.append(_class_paths(result, found))
+    return [section]
+
+
+def _frequency(found: DiscoverySummary) -> Figure:
+    top = [block[:TOP_NEURONS] for block in found.frequency]
+    longest = max(len(block) for block in top)
+    strips = [
+        (f"block {b}", [(str(n), text.percent(share, 0), share) for n, share in block])
+        for b, block in enumerate(top)
+    ]
+    ranks = [str(i + 1) for i in range(longest)]
+    table = Table(
+        ["block", *(f"rank {r}" for r in ranks)],
+        [
+            cells(
+                str(b),
+                *(f"{n}: {text.percent(share)}" for n, share in block),
+                *[text.DASH] * (longest - len(block)),
+            )
+            for b, block in enumerate(top)
+        ],
+        caption="Neuron: share of the images whose path holds it.",
+    )
+    largest = max((share for block in top for _, share in block), default=0.0)
+    draw = partial(
+        figures.strips, strips, ranks, "rank by frequency", "Path frequency per block", "frequency"
+    )
+    return Figure(
+        "The neurons that paths pass through most often",
+        f"Each cell is one neuron of the block: its index and the share of "
+        f"{text.plural(found.images, 'image')} whose path (K = {found.topk}) holds it. Darkest: "
+        f"{text.percent(largest, 0)}.",
+        draw,
+        table,
+    )
+
+
+def _class_paths(result: Result, found: DiscoverySummary) -> Figure:
+    names = {c.index: c.name for c in result.classes}
+    labels = sorted(found.class_paths)[:CLASSES_DRAWN]
+    paths = {label: found.class_paths[label] for label in labels}
+    blocks = max(len(p) for p in paths.values())
+    firsts = {label: [ks[0] if ks else None for ks in path] for label, path in paths.items()}
+    strips = []
+    for label in labels:
+        row = []
+        for b, neuron in enumerate(firsts[label]):
+            same = sum(1 for other in firsts.values() if b < len(other) and other[b] == neuron)
+            row.append((text.DASH if neuron is None else str(neuron), "", same / len(labels)))
+        strips.append((text.clean(names.get(label, f"class {label}")), row))
+    columns = [str(b) for b in range(blocks)]
+    table = Table(
+        ["class", *(f"block {b}" for b in columns)],
+        [
+            cells(f"{strip[0]} ({label})", *(text.listing(ks, 5) for ks in paths[label]))
+            for label, strip in zip(labels, strips, strict=True)
+        ],
+        caption="The most frequent path neurons of each class, the first one drawn.",
+    )
+    total = len(found.class_paths)
+    part = (
+        f" {len(labels)} of {text.plural(total, 'class', 'classes')} are shown; all are in "
+        "result.json."
+        if total > len(labels)
+        else ""
+    )
+    draw = partial(
+        figures.strips, strips, columns, "block", "Preferred path of each class", "class-paths"
+    )
+    return Figure(
+        "The preferred path of each class",
+        "The most frequent path neuron of the class in each block. The darker a cell, the more of "
+        f"the classes shown share that neuron.{part}",
+        draw,
+        table,
+    )

@@ -1,0 +1,185 @@
+"""Numbers as text, in one way for the HTML page, the Markdown file and the terminal.
+
+Proportions are shown in %, differences of proportions in points, relative changes in %,
+multiply-accumulates in G or M, parameters in M, files in bytes with a binary prefix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from npprune.records import DataInfo, Latency, Mean, Preprocessing, Rate
+
+DASH = "–"
+MINUS = "−"
+
+PROVIDERS = {
+    "CPUExecutionProvider": "CPU",
+    "CUDAExecutionProvider": "CUDA",
+    "TensorrtExecutionProvider": "TensorRT",
+    "CoreMLExecutionProvider": "Core ML",
+}
+RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+
+
+def fixed(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A number with so many decimals and a true minus; a dash for None, NaN and infinity."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    rounded = round(value, digits) + 0.0  # no negative zero
+    text = f"{rounded:+,.{digits}f}" if sign and rounded else f"{rounded:,.{digits}f}"
+    return text.replace("-", MINUS)
+
+
+def percent(value: float | None, digits: int = 1, *, sign: bool = False) -> str:
+    """A share in [0, 1] (or a relative change) as `62.0 %`."""
+    text = fixed(None if value is None else 100 * value, digits, sign=sign)
+    return text if text == DASH else f"{text} %"
+
+
+def points(value: float | None, digits: int = 1) -> str:
+    """A difference of two shares in percentage points: `−20.5 points`."""
+    text = fixed(None if value is None else 100 * value, digits, sign=True)
+    return text if text == DASH else f"{text} points"
+
+
+def span(low: float, high: float, *, scale: float = 100, sign: bool = False) -> str:
+    """The ends of a 95 % interval: `95 % 58.6–65.3`; signed ends are joined by `to`."""
+    a, b = fixed(low * scale, sign=sign), fixed(high * scale, sign=sign)
+    return f"95 % {a} to {b}" if sign else f"95 % {a}–{b}"
+
+
+def rate_detail(rate: Rate) -> str:
+    """`496/800, 95 % 58.6–65.3`."""
+    return f"{rate.correct:,}/{rate.total:,}, {span(rate.low, rate.high)}"
+
+
+def rate(value: Rate) -> str:
+    """`62.0 % (496/800, 95 % 58.6–65.3)`."""
+    return f"{percent(value.value)} ({rate_detail(value)})"
+
+
+def change_span(mean: Mean) -> str:
+    """The interval of a signed mean share: `95 % −23.4 to −17.6`."""
+    return span(mean.low, mean.high, sign=True)
+
+
+def count(value: int) -> str:
+    """An integer with thousands separators."""
+    return f"{value:,}".replace("-", MINUS)
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """`1 class`, `20 classes`: a count with its noun."""
+    return f"{count(n)} {one if n == 1 else many or one + 's'}"
+
+
+def params(value: int) -> str:
+    """Parameters: `5.72 M`; in k below a tenth of a million."""
+    return f"{value / 1e6:,.2f} M" if value >= 1e5 else f"{value / 1e3:,.1f} k"
+
+
+def macs(value: int) -> str:
+    """Multiply-accumulates of one image: `1.08 G`; in M below a tenth of a billion."""
+    return f"{value / 1e9:,.2f} G" if value >= 1e8 else f"{value / 1e6:,.1f} M"
+
+
+def size(value: int | None) -> str:
+    """Bytes with a binary prefix: `21.8 MiB`."""
+    if value is None:
+        return DASH
+    amount = float(value)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:,.0f} {unit}" if unit == "B" else f"{amount:,.1f} {unit}"
+        amount /= 1024
+    return f"{amount:,.2f} GiB"
+
+
+def milliseconds(value: float) -> str:
+    """`3.12 ms`, with about three significant digits; seconds from 10 s."""
+    if not math.isfinite(value):
+        return DASH
+    if value >= 1e4:
+        return f"{value / 1e3:,.1f} s"
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f} ms"
+
+
+def seconds(value: float) -> str:
+    """`0.4 s`, `42 s`, `3 min 05 s`, `1 h 02 min`."""
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def times(value: float | None) -> str:
+    """A ratio: `0.61 ×`."""
+    text = fixed(value, 2)
+    return text if text == DASH else f"{text} ×"
+
+
+def relative(pruned: float, dense: float) -> str:
+    """The relative change of a cost: `−38.9 %`."""
+    return percent(pruned / dense - 1, sign=True) if dense else DASH
+
+
+def significant(value: Any) -> str:
+    """A cell whose meaning is unknown here: text as it is, numbers with four digits."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return DASH
+        return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS)
+    return str(value)
+
+
+def listing(values: Sequence[Any], limit: int = 12) -> str:
+    """`1, 2, 3 and 40 more`."""
+    shown = ", ".join(str(v) for v in values[:limit])
+    rest = len(values) - limit
+    return f"{shown} and {rest:,} more" if rest > 0 else shown
+
+
+def clip(text: str, limit: int) -> str:
+    """At most `limit` characters on one line, an ellipsis for what was cut."""
+    line = clean(text)
+    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+
+
+def clean(text: str) -> str:
+    """One line without control characters: names come from files and may hold anything."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def where(latency: Latency) -> str:
+    """What a latency was timed on: `ONNX Runtime, CPU, batch 1`."""
+    runtime = RUNTIMES.get(latency.runtime, latency.runtime)
+    provider = PROVIDERS.get(latency.provider, latency.provider)
+    return f"{runtime}, {provider}, batch {latency.batch}"
+
+
+def preprocessing(p: Preprocessing) -> str:
+    """`3 × 224 × 224, bicubic, crop 0.9 (center), mean 0.5 0.5 0.5, std 0.5 0.5 0.5`."""
+    shape = " × ".join(str(n) for n in p.input_size)
+    mean = " ".join(f"{v:.4g}" for v in p.mean)
+    std = " ".join(f"{v:.4g}" for v in p.std)
+    crop = f"crop {p.crop_pct:.4g} ({p.crop_mode})"
+    return f"{shape}, {p.interpolation}, {crop}, mean {mean}, std {std}"
+
+
+def data(info: DataInfo) -> str:
+    """`800 images of 100 classes, folder:val`."""
+    images = plural(info.images, "image")
+    return f"{images} of {plural(info.classes, 'class', 'classes')}, {info.spec}"
