@@ -1,0 +1,95 @@
+"""scikit-learn's handwritten digits: 1,797 real 8x8 grey images that need no download.
+
+Fixed, disjoint, stratified splits: of every digit, 40 images for test, 30 for calibration, the
+rest (1,097 in all) for training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from npprune.data.labels import choose_classes, find_labels
+from npprune.data.sources import MapSource
+from npprune.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SPLITS = ("train", "calibration", "test")
+TEST_PER_CLASS = 40
+CALIBRATION_PER_CLASS = 30
+SEED = 0
+
+
+def open_digits(
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    class_map: str | Path | None = None,
+    classes: Sequence[str | int] | str | None = None,
+    images_per_class: int | None = None,
+) -> MapSource:
+    """`digits` (all images) or one split of them; labels and names are the digits 0..9.
+
+    Raises:
+        DataError: unknown split, a class map (the labels are given), unknown class.
+    """
+    _, colon, split = spec.partition(":")
+    if colon and split not in SPLITS:
+        raise DataError(
+            f"the digits have the splits {', '.join(SPLITS)}, got `{split}`",
+            hint="write `digits` for all of them",
+        )
+    if class_map is not None:
+        raise DataError(
+            f"`{spec}` has labels of its own and takes no class map", hint="leave --class-map out"
+        )
+    labels = find_labels(
+        [str(digit) for digit in range(10)],
+        num_classes=num_classes,
+        ranked="the digit shown",
+        where=spec,
+    )
+    chosen = None if classes is None else choose_classes(classes, labels, where=spec)
+    _, targets = _digits()
+    positions = split_positions(split) if colon else list(range(len(targets)))
+    entries = ((f"{i:04d}", int(targets[i]), partial(digit_image, i)) for i in positions)
+    return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
+
+
+def split_positions(split: str) -> list[int]:
+    """Positions in scikit-learn's order of one split's images, ascending."""
+    _, targets = _digits()
+    rng = np.random.RandomState(SEED)  # the legacy generator: its stream is frozen for good
+    chosen: list[int] = []
+    for digit in range(10):
+        order = rng.permutation(np.flatnonzero(targets == digit))
+        first = {"test": 0, "calibration": TEST_PER_CLASS}.get(
+            split, TEST_PER_CLASS + CALIBRATION_PER_CLASS
+        )
+        last = {"test": TEST_PER_CLASS, "calibration": TEST_PER_CLASS + CALIBRATION_PER_CLASS}.get(
+            split
+        )
+        chosen += order[first:last].tolist()
+    return sorted(chosen)
+
+
+def digit_image(i: int) -> Image.Image:
+    """Image i, 8x8 RGB with the grey value in every channel; 0..16 becomes 0..255."""
+    from PIL import Image
+
+    images, _ = _digits()
+    return Image.fromarray(np.round(images[i] * (255 / 16)).astype(np.uint8)).convert("RGB")
+
+
+@lru_cache(maxsize=1)
+def _digits() -> tuple[Any, Any]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return data.images, data.target

@@ -1,0 +1,350 @@
+"""Image sources by name: `folder:PATH`, `digits[:SPLIT]`, and what timm's data set factory reads.
+
+A source has its labels worked out, its classes chosen and its items in a fixed order before the
+first image is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from npprune.data.images import EXTENSIONS, decode
+from npprune.data.labels import Labels, choose_classes, find_labels
+from npprune.errors import DataError
+from npprune.records import ClassInfo, DataInfo
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image: its id, unique in the source and the same on every machine, and its label."""
+
+    id: str
+    label: int
+
+
+Sample = tuple[Item, Callable[[], "Image.Image"]]
+"""An item and the function that decodes it (RGB), which may raise UnreadableImage."""
+
+
+class ImageSource(ABC):
+    """Labelled images in a fixed order.
+
+    spec: as asked for. label_rule: how labels were found. classes: the label space as far as
+    known. selected: the labels that occur or were chosen, ascending. items: all images sorted by
+    label, then id; None for a stream, whose images come only in the order they are read.
+    notes: what the user should know about the labels.
+    """
+
+    spec: str
+    label_rule: str
+    classes: list[ClassInfo]
+    selected: list[int]
+    items: list[Item] | None
+    notes: list[str]
+
+    @property
+    @abstractmethod
+    def length(self) -> int | None:
+        """How many images; None where only reading tells."""
+
+    @abstractmethod
+    def load(self, i: int) -> Image.Image:
+        """Image `items[i]` as 8-bit RGB.
+
+        Raises:
+            UnreadableImage: it cannot be decoded; names the file.
+            DataError: the source is a stream.
+        """
+
+    @abstractmethod
+    def stream(self) -> Iterator[Sample]:
+        """All images in order, each opened only when its function is called."""
+
+    @abstractmethod
+    def info(self, skipped: Sequence[str] = ()) -> DataInfo:
+        """What was read; `skipped` are the ids that were unreadable and do not count."""
+
+    def name(self, label: int) -> str:
+        """The class's name, or its index as text where no name is known."""
+        return next((c.name for c in self.classes if c.index == label), str(label))
+
+
+class MapSource(ImageSource):
+    """A source whose items are known beforehand.
+
+    entries: (id, label, function that decodes), in any order.
+
+    Raises:
+        DataError: no images, or none of a chosen class.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        labels: Labels,
+        entries: Iterable[tuple[str, int, Callable[[], Image.Image]]],
+        *,
+        chosen: list[int] | None = None,
+        images_per_class: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.label_rule = labels.rule
+        self.classes = labels.classes
+        self.notes = labels.notes
+        self.items: list[Item] = []
+        self._open: list[Callable[[], Image.Image]] = []
+        wanted = None if chosen is None else set(chosen)
+        taken: Counter[int] = Counter()
+        for id, label, opener in sorted(entries, key=lambda entry: (entry[1], entry[0])):
+            if wanted is not None and label not in wanted:
+                continue
+            if images_per_class is not None and taken[label] >= images_per_class:
+                continue
+            taken[label] += 1
+            self.items.append(Item(id, label))
+            self._open.append(opener)
+        _require_all(self, chosen, taken)
+        self.selected = sorted(taken)
+
+    @property
+    def length(self) -> int:
+        return len(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def load(self, i: int) -> Image.Image:
+        return self._open[i]()
+
+    def stream(self) -> Iterator[Sample]:
+        yield from zip(self.items, self._open, strict=True)
+
+    def info(self, skipped: Sequence[str] = ()) -> DataInfo:
+        digest = hashlib.sha256()
+        for item in self.items:
+            digest.update(_line(item))
+        return DataInfo(
+            spec=self.spec,
+            label_rule=self.label_rule,
+            images=len(self.items) - len(set(skipped)),
+            classes=len(self.selected),
+            skipped=list(skipped),
+            sha256=digest.hexdigest(),
+        )
+
+
+class StreamSource(ImageSource):
+    """A source that can only be read from its beginning, any number of times.
+
+    samples: starts one pass over (id, label, function that decodes).
+    The first `images_per_class` images of each class count; a pass ends early once every class
+    is full, where the classes are known. `info` describes the latest pass.
+    """
+
+    def __init__(
+        self,
+        spec: str,
+        labels: Labels,
+        samples: Callable[[], Iterator[tuple[str, int, Callable[[], Image.Image]]]],
+        *,
+        chosen: list[int] | None = None,
+        images_per_class: int | None = None,
+        length: int | None = None,
+    ) -> None:
+        self.spec = spec
+        self.label_rule = labels.rule
+        self.classes = labels.classes
+        self.notes = labels.notes
+        self.items = None
+        self.selected = chosen if chosen is not None else [c.index for c in labels.classes]
+        self._samples = samples
+        self._chosen = chosen
+        self._per_class = images_per_class
+        self._length = length if chosen is None and images_per_class is None else None
+        self._taken: Counter[int] = Counter()
+        self._digest = hashlib.sha256()
+
+    @property
+    def length(self) -> int | None:
+        return self._length
+
+    def load(self, i: int) -> Image.Image:
+        raise DataError(f"`{self.spec}` is a stream: its images have no positions")
+
+    def stream(self) -> Iterator[Sample]:
+        self._taken, self._digest = Counter(), hashlib.sha256()
+        wanted = None if self._chosen is None else set(self._chosen)
+        full: set[int] = set()
+        for id, label, opener in self._samples():
+            if (wanted is not None and label not in wanted) or label in full:
+                continue
+            item = Item(id, label)
+            self._taken[label] += 1
+            self._digest.update(_line(item))
+            if self._taken[label] == self._per_class:
+                full.add(label)
+            yield item, opener
+            if self.selected and full.issuperset(self.selected):
+                break
+        _require_all(self, self._chosen, self._taken)
+
+    def info(self, skipped: Sequence[str] = ()) -> DataInfo:
+        return DataInfo(
+            spec=self.spec,
+            label_rule=self.label_rule,
+            images=sum(self._taken.values()) - len(set(skipped)),
+            classes=len(self._taken),
+            skipped=list(skipped),
+            sha256=self._digest.hexdigest() if self._taken else "",
+        )
+
+
+def open_source(
+    spec: str,
+    *,
+    num_classes: int | None = None,
+    class_map: str | Path | None = None,
+    classes: Sequence[str | int] | str | None = None,
+    images_per_class: int | None = None,
+) -> ImageSource:
+    """The source called `spec`.
+
+    spec: `folder:PATH` (one folder a class), `digits`, `digits:train|calibration|test`, or
+        `tfds/`, `hfds/`, `hfids/`, `wds/`, `torch/` and a name, see `npprune.data.readers`.
+    num_classes: outputs of the model; decides which ImageNet a synset name is looked up in.
+    class_map: a .txt or .json file that says the label of every folder.
+    classes: indices, synsets, names, or a text file of them; None: all.
+    images_per_class: only the first so many of each class.
+
+    Raises:
+        DataError: missing, empty or mislabelled source, unknown class.
+    """
+    if images_per_class is not None and images_per_class < 1:
+        raise DataError(f"`images_per_class` must be 1 or more, got {images_per_class}")
+    options = {
+        "num_classes": num_classes,
+        "class_map": class_map,
+        "classes": classes,
+        "images_per_class": images_per_class,
+    }
+    if spec.startswith("folder:"):
+        return _open_folder(spec, **options)  # type: ignore[arg-type]
+    if spec.split(":")[0] == "digits":
+        from npprune.data.digits import open_digits
+
+        return open_digits(spec, **options)  # type: ignore[arg-type]
+    if spec.split("/")[0].lower() in ("tfds", "hfds", "hfids", "wds", "torch") and "/" in spec:
+        from npprune.data.readers import open_reader
+
+        return open_reader(spec, **options)  # type: ignore[arg-type]
+    raise DataError(
+        f"unknown data source `{spec}`",
+        hint=f"did you mean `folder:{spec}`?"
+        if Path(spec).is_dir()
+        else "sources: folder:PATH, digits, digits:train|calibration|test, "
+        "tfds/NAME, hfds/NAME, hfids/NAME, wds/PATH, torch/NAME",
+    )
+
+
+def _open_folder(
+    spec: str,
+    *,
+    num_classes: int | None,
+    class_map: str | Path | None,
+    classes: Sequence[str | int] | str | None,
+    images_per_class: int | None,
+) -> ImageSource:
+    root = Path(spec.removeprefix("folder:")).expanduser()
+    files = _class_folders(root)
+    labels = find_labels(list(files), num_classes=num_classes, class_map=class_map, where=str(root))
+    chosen = None if classes is None else choose_classes(classes, labels, where=spec)
+    for name, paths in files.items():
+        if not paths and (chosen is None or labels.index[name] in chosen):
+            raise DataError(
+                f"class folder `{root / name}` has no images",
+                hint="remove the folder, or choose other classes with --classes",
+            )
+    entries = (
+        (path, labels.index[name], partial(decode, root / path, str(root / path)))
+        for name, paths in files.items()
+        for path in paths
+    )
+    return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
+
+
+def _class_folders(root: Path) -> dict[str, list[str]]:
+    """Class folder -> its images below it, relative to `root`; folders in natural order."""
+    from timm.utils.misc import natural_key
+
+    if not root.exists():
+        raise DataError(f"image folder `{root}` does not exist", hint="check the path")
+    if not root.is_dir():
+        raise DataError(f"`{root}` is a file, not an image folder")
+    try:
+        children = list(os.scandir(root))
+        names = sorted(
+            (c.name for c in children if c.is_dir() and not c.name.startswith((".", "__"))),
+            key=lambda name: (natural_key(name), name),
+        )
+        files = {name: sorted(_images(root, name)) for name in names}
+    except OSError as err:
+        raise DataError(f"cannot list `{err.filename or root}`: {err.strerror}") from err
+    if any(files.values()):
+        inside = [name for name in names if name.lower() in SPLIT_NAMES]
+        if len(inside) == len(names):
+            raise DataError(
+                f"`{root}` holds splits ({', '.join(inside)}), not class folders",
+                hint=f"did you mean `folder:{root / inside[0]}`?",
+            )
+        return files
+    if any(Path(c.name).suffix.lower() in EXTENSIONS for c in children):
+        raise DataError(
+            f"`{root}` holds images without class folders, so without labels",
+            hint="put the images of each class into a folder of its own",
+        )
+    raise DataError(
+        f"no images below `{root}`" + ("" if children else ": the folder is empty"),
+        hint=f"image files end in {', '.join(sorted(EXTENSIONS))}",
+    )
+
+
+def _images(root: Path, name: str) -> Iterator[str]:
+    for folder, subfolders, files in os.walk(root / name, followlinks=True, onerror=_reraise):
+        subfolders.sort()
+        for file in files:
+            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
+                yield PurePosixPath(Path(folder, file).relative_to(root)).as_posix()
+
+
+def _reraise(err: OSError) -> None:
+    raise err
+
+
+def _require_all(source: ImageSource, chosen: list[int] | None, taken: Counter[int]) -> None:
+    missing = [label for label in chosen or () if not taken[label]]
+    if missing:
+        some = ", ".join(f"{label} ({source.name(label)})" for label in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise DataError(
+            f"no images in `{source.spec}` of class {some}{more}",
+            hint="choose classes that it holds",
+        )
+    if not taken:
+        raise DataError(f"no images in `{source.spec}`")
+
+
+def _line(item: Item) -> bytes:
+    return f"{item.id}\t{item.label}\n".encode()
