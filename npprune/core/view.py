@@ -6,9 +6,11 @@ k kept, m quadrature points, c classes, l block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Scope = Literal["cls", "patch", "all"]
@@ -16,6 +18,10 @@ Scope = Literal["cls", "patch", "all"]
 
 HiddenEdit = Callable[[Tensor], Tensor]
 """Maps the hidden activations [b, t, h] of one block (all tokens) to edited ones, same shape."""
+
+
+Given = tuple[slice, Tensor]
+"""Token positions, and the MLP's output [b, s, d] at them."""
 
 
 class VitView(Protocol):
@@ -42,17 +48,23 @@ class VitView(Protocol):
         """The stream before block 0: images [b, 3, H, W] -> [b, t, d]."""
         ...
 
-    def block(self, l: int, x: Tensor, edit: HiddenEdit | None = None) -> Tensor:
-        """Block l on the stream [b, t, d], its hidden activations passed through `edit`."""
+    def block(
+        self, l: int, x: Tensor, *, edit: HiddenEdit | None = None, given: Given | None = None
+    ) -> Tensor:
+        """Block l on the stream [b, t, d].
+
+        `edit` maps the hidden activations before `fc2` sees them. `given` is (tokens, output
+        [b, s, d]): the MLP's output at those tokens, which is then not computed there.
+        """
         ...
 
     def block_and_attention(
-        self, l: int, x: Tensor, edit: HiddenEdit | None = None
+        self, l: int, x: Tensor, *, given: Given | None = None
     ) -> tuple[Tensor, Tensor]:
         """As `block`, and the output of the block's attention module [b, t, d] beside it."""
         ...
 
-    def tail(self, l: int, x: Tensor, attention: Tensor, edit: HiddenEdit | None = None) -> Tensor:
+    def tail(self, l: int, x: Tensor, attention: Tensor, *, given: Given | None = None) -> Tensor:
         """Block l with its attention's output given: what remains acts on each token alone,
         so x and attention may hold any subset [b, t', d] of the tokens."""
         ...
@@ -64,3 +76,18 @@ class VitView(Protocol):
     def fc2(self, l: int) -> nn.Linear:
         """The second linear layer of block l's MLP: weight [d, h]."""
         ...
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[nn.Module]:
+    """Evaluation mode, gradients on, but none for parameters; all restored on exit."""
+    training = model.training
+    wanted = [p.requires_grad for p in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield model
+    finally:
+        model.train(training)
+        for p, want in zip(model.parameters(), wanted, strict=True):
+            p.requires_grad_(want)

@@ -1,0 +1,327 @@
+"""Influential neuron paths by joint attribution, chosen block by block.
+
+"Discovering Influential Neuron Path in Vision Transformers" (ICLR 2025). A path P takes K hidden
+units of every block's MLP. With w a unit's activation in the clean run and p the softmax
+probability of the image's label, its joint attribution score is
+
+    JAS(P) = (sum of w over P) * integral over alpha in [0, 1] of
+             (sum over P of dp/dw, where every unit of P stands at alpha * w).
+
+The search goes through the blocks in order. In block l all units are scaled by alpha together
+with the path so far, and unit i is scored as if it joined the path:
+
+    score_i = (W + w_i) * integral of (G + g_i)          per token of the scope, then summed
+
+with W the path's activations, G the sum of its gradients, g_i the unit's own. The K best join;
+from then on they alone are scaled in block l, the block's other units standing at the clean run's
+values on the scope's tokens.
+
+Two identities keep this exact and cheap:
+
+- Up to block l everything is settled once its units are chosen, so the stream X before the next
+  block is kept for every alpha, and no block is run twice.
+- Only the *sum* G of the path's gradients is needed: a directional derivative. With `cls` scope
+  dX, the change of the stream when all of the path's units rise at unit rate, is carried along in
+  forward mode, and G = <dp/dX, dX>: the backward pass ends at block l. With `patch` and `all`
+  scope G is needed for each token, and one backward pass through the kept graph gives it.
+
+Unit i acts through its column of fc2 alone, so with o the MLP's output, g_i = <W2[:, i], dp/do>,
+and the gradient can be integrated over alpha before it is multiplied by W2.
+
+Letters: b images, m points, s tokens of the scope, t tokens, d width, h units, k chosen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from npprune.core.quadrature import Rule, quadrature
+from npprune.core.view import Scope, VitView, frozen
+
+Accumulation = Literal["sum", "last"]
+
+
+@dataclass
+class PathBatch:
+    """The paths of a batch of images.
+
+    neurons: int64 [images, blocks, topk], best first in each block.
+    scores: float [images], the joint attribution score of the whole path.
+    """
+
+    neurons: Tensor
+    scores: Tensor
+
+
+def clean_hidden(view: VitView, images: Tensor, scope: Scope) -> tuple[list[Tensor], Tensor]:
+    """The clean run: hidden activations [b, s, h] of every block at the scope's tokens, and the
+    logits [b, c]."""
+    tokens = view.tokens(scope)
+    hidden: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        hidden.append(h[:, tokens].detach())
+        return h
+
+    with torch.no_grad():
+        x = view.embed(images)
+        for l in range(len(view.widths)):
+            x = view.block(l, x, edit=keep)
+        return hidden, view.head(x)
+
+
+def joint_attribution(
+    view: VitView,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    topk: int = 1,
+    scope: Scope = "cls",
+    rule: Rule = "gauss-legendre",
+    points: int | None = None,
+    accumulation: Accumulation = "sum",
+    neurons: Tensor | None = None,
+) -> PathBatch:
+    """The layer-progressive search, or the score of a given path.
+
+    Args:
+        images: [b, 3, H, W], preprocessed; labels: int64 [b], one each, in any mixture.
+        topk: units per block.
+        accumulation: `sum` lets all K units of a block contribute to the joint sums (the
+            formula); `last` only the K-th, as the paper's released program does.
+        neurons: a path [b, L, k] to score instead of searching for one.
+
+    Returns:
+        The paths and their scores, detached, on the images' device.
+    """
+    alphas, weights = (v.to(images) for v in quadrature(rule, points))
+    walk = _TangentWalk if scope == "cls" else _GraphWalk
+    with frozen(view.model):
+        w, _ = clean_hidden(view, images, scope)
+        state = walk(view, images, labels, scope, alphas, weights)
+        path_w = torch.zeros_like(w[0][..., 0])  # W [b, s]
+        path: list[Tensor] = []
+        score = path_w
+        for l in range(len(view.widths)):
+            if neurons is None:
+                path_g, g = state.candidates(l, w[l])  # G [b, s], g [b, s, h]
+                unit_scores = ((path_w[..., None] + w[l]) * (path_g[..., None] + g)).sum(1)
+                chosen = unit_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+            else:
+                chosen = neurons[:, l].to(images.device)
+            joins = chosen if accumulation == "sum" else chosen[:, -1:]
+            path_w = path_w + _take(w[l], joins).sum(-1)
+            state.settle(l, w[l], chosen, joins)
+            path.append(chosen)
+        score = (path_w * state.path_gradient()).sum(1)
+    return PathBatch(torch.stack(path, 1), score.detach())
+
+
+def own_attribution(
+    view: VitView,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    scope: Scope,
+    rule: Rule = "gauss-legendre",
+    points: int | None = None,
+) -> list[Tensor]:
+    """Each unit's own part, no path: w_i * integral of g_i, [b, h] per block.
+
+    One block's units are scaled together on the clean run's stream; the sum over a block is the
+    change of p when its hidden activations at the scope's tokens go from 0 to their values.
+    """
+    alphas, weights = (v.to(images) for v in quadrature(rule, points))
+    with frozen(view.model):
+        w, _ = clean_hidden(view, images, scope)
+        walk = _Walk(view, images, labels, scope, alphas, weights)
+        x, own = walk.x, []
+        for l in range(len(view.widths)):
+            o = walk.scaled(l, w[l]).detach().requires_grad_()
+            y = view.block(l, walk.repeat(x), given=(walk.tokens, o))
+            (dp_do,) = torch.autograd.grad(walk.probability(y, l + 1).sum(), o)
+            own.append((w[l] * (walk.integral(dp_do) @ view.fc2(l).weight)).sum(1))
+            with torch.no_grad():
+                x = view.block(l, x)
+    return own
+
+
+class _Walk:
+    """What both searches share: m * b streams, alpha-major, that advance one block a step."""
+
+    def __init__(
+        self,
+        view: VitView,
+        images: Tensor,
+        labels: Tensor,
+        scope: Scope,
+        alphas: Tensor,
+        weights: Tensor,
+    ) -> None:
+        self.view, self.labels, self.weights = view, labels, weights
+        self.alphas = alphas.repeat_interleave(len(images))[:, None, None]  # [mb, 1, 1]
+        self.m = len(alphas)
+        self.tokens = view.tokens(scope)
+        self.last = len(view.widths) - 1
+        with torch.no_grad():
+            self.x = view.embed(images)  # the same for all alphas until a neuron is scaled
+
+    def repeat(self, value: Tensor) -> Tensor:
+        """[b, ...] -> [mb, ...]."""
+        return value.repeat(self.m, *[1] * (value.dim() - 1))
+
+    def integral(self, value: Tensor) -> Tensor:
+        """[mb, ...] -> [b, ...], the weighted sum over the points."""
+        return torch.einsum("m,mb...->b...", self.weights, value.unflatten(0, (self.m, -1)))
+
+    def probability(self, x: Tensor, l: int) -> Tensor:
+        """p [mb] of each row's own label, from the stream before block l."""
+        for block in range(l, self.last + 1):
+            x = self.view.block(block, x, given=self.unread(block, x))
+        p = self.view.head(x).softmax(-1)
+        return p.gather(1, self.labels.repeat(self.m)[:, None])[:, 0]
+
+    def unread(self, l: int, x: Tensor) -> tuple[slice, Tensor] | None:
+        """In the last block under class-token pooling, no one reads the other tokens."""
+        if l < self.last or self.view.scope != "cls":
+            return None
+        return slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
+
+    def settled(self, l: int, w: Tensor, chosen: Tensor) -> Tensor:
+        """The MLP's output [mb, s, d] with the chosen units at alpha * w, the others at w."""
+        fc2 = self.view.fc2(l)
+        clean = fc2(w)  # [b, s, d]
+        chosen_part = torch.einsum(
+            "bsk,bkd->bsd", _take(w, chosen), fc2.weight.t()[chosen]
+        )
+        return self.repeat(clean) - (1 - self.alphas) * self.repeat(chosen_part)
+
+    def scaled(self, l: int, w: Tensor) -> Tensor:
+        """The MLP's output [mb, s, d] with all units at alpha * w."""
+        return self.view.fc2(l)(self.alphas * self.repeat(w))
+
+    def direction(self, l: int, joins: Tensor) -> Tensor:
+        """The change of the MLP's output [mb, 1, d] when the joining units rise at unit rate."""
+        return self.repeat(self.view.fc2(l).weight.t()[joins].sum(1, keepdim=True))
+
+
+class _TangentWalk(_Walk):
+    """Class-token scope: the stream and its tangent along the path, both in forward mode."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.dx: Tensor | None = None  # zero until a neuron is chosen
+
+    def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        self._advance(l)
+        o = self.scaled(l, w).detach().requires_grad_()
+        cls, dcls = self._cls_tail(l, o, torch.zeros_like(o))
+        y = _put(self.y, self.tokens, cls).detach().requires_grad_()
+        (dp_dy,) = torch.autograd.grad(self.probability(y, l + 1).sum(), y)
+        (dp_do,) = torch.autograd.grad(cls, o, dp_dy[:, self.tokens])
+        g = self.integral(dp_do) @ self.view.fc2(l).weight
+        if self.dy is None:
+            return g.new_zeros(g.shape[:2]), g
+        path_g = (dp_dy * _put(self.dy, self.tokens, dcls)).sum((1, 2))
+        return self.integral(path_g)[:, None], g
+
+    def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
+        self._advance(l)
+        with torch.no_grad():
+            cls, dcls = self._cls_tail(l, self.settled(l, w, chosen), self.direction(l, joins))
+            dy = torch.zeros_like(self.y) if self.dy is None else self.dy
+            self.x, self.dx = _put(self.y, self.tokens, cls), _put(dy, self.tokens, dcls)
+
+    def path_gradient(self) -> Tensor:
+        x = self.x.detach().requires_grad_()
+        (dp_dx,) = torch.autograd.grad(self.probability(x, self.last + 1).sum(), x)
+        assert self.dx is not None
+        return self.integral((dp_dx * self.dx).sum((1, 2)))[:, None]
+
+    def _advance(self, l: int) -> None:
+        """Block l on the stream and its tangent, once: attention, and all tokens but the class
+        token. What the class token's MLP gives is decided in `_cls_tail`."""
+        if getattr(self, "at", None) == l:
+            return
+        self.at = l
+
+        def block(x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.view.block_and_attention(l, x, given=self.unread(l, x))
+
+        with torch.no_grad():
+            if self.dx is None:
+                y, attention = (self.repeat(v) for v in block(self.x))
+                self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
+            else:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward mode
+                    (y, attention), (self.dy, dattention) = jvp(block, (self.x,), (self.dx,))
+        self.y = y
+        x, dx = self.x, torch.zeros_like(self.x) if self.dx is None else self.dx
+        self.cls = [v[:, self.tokens] for v in (x, attention)]
+        self.dcls = [v[:, self.tokens] for v in (dx, dattention)]
+
+    def _cls_tail(self, l: int, o: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token after block l, and its tangent, when its MLP gives o (changing by do)."""
+
+        def tail(x: Tensor, attention: Tensor, o: Tensor) -> Tensor:
+            return self.view.tail(l, x, attention, given=(slice(None), o))
+
+        return jvp(tail, (*self.cls, o), (*self.dcls, do))  # type: ignore[no-any-return]
+
+
+class _GraphWalk(_Walk):
+    """Any scope: the path's units carry a nudge eps, one for each token, and the graph is kept.
+
+    p's gradient in eps is the path's summed gradient at each token.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.eps: Tensor | None = None
+        self.x = self.repeat(self.x)
+
+    def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        o = self.scaled(l, w).detach().requires_grad_()
+        y, self.attention = self.view.block_and_attention(l, self.x, given=(self.tokens, o))
+        p = self.probability(y, l + 1).sum()
+        if self.eps is None:
+            (dp_do,) = torch.autograd.grad(p, o)
+            path_g = self.integral(dp_do).new_zeros(w.shape[:2])
+        else:
+            dp_do, dp_deps = torch.autograd.grad(p, (o, self.eps), retain_graph=True)
+            path_g = self.integral(dp_deps)
+        return path_g, self.integral(dp_do) @ self.view.fc2(l).weight
+
+    def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
+        if self.eps is None:
+            self.eps = w.new_zeros(self.m * w.shape[0], w.shape[1]).requires_grad_()
+        o = self.settled(l, w, chosen) + self.eps[..., None] * self.direction(l, joins)
+        attention = getattr(self, "attention", None)
+        if attention is None:
+            self.x = self.view.block(l, self.x, given=(self.tokens, o))
+        else:
+            self.x = self.view.tail(l, self.x, attention, given=(self.tokens, o))
+        self.attention = None
+
+    def path_gradient(self) -> Tensor:
+        assert self.eps is not None
+        (dp_deps,) = torch.autograd.grad(self.probability(self.x, self.last + 1).sum(), self.eps)
+        return self.integral(dp_deps)
+
+
+def _take(w: Tensor, units: Tensor) -> Tensor:
+    """The units [b, k] of w [b, s, h]: [b, s, k]."""
+    return w.gather(2, units[:, None].expand(-1, w.shape[1], -1))
+
+
+def _put(x: Tensor, tokens: slice, value: Tensor) -> Tensor:
+    """x with `value` at the tokens, as a new tensor."""
+    x = x.clone()
+    x[:, tokens] = value
+    return x
