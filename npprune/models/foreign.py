@@ -1,0 +1,255 @@
+"""Foreign layouts: the original JAX archives, and `auto`, which reads an architecture off a file.
+
+JAX: "An Image is Worth 16x16 Words" (`ViT-B_16-224.npz`, `ViT-B_32.npz`, `ViT-L_32.npz`).
+PyTorch: timm, DeiT, DeiT III, DINOv2 and MAE (`mae_finetuned_vit_base.pth`: average pooling with
+`fc_norm`), whatever their sizes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npprune.errors import ModelError
+
+STANDARD_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+"""Heads of the usual ViT-Ti, S, B, L, H by width."""
+
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+BY_NAME = "give the timm name of the architecture instead of `auto`"
+
+
+@dataclass
+class Architecture:
+    """A timm architecture that fits a file: `timm.create_model(name, **args)`."""
+
+    name: str
+    args: dict[str, Any]
+    preprocessing: dict[str, Any]  # entries of timm's pretrained_cfg
+    notes: list[str] = field(default_factory=list)
+
+
+def jax_to_timm(arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """A JAX archive's arrays under timm's names and shapes, and the number of heads.
+
+    Kernels are [in, out] there and [out, in] here; attention kernels carry the heads as an axis:
+    query/key/value [d, heads, d/heads], out [heads, d/heads, d].
+
+    Raises:
+        ModelError: not a plain ViT archive: ResNet hybrids, the extra `pre_logits` layer, other
+            layouts.
+    """
+    a = {k.removeprefix("opt/target/"): v.float() for k, v in arrays.items()}
+    if "conv_root/kernel" in a:
+        raise ModelError(
+            "the archive is a hybrid with a ResNet stem (`conv_root`), which is not supported",
+            hint="use a plain ViT, such as ViT-B_16",
+        )
+    if "pre_logits/kernel" in a:
+        raise ModelError(
+            "the archive has a representation layer before its head (`pre_logits`), which timm's "
+            "models lack: it would give other outputs",
+            hint="use the archive fine-tuned on ImageNet-1k",
+        )
+    pos = "Transformer/posembed_input/pos_embedding"
+    missing = [k for k in ("embedding/kernel", "cls", pos, "head/kernel") if k not in a]
+    if missing:
+        raise ModelError(
+            f"the archive lacks `{missing[0]}`, so it is not in the layout of ViT-B_16.npz; its "
+            f"first arrays: {', '.join(list(arrays)[:3])}",
+            hint="convert it to a PyTorch state dict with timm's names",
+        )
+    out = {
+        "cls_token": a["cls"],
+        "pos_embed": a[pos],
+        "patch_embed.proj.weight": a["embedding/kernel"].permute(3, 2, 0, 1),
+        "patch_embed.proj.bias": a["embedding/bias"],
+        "norm.weight": a["Transformer/encoder_norm/scale"],
+        "norm.bias": a["Transformer/encoder_norm/bias"],
+        "head.weight": a["head/kernel"].t(),
+        "head.bias": a["head/bias"],
+    }
+    blocks = sorted(
+        {int(m[1]) for k in a if (m := re.match(r"Transformer/encoderblock_(\d+)/", k))}
+    )
+    heads = 0
+    for l in blocks:
+        try:
+            block, heads = _jax_block(a, f"Transformer/encoderblock_{l}/")
+        except KeyError as err:
+            raise ModelError(f"the archive lacks {err}", hint="it is cut short") from err
+        out.update({f"blocks.{l}.{k}": v for k, v in block.items()})
+    return {k: v.contiguous() for k, v in out.items()}, heads
+
+
+def _jax_block(a: dict[str, Tensor], at: str) -> tuple[dict[str, Tensor], int]:
+    attn, mlp = at + "MultiHeadDotProductAttention_1/", at + "MlpBlock_3/"
+    query = a[attn + "query/kernel"]  # [d, heads, d / heads]
+    parts = ("query", "key", "value")
+    return {
+        "norm1.weight": a[at + "LayerNorm_0/scale"],
+        "norm1.bias": a[at + "LayerNorm_0/bias"],
+        "attn.qkv.weight": torch.cat([a[f"{attn}{p}/kernel"].flatten(1).t() for p in parts]),
+        "attn.qkv.bias": torch.cat([a[f"{attn}{p}/bias"].flatten() for p in parts]),
+        "attn.proj.weight": a[attn + "out/kernel"].flatten(0, 1).t(),
+        "attn.proj.bias": a[attn + "out/bias"],
+        "norm2.weight": a[at + "LayerNorm_2/scale"],
+        "norm2.bias": a[at + "LayerNorm_2/bias"],
+        "mlp.fc1.weight": a[mlp + "Dense_0/kernel"].t(),
+        "mlp.fc1.bias": a[mlp + "Dense_0/bias"],
+        "mlp.fc2.weight": a[mlp + "Dense_1/kernel"].t(),
+        "mlp.fc2.bias": a[mlp + "Dense_1/bias"],
+    }, query.shape[1]
+
+
+def infer(
+    tensors: dict[str, Tensor], *, num_heads: int | None, jax: bool, wrapped: bool
+) -> Architecture:
+    """The plain vision transformer that a state dict in timm's names belongs to.
+
+    Args:
+        tensors: as in the file (or from `jax_to_timm`).
+        num_heads: attention heads; None reads them from a QK norm or takes the usual number of a
+            standard width.
+        jax: the file is a JAX archive; wrapped: its weights lay under a key `model`. Both only
+            decide which preprocessing is assumed, which the notes say.
+
+    Raises:
+        ModelError: not a plain vision transformer, or the heads cannot be told.
+    """
+    patch, fc1, depth = _landmarks(tensors)
+    width, hidden = patch.shape[0], fc1.shape[0]
+    names = set(tensors)
+    registers = next((tensors[k] for k in ("reg_token", "register_tokens") if k in names), None)
+    prefix = sum(k in names for k in ("cls_token", "dist_token"))
+    prefix += registers.shape[1] if registers is not None else 0
+    grid, no_embed_class = _grid(tensors, prefix)
+    qkv = tensors["blocks.0.attn.qkv.weight"]
+    heads, notes = _heads(tensors, width, qkv.shape[0] // 3, num_heads)
+    average = "fc_norm.weight" in names or "cls_token" not in names
+    args: dict[str, Any] = {
+        "img_size": [grid * patch.shape[2], grid * patch.shape[3]],
+        "patch_size": patch.shape[2] if patch.shape[2] == patch.shape[3] else list(patch.shape[2:]),
+        "in_chans": patch.shape[1],
+        "num_classes": tensors["head.weight"].shape[0] if "head.weight" in names else 0,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": _ratio(width, hidden),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in names,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in names,
+        "proj_bias": "blocks.0.attn.proj.bias" in names,
+        "init_values": 1e-5 if names & {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} else None,
+        "class_token": "cls_token" in names,
+        "no_embed_class": no_embed_class,
+        "reg_tokens": registers.shape[1] if registers is not None else 0,
+        "pre_norm": "norm_pre.weight" in names,
+        "global_pool": "map" if "attn_pool.latent" in names else ("avg" if average else "token"),
+        "fc_norm": "fc_norm.weight" in names,
+    }
+    arch = "vit_base_patch16_224"
+    if "dist_token" in names:  # its own class in timm, with fewer choices
+        arch = "deit_base_distilled_patch16_224"
+    half = jax or not (wrapped or "fc_norm.weight" in names)
+    notes.append(
+        "the file does not say its preprocessing: assumed mean and standard deviation "
+        + ("0.5, as timm's ViT" if half else "of ImageNet, as DeiT and MAE")
+        + ", bicubic, crop 0.9"
+    )
+    return Architecture(arch, args, HALF if half else IMAGENET, notes)
+
+
+def _landmarks(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
+    """Patch embedding [d, c, p, p], first `fc1` [h, d], number of blocks."""
+    needed = (
+        "patch_embed.proj.weight",
+        "blocks.0.attn.qkv.weight",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    )
+    missing = [k for k in needed if k not in tensors]
+    if missing:
+        raise ModelError(
+            f"`auto` reads plain vision transformers in timm's, DeiT's, MAE's or JAX's layout, and "
+            f"the file lacks `{missing[0]}`; its first tensors: {', '.join(list(tensors)[:3])}",
+            hint=BY_NAME,
+        )
+    patch, _, fc1, fc2 = (tensors[k] for k in needed)
+    if patch.dim() != 4 or fc1.shape[0] != fc2.shape[1]:
+        raise ModelError(
+            f"`auto` reads plain two-layer MLPs, and the file's first has fc1 {list(fc1.shape)} "
+            f"and fc2 {list(fc2.shape)}: it is gated, or not a vision transformer",
+            hint=BY_NAME,
+        )
+    found = {int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k))}
+    depth = max(found) + 1
+    lost = sorted(set(range(depth)) - found)
+    if lost:
+        raise ModelError(
+            f"the file has block {depth - 1} and lacks block {lost[0]}",
+            hint="it is cut short, or one part of several",
+        )
+    for l in range(depth):
+        other = tensors.get(f"blocks.{l}.mlp.fc1.weight", fc1)
+        if other.shape != fc1.shape:
+            raise ModelError(
+                f"blocks of one file must be alike, got fc1 {list(fc1.shape)} in block 0 and "
+                f"{list(other.shape)} in block {l}",
+                hint="a pruned network is loaded by its folder, with its config.json",
+            )
+    return patch, fc1, depth
+
+
+def _grid(tensors: dict[str, Tensor], prefix: int) -> tuple[int, bool]:
+    """Side of the square patch grid, and whether positions leave the prefix tokens out."""
+    if "pos_embed" not in tensors:
+        raise ModelError(
+            "the file has no `pos_embed`, so the image size is not in it",
+            hint=BY_NAME,
+        )
+    n = tensors["pos_embed"].shape[1]
+    for outside in (False, True):
+        patches = n if outside else n - prefix
+        side = math.isqrt(max(patches, 0))
+        if side > 0 and side * side == patches:
+            return side, outside and prefix > 0
+    raise ModelError(
+        f"`pos_embed` holds {n} positions, which with {prefix} prefix tokens is no square grid",
+        hint=BY_NAME,
+    )
+
+
+def _heads(
+    tensors: dict[str, Tensor], width: int, attended: int, given: int | None
+) -> tuple[int, list[str]]:
+    norm = tensors.get("blocks.0.attn.q_norm.weight")
+    if given is not None:
+        if given < 1 or attended % given:
+            raise ModelError(
+                f"`num_heads` must divide the width {attended}, got {given}",
+                hint=f"the usual head has 64 channels: {max(attended // 64, 1)} heads",
+            )
+        return given, []
+    if norm is not None:
+        return attended // norm.shape[0], []
+    if width in STANDARD_HEADS and attended == width:
+        heads = STANDARD_HEADS[width]
+        return heads, [f"the file does not say its heads: took {heads}, usual at width {width}"]
+    raise ModelError(
+        f"the number of attention heads is not in the file, and the width {width} is not a usual "
+        f"one ({', '.join(map(str, STANDARD_HEADS))})",
+        hint="say it: `--num-heads N` (`num_heads=N` in Python)",
+    )
+
+
+def _ratio(width: int, hidden: int) -> float:
+    """A ratio that timm's int(width * ratio) turns back into `hidden`."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

@@ -1,0 +1,102 @@
+"""What a network is: its hash, sizes, cost and preprocessing."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import timm.data
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from npprune.errors import ModelError
+from npprune.models.view import make_view
+from npprune.records import ModelInfo, ModelSource, Preprocessing
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """sha256 over the state dict: names in order, types, shapes and bytes, wherever it lies."""
+    h = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        h.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        data = tensor.detach().cpu().contiguous().flatten()
+        h.update(memoryview(data.view(torch.uint8).numpy()))
+    return h.hexdigest()
+
+
+def model_info(model: nn.Module, source: ModelSource) -> ModelInfo:
+    """Sizes and cost of a network; fills in the source's hash where it is empty."""
+    view = make_view(model)
+    preprocessing = model_preprocessing(model)
+    if not source.sha256:
+        source.sha256 = weights_sha256(model)
+    return ModelInfo(
+        source=source,
+        params=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(model, preprocessing.input_size),
+        widths=[int(w) for w in view.widths],  # type: ignore[arg-type]
+        heads=[int(block.attn.num_heads) for block in view.blocks],  # type: ignore[union-attr,arg-type]
+        embed_dim=view.fc2(0).out_features,
+        num_classes=classifiers(model)[0].out_features,
+        scope=view.scope,
+        preprocessing=preprocessing,
+    )
+
+
+def model_preprocessing(model: nn.Module) -> Preprocessing:
+    """The preprocessing that travels with the weights (timm's `pretrained_cfg`), at the input
+    size that the network was built for."""
+    cfg = timm.data.resolve_model_data_config(model)
+    channels, height, width = cfg["input_size"]
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if built is not None:
+        height, width = built
+    return Preprocessing(
+        input_size=(int(channels), int(height), int(width)),
+        mean=tuple(float(v) for v in cfg["mean"]),
+        std=tuple(float(v) for v in cfg["std"]),
+        interpolation=str(cfg["interpolation"]),
+        crop_pct=float(cfg["crop_pct"]),
+        crop_mode=str(cfg["crop_mode"]),
+    )
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one image: convolutions and matrix products, attention included.
+
+    Counted by running the network on shapes alone (torch's FLOP counter, meta tensors).
+    """
+    values: dict[str, Any] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {k: torch.empty_like(v, device="meta") for k, v in values.items()}
+    dtype = next(model.parameters()).dtype
+    image = torch.empty(1, *input_size, device="meta", dtype=dtype)
+    counter = FlopCounterMode(display=False)
+    # The plain attention kernel is made of products that the counter knows on any device.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        functional_call(model, meta, (image,), tie_weights=False)
+    return int(counter.get_total_flops() // 2)
+
+
+def classifiers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that give the logits: one, or two in distilled models.
+
+    Raises:
+        ModelError: the network ends in something else.
+    """
+    head: Any = model.get_classifier()  # type: ignore[operator]
+    heads = list(head) if isinstance(head, tuple) else [head]
+    if not all(isinstance(h, nn.Linear) for h in heads):
+        kinds = ", ".join(type(h).__name__ for h in heads)
+        raise ModelError(
+            f"{type(model).__name__} must end in a linear classifier, got {kinds}",
+            hint="use weights fine-tuned for classification",
+        )
+    return heads
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict as contiguous CPU tensors that share no memory, ready for safetensors."""
+    return {k: v.detach().cpu().clone().contiguous() for k, v in model.state_dict().items()}

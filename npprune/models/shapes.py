@@ -1,0 +1,74 @@
+"""Giving a dense architecture the uneven sizes of a pruned network's tensors."""
+
+from __future__ import annotations
+
+import re
+
+from timm.layers import Attention
+from torch import Tensor, nn
+
+from npprune.errors import ModelError
+
+PRUNABLE = re.compile(r"blocks\.(\d+)\.(mlp\.(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$")
+"""The linear layers whose sizes pruning may change."""
+
+
+def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) -> None:
+    """Resize, in place, the layers that pruning changes to the shapes of `tensors`.
+
+    Args:
+        tensors: a state dict of the pruned network.
+        heads: attention heads per block.
+
+    Raises:
+        ModelError: the number of blocks or a size does not agree.
+    """
+    blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+    if len(heads) != len(blocks):
+        raise ModelError(f"the network has {len(blocks)} blocks, got heads for {len(heads)}")
+    for name, module in model.named_modules():
+        weight = tensors.get(f"{name}.weight")
+        if (
+            PRUNABLE.match(name)
+            and isinstance(module, nn.Linear)
+            and weight is not None
+            and weight.dim() == 2
+        ):
+            resize_linear(module, weight.shape[0], weight.shape[1], f"{name}.bias" in tensors)
+    for l, (block, count) in enumerate(zip(blocks, heads, strict=True)):
+        set_heads(block.attn, count, l)  # type: ignore[arg-type]
+
+
+def resize_linear(layer: nn.Linear, out_features: int, in_features: int, bias: bool) -> None:
+    """Other sizes for a linear layer, in place, its values undefined where they change."""
+    if tuple(layer.weight.shape) != (out_features, in_features):
+        layer.weight = nn.Parameter(layer.weight.new_empty(out_features, in_features))
+    if not bias:
+        layer.bias = None  # type: ignore[assignment]
+    elif layer.bias is None or layer.bias.shape != (out_features,):
+        layer.bias = nn.Parameter(layer.weight.new_empty(out_features))
+    layer.in_features, layer.out_features = in_features, out_features
+
+
+def set_heads(attn: nn.Module, count: int, l: int) -> None:
+    """Tell an attention module that it has `count` heads left, each as wide as before.
+
+    Raises:
+        ModelError: its projections do not have that many heads, or its kind cannot lose any.
+    """
+    if count == attn.num_heads:
+        return
+    if type(attn) is not Attention:
+        raise ModelError(
+            f"block {l}: heads cannot be removed from {type(attn).__module__}."
+            f"{type(attn).__name__}",
+            hint="remove hidden units of the MLPs alone",
+        )
+    width = count * attn.head_dim
+    if attn.qkv.out_features != 3 * width or attn.proj.in_features != width:
+        raise ModelError(
+            f"block {l}: {count} heads of {attn.head_dim} need a qkv of {3 * width} rows, got "
+            f"{attn.qkv.out_features}"
+        )
+    # timm reads all three; the scale belongs to the head's width, which stays.
+    attn.num_heads, attn.attn_dim = count, width

@@ -1,0 +1,415 @@
+"""Loading by name and from files: layouts, sizes, preprocessing, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from npprune.errors import ModelError
+from npprune.models import hub
+from npprune.models.foreign import jax_to_timm
+from npprune.models.load import build, create, load, load_model, model_info, weights_sha256
+from npprune.records import CheckpointConfig, ModelSource
+
+TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2}
+TINY |= {"num_heads": 3, "num_classes": 5}
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Non-trivial values everywhere: no zero biases, no unit scales."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.2 + 0.05)
+    return model
+
+
+def tiny(name: str = "vit_base_patch16_224", **args: Any) -> nn.Module:
+    return randomised(create(name, {**TINY, **args}))
+
+
+def images(side: int = 32, n: int = 2) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def jax_archive(model: nn.Module) -> dict[str, np.ndarray]:
+    """The inverse of `jax_to_timm`, written from the layout's description."""
+    s = {k: v.numpy() for k, v in model.state_dict().items()}
+    d, heads = model.embed_dim, model.blocks[0].attn.num_heads  # type: ignore[union-attr,index]
+    out = {
+        "embedding/kernel": s["patch_embed.proj.weight"].transpose(2, 3, 1, 0),
+        "embedding/bias": s["patch_embed.proj.bias"],
+        "cls": s["cls_token"],
+        "Transformer/posembed_input/pos_embedding": s["pos_embed"],
+        "Transformer/encoder_norm/scale": s["norm.weight"],
+        "Transformer/encoder_norm/bias": s["norm.bias"],
+        "head/kernel": s["head.weight"].T,
+        "head/bias": s["head.bias"],
+    }
+    for i in range(len(model.blocks)):  # type: ignore[arg-type]
+        b, at = f"blocks.{i}.", f"Transformer/encoderblock_{i}/"
+        attn = at + "MultiHeadDotProductAttention_1/"
+        for n, part in enumerate(("query", "key", "value")):
+            rows = slice(n * d, (n + 1) * d)
+            out[f"{attn}{part}/kernel"] = s[b + "attn.qkv.weight"][rows].T.reshape(d, heads, -1)
+            out[f"{attn}{part}/bias"] = s[b + "attn.qkv.bias"][rows].reshape(heads, -1)
+        out[attn + "out/kernel"] = s[b + "attn.proj.weight"].T.reshape(heads, -1, d)
+        out[attn + "out/bias"] = s[b + "attn.proj.bias"]
+        for n, name in ((0, "LayerNorm_0"), (1, "LayerNorm_2")):
+            out[f"{at}{name}/scale"] = s[f"{b}norm{n + 1}.weight"]
+            out[f"{at}{name}/bias"] = s[f"{b}norm{n + 1}.bias"]
+        for n in (0, 1):
+            out[f"{at}MlpBlock_3/Dense_{n}/kernel"] = s[f"{b}mlp.fc{n + 1}.weight"].T
+            out[f"{at}MlpBlock_3/Dense_{n}/bias"] = s[f"{b}mlp.fc{n + 1}.bias"]
+    return out
+
+
+# ------------------------------------------------------------------ auto
+
+
+def test_auto_reads_a_jax_archive(tmp_path: Path) -> None:
+    model = tiny()
+    np.savez(tmp_path / "w.npz", **jax_archive(model))
+    loaded = load("auto", checkpoint=tmp_path / "w.npz")
+    torch.testing.assert_close(loaded.model(images()), model(images()))
+    info = loaded.info
+    assert (info.widths, info.heads, info.embed_dim) == ([96, 96], [3, 3], 24)
+    assert (info.num_classes, info.scope) == (5, "cls")
+    assert info.preprocessing.input_size == (3, 32, 32)
+    assert info.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert any("preprocessing" in note for note in loaded.notes)
+
+
+def test_jax_archive_agrees_with_timms_own_reader(tmp_path: Path) -> None:
+    np.savez(tmp_path / "w.npz", **jax_archive(tiny()))
+    other = create("vit_base_patch16_224", TINY)
+    other.load_pretrained(str(tmp_path / "w.npz"))  # type: ignore[operator]
+    ours = load_model("auto", checkpoint=tmp_path / "w.npz")
+    assert weights_sha256(ours) == weights_sha256(other)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"global_pool": "avg", "fc_norm": True},
+        {"init_values": 0.1},
+        {"reg_tokens": 4, "no_embed_class": True},
+        {"reg_tokens": 4},
+        {"pre_norm": True},
+        {"qk_norm": True},
+        {"qkv_bias": False},
+        {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        {"class_token": False, "global_pool": "map", "mlp_ratio": 2.5},
+        {"mlp_ratio": 11 / 3},
+    ],
+    ids=str,
+)
+def test_auto_finds_the_architecture_of_a_state_dict(tmp_path: Path, args: dict[str, Any]) -> None:
+    model = tiny(**args)
+    torch.save({"model": model.state_dict(), "epoch": 3}, tmp_path / "w.pth")
+    loaded = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    torch.testing.assert_close(loaded.model(images()), model(images()))
+    assert loaded.info.source.sha256 == weights_sha256(model)
+    again = create(loaded.info.source.architecture, loaded.info.source.model_args)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(again(images()), model(images()))
+
+
+def test_auto_reads_deit_layouts(tmp_path: Path) -> None:
+    deit3 = tiny(init_values=0.1, no_embed_class=True)
+    names = {
+        k: k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")
+        for k in deit3.state_dict()
+    }
+    torch.save({"model": {names[k]: v for k, v in deit3.state_dict().items()}}, tmp_path / "3.pth")
+    ours = load_model("auto", checkpoint=tmp_path / "3.pth", num_heads=3)
+    torch.testing.assert_close(ours(images()), deit3(images()))
+    distilled = tiny("deit_base_distilled_patch16_224")
+    torch.save({"model": distilled.state_dict()}, tmp_path / "d.pth")
+    loaded = load("auto", checkpoint=tmp_path / "d.pth", num_heads=3)
+    torch.testing.assert_close(loaded.model(images()), distilled(images()))
+    assert loaded.info.preprocessing.mean == (0.485, 0.456, 0.406)
+
+
+def test_auto_needs_the_heads_unless_the_width_is_usual(tmp_path: Path) -> None:
+    torch.save(tiny().state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ModelError, match="heads is not in the file, and the width 24") as err:
+        load("auto", checkpoint=tmp_path / "w.pth")
+    assert "--num-heads" in str(err.value.hint)
+    with pytest.raises(ModelError, match="must divide the width 24, got 7"):
+        load("auto", checkpoint=tmp_path / "w.pth", num_heads=7)
+    torch.save(tiny(embed_dim=192, depth=1).state_dict(), tmp_path / "ti.pth")
+    loaded = load("auto", checkpoint=tmp_path / "ti.pth")
+    assert loaded.info.heads == [3]
+    assert any("took 3" in note for note in loaded.notes)
+
+
+def test_auto_refuses_what_it_cannot_read(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="none was given"):
+        load("auto")
+    torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "r.pth")
+    with pytest.raises(ModelError, match=r"lacks `patch_embed.proj.weight`.*conv1.weight"):
+        load("auto", checkpoint=tmp_path / "r.pth")
+    state = tiny().state_dict()
+    torch.save({k: v for k, v in state.items() if "head" not in k}, tmp_path / "h.pth")
+    with pytest.raises(ModelError, match="no classifier"):
+        load("auto", checkpoint=tmp_path / "h.pth", num_heads=3)
+    torch.save({k: v for k, v in state.items() if "blocks.0.norm1" not in k}, tmp_path / "n.pth")
+    with pytest.raises(ModelError, match=r"2 missing: `blocks.0.norm1.weight`"):
+        load("auto", checkpoint=tmp_path / "n.pth", num_heads=3)
+    torch.save({**state, "blocks.3.norm1.weight": torch.ones(24)}, tmp_path / "g.pth")
+    with pytest.raises(ModelError, match="has block 3 and lacks block 2"):
+        load("auto", checkpoint=tmp_path / "g.pth", num_heads=3)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("conv_root/kernel", "hybrid with a ResNet"), ("pre_logits/kernel", "representation layer")],
+)
+def test_jax_variants_are_refused_by_name(key: str, message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        jax_to_timm({key: torch.zeros(1)})
+
+
+def test_other_archives_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a=np.zeros(3))
+    with pytest.raises(ModelError, match=r"lacks `embedding/kernel`.*arrays: a"):
+        load("auto", checkpoint=tmp_path / "x.npz")
+    archive = jax_archive(tiny())
+    del archive["Transformer/encoderblock_1/MlpBlock_3/Dense_0/bias"]
+    np.savez(tmp_path / "y.npz", **archive)
+    with pytest.raises(ModelError, match="lacks 'Transformer/encoderblock_1/MlpBlock_3/Dense_0"):
+        load("auto", checkpoint=tmp_path / "y.npz")
+
+
+def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
+    model = tiny()
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3, img_size=48)
+    assert loaded.info.preprocessing.input_size == (3, 48, 48)
+    assert loaded.model.pos_embed.shape == (1, 37, 24)  # type: ignore[union-attr]
+    assert loaded.model(images(48)).shape == (2, 5)
+    cls = model.pos_embed[:, :1]  # type: ignore[index]
+    torch.testing.assert_close(loaded.model.pos_embed[:, :1], cls)  # type: ignore[index]
+    wide = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3, img_size=(32, 64))
+    assert wide.info.preprocessing.input_size == (3, 32, 64)
+    with pytest.raises(ModelError, match="positive numbers of pixels, got 0"):
+        load("auto", checkpoint=tmp_path / "w.pth", num_heads=3, img_size=0)
+
+
+# ------------------------------------------------------------------ by name
+
+
+@pytest.fixture(scope="module")
+def vit_tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = randomised(create("vit_tiny_patch16_224", {"num_classes": 7}))
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    save_file(model.state_dict(), path)
+    return path
+
+
+def test_a_timm_name_with_a_file(vit_tiny_file: Path) -> None:
+    loaded = load("vit_tiny_patch16_224.augreg_in21k_ft_in1k", checkpoint=vit_tiny_file)
+    assert not loaded.model.training
+    info = loaded.info
+    assert info.source.model_args == {"num_classes": 7}
+    assert (info.num_classes, info.heads, info.widths[0]) == (7, [3] * 12, 768)
+    assert info.params == sum(p.numel() for p in loaded.model.parameters())
+    # 12 blocks of 197 tokens, patches, head
+    block = 197 * (4 * 192**2 + 2 * 192 * 768) + 2 * 197**2 * 192
+    assert info.macs == 12 * block + 196 * 768 * 192 + 192 * 7
+    assert info.preprocessing.crop_pct == 0.9
+    assert "state_dict" not in loaded.model.pretrained_cfg  # type: ignore[operator]
+
+
+def test_wrapped_and_prefixed_checkpoints(vit_tiny_file: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    plain = load_file(vit_tiny_file)
+    sha = load("vit_tiny_patch16_224", checkpoint=vit_tiny_file).info.source.sha256
+    prefixed = {f"module.{k}": v for k, v in plain.items()}
+    other = {k: v + 1 for k, v in plain.items()}
+    for i, content in enumerate(
+        (
+            plain,
+            {"model": plain, "args": argparse.Namespace(lr=0.1)},
+            {"state_dict": prefixed},
+            {"model": other, "model_ema": prefixed},
+        )
+    ):
+        torch.save(content, tmp_path / f"{i}.pth")
+        loaded = load("vit_tiny_patch16_224", checkpoint=tmp_path / f"{i}.pth")
+        assert loaded.info.source.sha256 == sha
+    assert loaded.notes == ["averaged weights: the file's `model_ema`"]
+
+
+def test_a_checkpoint_of_another_model_names_the_tensors(vit_tiny_file: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"151 of other shapes: `cls_token` is \[1, 1, 192\] in the file and "
+    ):
+        load("vit_small_patch16_224", checkpoint=vit_tiny_file)
+    with pytest.raises(ModelError, match=r"`patch_embed.proj.weight` is \[192, 3, 16, 16\]"):
+        load("vit_small_patch32_224", checkpoint=vit_tiny_file)
+    with pytest.raises(ModelError, match=r"`num_classes` is 10, and the classifier .* 7 outputs"):
+        load("vit_tiny_patch16_224", checkpoint=vit_tiny_file, num_classes=10)
+
+
+def test_a_jax_file_with_other_heads_than_the_name(tmp_path: Path) -> None:
+    model = tiny(patch_size=16, img_size=224, embed_dim=192, depth=12, num_heads=3)
+    np.savez(tmp_path / "w.npz", **jax_archive(model))
+    ours = load_model("vit_tiny_patch16_224", checkpoint=tmp_path / "w.npz")
+    torch.testing.assert_close(ours(images(224)), model(images(224)))
+    with pytest.raises(ModelError, match="has 3 attention heads, and vit_tiny_patch16_224 has 6"):
+        load("vit_tiny_patch16_224", checkpoint=tmp_path / "w.npz", num_heads=6)
+
+
+def test_unknown_names_get_the_nearest() -> None:
+    with pytest.raises(ModelError, match="no model named 'vit_tinny_patch16_224'") as err:
+        load("vit_tinny_patch16_224")
+    assert "vit_tiny_patch16_224" in str(err.value.hint)
+    with pytest.raises(ModelError, match="no weights tagged 'nope'") as err:
+        load("vit_tiny_patch16_224.nope")
+    assert "augreg" in str(err.value.hint)
+    with pytest.raises(ModelError, match=r"cannot build .*num_heads=5"):
+        create("vit_tiny_patch16_224", {"num_heads": 5})
+
+
+def test_without_a_network_the_error_says_which_file_to_fetch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    cfg = {"hf_hub_id": "timm/no-such-model-here"}
+    with pytest.raises(ModelError, match="hub cannot be reached") as err:
+        hub.fetch("vit_x", cfg)
+    assert "`model.safetensors` of https://huggingface.co/timm/no-such-model-here" in str(
+        err.value.hint
+    )
+    assert "--checkpoint FILE" in str(err.value.hint)
+    with pytest.raises(ModelError, match="publishes no weights"):
+        hub.fetch("vit_x", {})
+
+
+def test_hub_weights_without_a_classifier_are_refused(tmp_path: Path) -> None:
+    model = create("vit_small_patch14_dinov2", {"img_size": 28, "num_classes": 0})
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="have no classifier"):
+        load("vit_small_patch14_dinov2", checkpoint=tmp_path / "w.safetensors", img_size=28)
+
+
+# ------------------------------------------------------------------ broken files
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('ran')",))
+
+
+def test_broken_files(tmp_path: Path) -> None:
+    def refused(path: Path, match: str) -> None:
+        with pytest.raises(ModelError, match=match):
+            load("vit_tiny_patch16_224", checkpoint=path)
+
+    refused(tmp_path / "none.pth", "does not exist")
+    refused(tmp_path, "must be a file, got the folder")
+    (tmp_path / "empty.pth").touch()
+    refused(tmp_path / "empty.pth", "is empty")
+    for suffix, kind in (("pth", "PyTorch"), ("safetensors", "safetensors"), ("npz", "NumPy")):
+        (tmp_path / f"text.{suffix}").write_text("<html>not found</html>")
+        refused(tmp_path / f"text.{suffix}", f"cannot be read as a {kind} file")
+    torch.save({"a": torch.zeros(1000)}, tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:900])
+    refused(tmp_path / "cut.pth", "cannot be read as a PyTorch file")
+    save_file({"a": torch.zeros(1000)}, tmp_path / "cut.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:900])
+    refused(tmp_path / "cut.safetensors", "cannot be read as a safetensors file")
+    torch.save({"a": Evil()}, tmp_path / "evil.pth")
+    refused(tmp_path / "evil.pth", r"holds pickled code \(.*exec\), which is not run")
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps({"a": Evil()}))
+    refused(tmp_path / "evil.pkl", "evil.pkl")
+    torch.save([1, 2], tmp_path / "list.pth")
+    refused(tmp_path / "list.pth", "must hold named tensors, got list")
+    torch.save({"epoch": 3}, tmp_path / "no.pth")
+    refused(tmp_path / "no.pth", "got a dictionary with 'epoch'")
+    torch.save({"a": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pth")
+    refused(tmp_path / "nan.pth", "`a` holds values that are not finite")
+    np.savez(tmp_path / "obj.npz", a=np.array([{}], dtype=object))
+    refused(tmp_path / "obj.npz", "cannot be read as a NumPy file")
+
+
+# ------------------------------------------------------------------ hash, build
+
+
+def test_the_hash_sees_every_value_and_nothing_else() -> None:
+    model = tiny()
+    sha = weights_sha256(model)
+    assert sha == weights_sha256(randomised(create("vit_base_patch16_224", TINY)))
+    with torch.no_grad():
+        model.blocks[1].mlp.fc2.bias[3] += 1e-6  # type: ignore[index,union-attr]
+    assert weights_sha256(model) != sha
+
+
+def test_creating_a_model_leaves_the_random_state() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    create("vit_base_patch16_224", TINY)
+    assert torch.rand(1) == expected
+
+
+def config_of(model: nn.Module, **changes: Any) -> CheckpointConfig:
+    info = model_info(model, ModelSource("vit_base_patch16_224", dict(TINY)))
+    fields: dict[str, Any] = {
+        "source": info.source,
+        "widths": info.widths,
+        "heads": info.heads,
+        "num_classes": info.num_classes,
+        "preprocessing": info.preprocessing,
+        "classes": [],
+        "weights_sha256": info.source.sha256,
+    }
+    return CheckpointConfig(**{**fields, **changes})
+
+
+def test_build_is_strict() -> None:
+    model = tiny()
+    state = model.state_dict()
+    rebuilt = build(config_of(model), state)
+    assert not rebuilt.training
+    torch.testing.assert_close(rebuilt(images()), model(images()), rtol=0, atol=0)
+    with pytest.raises(ModelError, match=r"1 missing: `norm.bias`"):
+        build(config_of(model), {k: v for k, v in state.items() if k != "norm.bias"})
+    with pytest.raises(ModelError, match=r"1 unexpected: `extra`"):
+        build(config_of(model), {**state, "extra": torch.zeros(1)})
+    with pytest.raises(ModelError, match=r"config.json says hidden widths \[96, 64\]"):
+        build(config_of(model, widths=[96, 64]), state)
+    with pytest.raises(ModelError, match=r"`head.weight` is \[5, 24\] in the file and \[4, 24\]"):
+        build(config_of(model, num_classes=4), state)
+    with pytest.raises(ModelError, match="2 heads of 8 need a qkv of 48 rows, got 72"):
+        build(config_of(model, heads=[3, 2]), state)
+
+
+# ------------------------------------------------------------------ the paper's layouts
+
+
+@pytest.mark.golden
+def test_golden_weights_load(shared_golden: Path) -> None:
+    vit = load("auto", checkpoint=shared_golden / "vit/weights.npz").info
+    mae = load("auto", checkpoint=shared_golden / "mae/weights.pth", num_heads=3).info
+    for info, scope in ((vit, "cls"), (mae, "patch")):
+        assert (info.widths, info.heads) == ([384] * 6, [3] * 6)
+        assert (info.embed_dim, info.num_classes, info.scope) == (96, 1000, scope)
+        assert info.preprocessing.input_size == (3, 96, 96)
