@@ -1,20 +1,26 @@
-"""A recipe: what was asked for, one section a stage. Reads YAML; knows no torch and no timm.
-
-Unknown keys are refused with the nearest right name, duplicate keys are an error, `1e-3` is a
-number, and every message carries file:line.
-"""
+"""The sections of a recipe: their fields, defaults and bounds."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 
 class Section(BaseModel):
     """Base of the sections: unknown keys are refused, values are checked on assignment."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number_from_bool(cls, value: Any, info: ValidationInfo) -> Any:
+        """`topk: true` would become 1 otherwise."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and annotation is not bool:
+            raise PydanticCustomError("not_bool", "must not be true or false")
+        return value
 
 
 class ModelSection(Section):
@@ -85,7 +91,7 @@ class EvaluateSection(Section):
     """How the pruned network is measured."""
 
     latency: bool = True
-    batches: list[int] = Field(default_factory=lambda: [1, 16])
+    batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 16])
 
 
 class ExportSection(Section):
@@ -98,12 +104,12 @@ class ExportSection(Section):
 class Recipe(Section):
     """The whole line: discover -> plan -> prune -> evaluate -> export -> report."""
 
-    name: str
+    name: str = Field(pattern=r"^[^./\\\s][^/\\]*$")  # names the run's folders
     model: ModelSection
     data: DataSection = Field(default_factory=DataSection)
     discover: DiscoverSection | None = Field(default_factory=DiscoverSection)
     prune: PruneSection = Field(default_factory=PruneSection)
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     export: ExportSection | None = Field(default_factory=ExportSection)
-    device: str = "auto"
-    seed: int = 0
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+    seed: int = Field(0, ge=0, lt=2**32)

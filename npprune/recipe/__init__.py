@@ -1,0 +1,33 @@
+"""A recipe: what was asked for, one section a stage. Reads YAML; knows no torch and no timm.
+
+Unknown keys are refused with the nearest right name, duplicate keys are an error, `1e-3` is a
+number, and every message carries file:line.
+"""
+
+from npprune.recipe.loading import load_recipe, recipe_yaml, shipped_recipes
+from npprune.recipe.messages import bounds
+from npprune.recipe.sections import (
+    DataSection,
+    DiscoverSection,
+    EvaluateSection,
+    ExportSection,
+    ModelSection,
+    PruneSection,
+    Recipe,
+    Section,
+)
+
+__all__ = [
+    "DataSection",
+    "DiscoverSection",
+    "EvaluateSection",
+    "ExportSection",
+    "ModelSection",
+    "PruneSection",
+    "Recipe",
+    "Section",
+    "bounds",
+    "load_recipe",
+    "recipe_yaml",
+    "shipped_recipes",
+]

@@ -1,0 +1,75 @@
+"""From a file, a shipped recipe's name and `--set a.b=c` to a `Recipe`, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from npprune.errors import RecipeError
+from npprune.recipe.messages import place_of, recipe_error
+from npprune.recipe.sections import Recipe
+from npprune.recipe.tree import Dumper, override, parse
+
+_BUDGETS = ("keep", "target_params", "target_macs")
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file or by a shipped recipe's name, changed by `a.b=c` overrides.
+
+    RecipeError says the key, the rule, what came, and file:line (or the `--set`).
+    """
+    path = _find(source)
+    data, places = parse(path)
+    for text in overrides:
+        override(data, places, text)
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as err:
+        raise recipe_error(err, data, places) from err
+    budgets = [b for b in _BUDGETS if getattr(recipe.prune, b) is not None]
+    if len(budgets) > 1:
+        raise RecipeError(
+            f"`prune` takes one budget, got `{budgets[0]}` and `{budgets[1]}`"
+            f" ({place_of(places, ('prune', budgets[1]))})",
+            hint=f"leave one out, or set it to null: `--set prune.{budgets[0]}=null`",
+        )
+    return recipe
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """A recipe as YAML, every value spelled out; `load_recipe` gives the same recipe back."""
+    return yaml.dump(
+        recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
+    )
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with npprune: name -> file."""
+    here = Path(__file__).resolve().parent.parent
+    folder = here / "_recipes"  # in a wheel
+    if not folder.is_dir() and (here.parent / "pyproject.toml").is_file():
+        folder = here.parent / "recipes"  # in a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _find(source: str | Path) -> Path:
+    """The file that a path or a shipped recipe's name means."""
+    path, shipped = Path(source), shipped_recipes()
+    if path.is_file():
+        return path
+    if str(source) in shipped:
+        return shipped[str(source)]
+    if path.is_dir():
+        raise RecipeError(f"a recipe must be a YAML file, got the folder `{path}`")
+    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    names = ", ".join(f"`{name}`" for name in shipped)
+    raise RecipeError(
+        f"no recipe at `{path}`",
+        hint=f"did you mean the shipped recipe `{near[0]}`?"
+        if near
+        else f"a YAML file, or one of the shipped recipes: {names}",
+    )
