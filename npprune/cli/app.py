@@ -1,0 +1,172 @@
+"""Wiring: which command is which function, and how an exception becomes an exit code.
+
+Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of ours;
+130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import npprune
+from npprune.cli import demo, discover, env, evaluate, export, prune, report, run
+from npprune.cli.console import drop, say, show_error
+from npprune.errors import NpPruneError
+
+BUG = 70
+INTERRUPTED = 130
+USAGE = 2
+PARSER_ERROR = typer.BadParameter.__mro__[1]  # the base of the parser's usage errors
+
+app = typer.Typer(
+    name="npprune",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"npprune {npprune.__version__}")
+        raise typer.Exit
+
+
+EXAMPLES = """\
+Start here: npprune demo
+"""
+
+
+@app.callback(epilog=EXAMPLES)
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="the version", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Find the neurons that carry each class through a vision transformer, keep them, remove the
+    rest for real: discover, prune, eval, export, report.
+    """
+
+
+for _name, _module in (
+    ("discover", discover),
+    ("prune", prune),
+    ("eval", evaluate),
+    ("export", export),
+    ("report", report),
+    ("run", run),
+    ("demo", demo),
+    ("env", env),
+):
+    app.command(_name, epilog=_module.EXAMPLES)(_module.command)
+
+
+def main() -> None:
+    """The program: runs the command of `sys.argv` and exits."""
+    sys.exit(run_app())
+
+
+def run_app(args: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; nothing escapes but text."""
+    try:
+        code = app(args=args, prog_name="npprune", standalone_mode=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        drop(sys.stdout)
+        return 0
+    except (typer.Abort, KeyboardInterrupt):
+        return _interrupted()
+    except SystemExit as exit_:  # shell completion ends this way
+        return exit_.code if isinstance(exit_.code, int) else USAGE
+    except NpPruneError as error:
+        show_error(error.message, error.hint)
+        return error.exit_code
+    except OSError as error:
+        return _os_error(error)
+    except Exception as error:
+        if isinstance(error, PARSER_ERROR):  # the parser's usage errors
+            return _usage_error(error, sys.argv[1:] if args is None else args)
+        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+            return _out_of_memory(error)
+        return _bug(error)
+    if code == INTERRUPTED:  # newer versions of Typer catch the interrupt themselves
+        return _interrupted()
+    return code if isinstance(code, int) else 0
+
+
+def _interrupted() -> int:
+    say("", "interrupted; run the same command again to resume")
+    return INTERRUPTED
+
+
+def _usage_error(error: Exception, args: list[str]) -> int:
+    """A command line that the parser refuses, in our words."""
+    context = getattr(error, "ctx", None)
+    parameter = getattr(error, "param", None)
+    message = str(getattr(error, "message", "") or "")
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help is on the screen already
+        return USAGE
+    if message and parameter is not None:
+        name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+        message = f"`{name}` {_rule(message)}{_given(args, parameter.opts)}"
+    else:
+        message = error.format_message()  # type: ignore[attr-defined]
+    message = message.rstrip(".")
+    show_error(message[:1].lower() + message[1:])
+    say("hint", f"`{context.command_path if context else 'npprune'} --help` shows what there is")
+    return USAGE
+
+
+def _rule(message: str) -> str:
+    """What the parser says of a value, as a rule; its words differ between versions."""
+    if "integer" in message:
+        return "must be a whole number"
+    if "number" in message or "float" in message:
+        return "must be a number"
+    return f"is not right: {message}"
+
+
+def _given(args: list[str], names: list[str]) -> str:
+    """`, got VALUE` for an option, from the command line itself."""
+    for arg, following in zip(args, [*args[1:], ""], strict=True):
+        name, equals, value = arg.partition("=")
+        if name in names:
+            return f", got `{value if equals else following}`"
+    return ""
+
+
+def _os_error(error: OSError) -> int:
+    """A file or the disk: the user's world, not our bug."""
+    where = f": {error.filename}" if error.filename else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    show_error(f"{reason[:1].lower()}{reason[1:]}{where}")
+    return _debug(error, USAGE)
+
+
+def _out_of_memory(error: Exception) -> int:
+    first = (str(error).splitlines() or ["the machine has no memory left"])[0]
+    show_error(f"out of memory: {first}", "a smaller `--batch-size` takes less")
+    return _debug(error, USAGE)
+
+
+def _bug(error: Exception) -> int:
+    first = (str(error).splitlines() or [""])[0]
+    show_error(
+        f"npprune met a bug of its own: {type(error).__name__}: {first}".rstrip(": "),
+        "run again with NPPRUNE_DEBUG=1 for the traceback, and report it",
+    )
+    return _debug(error, BUG)
+
+
+def _debug(error: Exception, code: int) -> int:
+    if os.environ.get("NPPRUNE_DEBUG", "0") not in ("", "0"):
+        traceback.print_exception(error)
+    return code

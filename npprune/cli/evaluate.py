@@ -1,0 +1,75 @@
+"""`npprune eval`: dense and pruned on the same images, in one run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from npprune.cli import flags, options, show
+from npprune.cli.console import Output
+from npprune.cli.options import option
+from npprune.errors import UsageError
+
+EXAMPLES = """\
+Example
+
+  npprune eval ckpt/vit_tiny_half --data folder:imagenet/val
+
+Numbers go to result.json of the run that the checkpoint belongs to, and from there to its report.
+"""
+
+MEASURE = "Measurement"
+
+
+def command(
+    ctx: typer.Context,
+    checkpoint: options.CheckpointFolder,
+    *,
+    latency: Annotated[
+        bool, option(MEASURE, "--latency/--no-latency", None, "time dense and pruned in turn")
+    ] = True,
+    batches: Annotated[
+        str | None,
+        option(MEASURE, "--batches", "N,N", "batch sizes that are timed \\[default: 1,16]"),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        option(MEASURE, "--dense", "FILE", "the dense weights, where they have moved"),
+    ] = None,
+    data: options.Data,
+    class_map: options.ClassMap = None,
+    classes: options.Classes = None,
+    images_per_class: options.ImagesPerClass = None,
+    on_bad_image: options.OnBadImage = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
+    crop_pct: options.CropPct = None,
+    crop_mode: options.CropMode = None,
+    no_crop: options.NoCrop = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Measure a pruned network against its dense one: accuracy, probabilities, latency."""
+    from npprune.recipe import EvaluateSection
+
+    sizes = flags.numbers("--batches", batches, int)
+    if sizes is not None and min(sizes) < 1:
+        raise UsageError(f"`--batches` must be at least 1 each, got `{batches}`")
+    settings = flags.section(EvaluateSection, latency=latency, batches=sizes)
+    folder = flags.checkpoint_folder(checkpoint)
+    flags.existing_file("--dense", dense)
+    images = flags.data_section(ctx.params, val=data)
+    chosen = flags.device(device)
+
+    from npprune.pipeline.evaluate import evaluate
+
+    output = Output(as_json=as_json)
+    with output.working() as emit:
+        evaluation = evaluate(
+            folder, images, settings, dense_checkpoint=dense, device=chosen, emit=emit
+        )
+    show.evaluated(output, evaluation, folder)

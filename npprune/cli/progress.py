@@ -1,0 +1,167 @@
+"""The pipeline's events as a person wants them: a bar on a terminal, sparse lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.text import Text
+
+from npprune.pipeline.events import Event
+
+QUIET_SECONDS = 10.0  # without a terminal: a line at least this often,
+QUIET_SHARE = 0.1  # or at every tenth of the work,
+LEAST_SECONDS = 1.0  # but never more often than this
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words as short as they can be: `0.4 s`, `42 s`, `3 min 05 s`, `2 h 10 min`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+@dataclass
+class Meter:
+    """Rate and time left of one piece of work, from where this process began it."""
+
+    begun: float
+    first: int
+    done: int
+    total: int | None
+    now: float
+    shown: float  # when a line was last printed
+    shown_done: int
+
+    def rate(self) -> float | None:
+        """Units a second, or None before there is anything to go by."""
+        seconds = self.now - self.begun
+        return (
+            (self.done - self.first) / seconds if seconds > 0 and self.done > self.first else None
+        )
+
+    def counts(self) -> str:
+        """`120/300`, or `120` where the total is unknown."""
+        return f"{self.done}/{self.total}" if self.total is not None else str(self.done)
+
+    def pace(self, unit: str) -> str:
+        """`24.5 images/s, 7 s left`; empty while unknown."""
+        rate = self.rate()
+        if rate is None:
+            return ""
+        words = f"{rate:.1f} {unit}/s" if rate >= 1 else f"{1 / rate:.1f} s per {_one(unit)}"
+        if self.total is not None and self.total > self.done:
+            words += f", {duration((self.total - self.done) / rate)} left"
+        return words
+
+
+def _one(unit: str) -> str:
+    """The singular: images -> image, batches -> batch, passes -> pass."""
+    return unit[:-2] if unit.endswith(("ches", "sses")) else unit.removesuffix("s")
+
+
+class Progress:
+    """Shows events on a console (stderr). Use as a context manager; `emit` takes the events.
+
+    `quiet` shows nothing. A finished piece of work leaves one line behind.
+    """
+
+    def __init__(
+        self, console: Console, quiet: bool = False, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console = console
+        self.quiet = quiet
+        self.clock = clock
+        self.meters: dict[str, Meter] = {}
+        self.tasks: dict[str, TaskID] = {}
+        live = console.is_terminal and not console.is_dumb_terminal and not quiet
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[counts]} {task.fields[pace]}", markup=False),
+        )
+        self.bars = RichProgress(*columns, console=console, transient=True) if live else None
+
+    def __enter__(self) -> Progress:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.bars:
+            self.bars.stop()
+
+    def emit(self, event: Event) -> None:
+        """Show one event."""
+        if self.quiet:
+            return
+        if event.level == "progress":
+            self._advance(event)
+        elif event.level == "warning":
+            self._print(Text.assemble(("warning: ", "yellow"), event.message))
+        else:
+            self._print(Text.assemble((f"{event.stage}: ", "bold"), event.message))
+
+    def _print(self, text: Text, **options: Any) -> None:
+        self.console.print(text, soft_wrap=True, **options)
+
+    def _advance(self, event: Event) -> None:
+        name = f"{event.stage}: {event.message}" if event.message else event.stage
+        now = self.clock()
+        meter = self.meters.get(name)
+        if meter is None or event.done < meter.done:
+            meter = Meter(now, event.done, event.done, event.total, now, now, event.done)
+            self.meters[name] = meter
+        meter.done, meter.total, meter.now = event.done, event.total, now
+        finished = event.total is not None and event.done >= event.total
+        if self.bars:
+            self._bar(name, meter, event.unit)
+        elif not finished and self._due(meter):
+            meter.shown, meter.shown_done = now, meter.done
+            share = f" ({meter.done / meter.total:.0%})" if meter.total else ""
+            words = f"{meter.counts()} {event.unit}{share}, {meter.pace(event.unit)}"
+            self._print(Text(f"{name}: {words.rstrip(', ')}"))
+        if finished:
+            self._finish(name, meter, event.unit)
+
+    @staticmethod
+    def _due(meter: Meter) -> bool:
+        waited = meter.now - meter.shown
+        step = (meter.done - meter.shown_done) / meter.total if meter.total else 0.0
+        return waited >= QUIET_SECONDS or (waited >= LEAST_SECONDS and step >= QUIET_SHARE)
+
+    def _bar(self, name: str, meter: Meter, unit: str) -> None:
+        assert self.bars is not None
+        fields: dict[str, Any] = {
+            "counts": f"{meter.counts()} {unit}",
+            "pace": meter.pace(unit),
+        }
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=meter.total, **fields)
+        self.bars.update(self.tasks[name], completed=meter.done, total=meter.total, **fields)
+
+    def _finish(self, name: str, meter: Meter, unit: str) -> None:
+        """Replace the bar with one line that stays."""
+        if self.bars and name in self.tasks:
+            self.bars.remove_task(self.tasks.pop(name))
+            self.bars.refresh()
+        del self.meters[name]
+        took = duration(meter.now - meter.begun)
+        pace = meter.pace(unit)
+        self._print(Text(f"{name}: {meter.done} {unit} in {took}" + (f", {pace}" if pace else "")))

@@ -1,0 +1,161 @@
+"""`npprune prune`: choose the neurons that stay, remove the rest, adjust what remains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npprune.cli import flags, options, show
+from npprune.cli.console import Output
+from npprune.cli.options import IMAGES, RUN, argument, choice, option, required
+
+EXAMPLES = """\
+Example: keep half of the hidden units, the paths' neurons first
+
+  npprune prune reports/vit_tiny --topk 5 --keep 0.5 \\
+    --calibration folder:imagenet/train --out ckpt/vit_tiny_half
+
+Example: no paths, a network by its name
+
+  npprune prune vit_tiny_patch16_224.augreg_in21k_ft_in1k --no-protect-paths \\
+    --keep 0.5 --calibration folder:imagenet/train --out ckpt/vit_tiny_half
+"""
+
+BUDGET = "Budget (one of keep, target-params, target-macs)"
+CHOICE = "Which neurons stay"
+
+
+def command(
+    ctx: typer.Context,
+    source: Annotated[
+        str, argument("RUN_OR_MODEL", "a run folder of npprune discover, or a model's name")
+    ],
+    *,
+    keep: Annotated[
+        float | None, option(BUDGET, "--keep", "SHARE", "of the hidden units, in (0, 1]")
+    ] = None,
+    target_params: Annotated[
+        float | None,
+        option(BUDGET, "--target-params", "X", "parameters: a share up to 1, a count above"),
+    ] = None,
+    target_macs: Annotated[
+        float | None,
+        option(BUDGET, "--target-macs", "X", "MACs an image: a share up to 1, a count above"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        option(BUDGET, "--max-drop", "SHARE", "exit 1 where top-1 is predicted to fall by more"),
+    ] = None,
+    topk: Annotated[
+        int | None,
+        option(CHOICE, "--topk", "K", "path neurons a block of each class \\[default: all]"),
+    ] = None,
+    criterion: Annotated[
+        str, option(CHOICE, "--criterion", "WORD", "ranks the neurons that no path names")
+    ] = "variance",
+    selection: Annotated[
+        str,
+        choice(
+            CHOICE, "--selection", "how blocks share the budget", "uniform", "global", "measured"
+        ),
+    ] = "uniform",
+    protect_paths: Annotated[
+        bool,
+        option(
+            CHOICE,
+            "--protect-paths/--no-protect-paths",
+            None,
+            "keep the paths' neurons as far as the budget goes",
+        ),
+    ] = True,
+    compensation: Annotated[
+        str,
+        choice(
+            CHOICE,
+            "--compensation",
+            "closed-form change to what stays",
+            "none",
+            "mean",
+            "least-squares",
+            "sequential",
+        ),
+    ] = "least-squares",
+    round_to: Annotated[int, option(CHOICE, "--round-to", "N", "widths are multiples of N")] = 16,
+    min_keep: Annotated[
+        int, option(CHOICE, "--min-keep", "N", "hidden units left in any block")
+    ] = 16,
+    keep_head: Annotated[
+        bool,
+        option(
+            CHOICE,
+            "--keep-head/--cut-head",
+            None,
+            "with --classes: all outputs stay, or only those",
+        ),
+    ] = True,
+    calibration: Annotated[
+        str | None,
+        option(
+            IMAGES, "--calibration", "SOURCE", "for statistics \\[default: the run's own images]"
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        int | None, option(IMAGES, "--calibration-images", "N", "at most N images")
+    ] = None,
+    class_map: options.ClassMap = None,
+    classes: options.Classes = None,
+    images_per_class: options.ImagesPerClass = None,
+    on_bad_image: options.OnBadImage = None,
+    batch_size: options.BatchSize = None,
+    workers: options.Workers = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    interpolation: options.Interpolation = None,
+    crop_pct: options.CropPct = None,
+    crop_mode: options.CropMode = None,
+    no_crop: options.NoCrop = False,
+    checkpoint: options.Checkpoint = None,
+    num_heads: options.NumHeads = None,
+    img_size: options.ImgSize = None,
+    num_classes: options.NumClasses = None,
+    out: Annotated[Path, required(RUN, "--out", "FOLDER", "the checkpoint folder, e.g. ckpt/NAME")],
+    device: options.Device = "auto",
+    seed: options.Seed = 0,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+) -> None:
+    """Remove hidden units for real and write the smaller network as a checkpoint folder."""
+    from npprune.recipe import PruneSection
+
+    settings = flags.section(
+        PruneSection,
+        topk=topk,
+        keep=keep,
+        target_params=target_params,
+        target_macs=target_macs,
+        criterion=criterion,
+        selection=selection,
+        compensation=compensation,
+        protect_paths=protect_paths,
+        round_to=round_to,
+        min_keep=min_keep,
+        calibration_images=calibration_images,
+        keep_head=keep_head,
+        max_drop=max_drop,
+    )
+    flags.one_budget(settings)
+    start = flags.run_or_model(source, ctx.params)
+    images = flags.data_section(ctx.params, calibration=calibration)
+    chosen, seed_value = flags.device(device), flags.seed(seed)
+
+    from npprune.pipeline.prune import prune
+
+    output = Output(as_json=as_json)
+    with output.working() as emit:
+        variant = prune(
+            start, images, settings, out,
+            device=chosen, seed=seed_value, emit=emit, dry_run=dry_run,
+        )  # fmt: skip
+    show.pruned(output, variant, out, dry_run=dry_run)

@@ -1,0 +1,56 @@
+"""`npprune run`: a recipe, the whole line from discovery to report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from npprune.cli import flags, options, show
+from npprune.cli.console import Output
+from npprune.cli.options import RUN, argument, choice, option
+
+EXAMPLES = """\
+Example
+
+  npprune run recipes/vit_tiny_imagenet.yaml --set model.checkpoint=W.safetensors \\
+    --set data.train=folder:imagenet/train --set data.val=folder:imagenet/val
+
+The recipes that come with npprune are found by name, too: npprune run vit_tiny_imagenet
+"""
+
+
+def command(
+    recipe: Annotated[str, argument("RECIPE", "a YAML file, or a shipped recipe's name")],
+    *,
+    overrides: Annotated[
+        list[str] | None,
+        option(RUN, "--set", "KEY=VALUE", "one key of the recipe, e.g. prune.keep=0.5; repeatable"),
+    ] = None,
+    root: options.Root = Path("."),
+    device: Annotated[
+        str | None, choice(RUN, "--device", "instead of the recipe's", *options.DEVICES)
+    ] = None,
+    dry_run: Annotated[
+        bool, option(RUN, "--dry-run", None, "show the recipe as resolved, and stop")
+    ] = False,
+    as_json: options.Json = False,
+) -> None:
+    """Run a recipe: discover, prune, evaluate, export and report in one go."""
+    from npprune.recipe import load_recipe, recipe_yaml
+
+    changes = list(overrides or [])
+    if device is not None:
+        changes.append(f"device={flags.device(device)}")
+    resolved = load_recipe(recipe, changes)
+    flags.device(resolved.device)
+    output = Output(as_json=as_json)
+    if dry_run:
+        output.line(recipe_yaml(resolved).rstrip())
+        output.document("recipe", resolved.model_dump(mode="json"))
+        return
+
+    from npprune.pipeline.run import run_recipe
+
+    with output.working() as emit:
+        result = run_recipe(resolved, root=root, emit=emit)
+    show.result(output, result, root)

@@ -1,0 +1,270 @@
+"""What each stage found, as tables for people or as the JSON document of `--json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from npprune.cli.console import Output
+from npprune.records import (
+    Accuracy,
+    DataInfo,
+    Evaluation,
+    ExportRecord,
+    Latency,
+    ModelInfo,
+    PruneSummary,
+    Result,
+    Variant,
+    to_dict,
+)
+from npprune.report import text
+
+MANY_BLOCKS = 48  # more rows than this are left to the report
+
+
+# ---------------------------------------------------------------- stages
+
+
+def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) -> None:
+    """What discovery found and where it lies."""
+    output.document("result", to_dict(result))
+    found = result.discovery
+    if found is not None:
+        pooled = {"cls": "class token", "patch": "patch tokens", "all": "all tokens"}
+        rows = [
+            ("model", result.model.source.architecture),
+            ("network", network(result.model)),
+            ("images", data(found.data)),
+            ("preprocessing", text.preprocessing(result.model.preprocessing)),
+            ("method", f"{found.method}, scope {found.scope} ({pooled.get(found.scope, '')})"),
+            ("integral", f"{found.quadrature}, {found.points} points"),
+            ("paths", f"{found.images} images, {found.classes} classes, top {found.topk} a block"),
+        ]
+        if found.mean_score is not None:
+            score = found.mean_score
+            rows.append(("mean score", f"{score.value:.4g} ({score.low:.4g} to {score.high:.4g})"))
+        if not dry_run:
+            rows.append(("time", text.seconds(found.seconds)))
+        _facts(output, rows)
+        output.warn(skipped(found.data))
+    if dry_run:
+        output.line("dry run: nothing was computed, nothing was written")
+        return
+    _end(
+        output,
+        [("run folder", folder), ("result", folder / "result.json")],
+        f"npprune prune {folder} --keep 0.5 --out ckpt/{folder.name}_half",
+    )
+
+
+def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> None:
+    """What stays, block by block."""
+    summary = variant.prune
+    output.warn(summary.warnings)
+    output.document("variant", to_dict(variant))
+    title = "Hidden units" + (" (predicted)" if dry_run else "")
+    if len(summary.widths) <= MANY_BLOCKS:
+        rows = [
+            (str(block), str(dense), str(kept), text.percent(kept / dense, 0), str(protected))
+            for block, (dense, kept, protected) in enumerate(
+                zip(summary.dense_widths, summary.widths, _protected(summary), strict=True)
+            )
+        ]
+    else:
+        rows = []
+    dense, kept = sum(summary.dense_widths), sum(summary.widths)
+    rows.append(
+        ("all", str(dense), str(kept), text.percent(kept / dense), str(sum(_protected(summary))))
+    )
+    output.table(title, ("block", "dense", "kept", "share", "of paths"), rows)
+    facts = [
+        ("choice", f"{summary.criterion}, {summary.selection}"),
+        ("compensation", summary.compensation),
+        ("network", network(variant.model)),
+    ]
+    if summary.calibration is not None:
+        facts.append(("calibration", data(summary.calibration)))
+    facts += [(f"predicted {name}", f"{value:.4g}") for name, value in summary.predicted.items()]
+    if not dry_run:
+        facts.append(("time", text.seconds(summary.seconds)))
+    _facts(output, facts)
+    if summary.calibration is not None:
+        output.warn(skipped(summary.calibration))
+    if dry_run:
+        output.line("dry run: nothing was written")
+        return
+    _end(
+        output,
+        [("checkpoint", folder)],
+        f"npprune eval {folder} --data folder:PATH",
+    )
+
+
+def evaluated(output: Output, evaluation: Evaluation, folder: Path) -> None:
+    """Dense and pruned side by side."""
+    output.document("evaluation", to_dict(evaluation))
+    output.table(
+        f"Dense and pruned on {evaluation.data.images} images (95 % intervals)",
+        ("", "dense", "pruned", "change"),
+        evaluation_rows(evaluation),
+    )
+    worst = sorted(evaluation.classes, key=lambda row: row.deviation)[:5]
+    if len(evaluation.classes) > 1:
+        output.line()
+        output.table(
+            "Classes that lost most",
+            ("class", "images", "dense top-1", "pruned top-1", "deviation"),
+            [
+                (
+                    text.clip(f"{row.label} {row.name}", 32),
+                    str(row.images),
+                    text.percent(row.dense_top1, 0),
+                    text.percent(row.pruned_top1, 0),
+                    text.percent(row.deviation, sign=True),
+                )
+                for row in worst
+            ],
+        )
+    _facts(
+        output,
+        [
+            ("images", data(evaluation.data)),
+            ("preprocessing", text.preprocessing(evaluation.preprocessing)),
+            ("device", evaluation.device),
+            ("time", text.seconds(evaluation.seconds)),
+        ],
+    )
+    output.warn(skipped(evaluation.data))
+    _end(output, [], f"npprune export {folder}")
+
+
+def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+    """Rows of (label, dense, pruned, change)."""
+    rows = _accuracy("", evaluation.dense, evaluation.pruned)
+    if evaluation.dense_restricted is not None and evaluation.pruned_restricted is not None:
+        among = f", among the {len(evaluation.restricted_to or [])} chosen classes"
+        rows += _accuracy(among, evaluation.dense_restricted, evaluation.pruned_restricted)
+    for name, mean in (
+        ("per image", evaluation.probability_deviation),
+        ("per class", evaluation.deviation_by_class),
+    ):
+        value = f"{text.percent(mean.value, sign=True)} ({text.change_span(mean)})"
+        rows.append((f"probability deviation, {name}", "", value, ""))
+    rows.append(("same top-1 as dense", "", text.rate(evaluation.agreement), ""))
+    return rows + [latency_row(row) for row in evaluation.latency]
+
+
+def _accuracy(what: str, dense: Accuracy, pruned: Accuracy) -> list[tuple[str, str, str, str]]:
+    rows = [
+        (f"{name}{what}", text.rate(a), text.rate(b), text.points(b.value - a.value))
+        for name, a, b in (("top-1", dense.top1, pruned.top1), ("top-5", dense.top5, pruned.top5))
+    ]
+    a, b = dense.true_probability.value, pruned.true_probability.value
+    label = f"true-class probability{what}"
+    return [*rows, (label, text.percent(a), text.percent(b), text.points(b - a))]
+
+
+def latency_row(row: Latency) -> tuple[str, str, str, str]:
+    """One timing: median milliseconds a batch."""
+    dense, pruned = text.milliseconds(row.dense_ms), text.milliseconds(row.pruned_ms)
+    return text.where(row), dense, pruned, text.times(row.ratio)
+
+
+def exported(output: Output, record: ExportRecord, path: Path) -> None:
+    """The file, and how well it agrees."""
+    output.document("export", to_dict(record))
+    output.table(
+        f"ONNX Runtime ({record.provider}) against PyTorch",
+        ("batch", "images", "relative logit error", "same top-1"),
+        [
+            (
+                str(row.batch),
+                str(row.images),
+                f"{row.max_relative_error:.1e}",
+                text.percent(row.top1_agreement),
+            )
+            for row in record.parity
+        ],
+    )
+    if record.latency:
+        output.line()
+        output.table("Latency", ("", "dense", "pruned", "change"), map(latency_row, record.latency))
+    verdict = "passed" if record.passed else "failed"
+    facts = [("parity", f"{verdict}, at most {record.tolerance:.0e} is allowed")]
+    facts.append(("file", f"{record.format} opset {record.opset}, {record.precision}"))
+    facts.append(("size", text.size(record.bytes)))
+    if record.dense_bytes:
+        smaller = text.relative(record.bytes, record.dense_bytes)
+        facts.append(("dense size", f"{text.size(record.dense_bytes)} ({smaller})"))
+    _facts(output, facts)
+    if record.passed:
+        _end(output, [("ONNX file", path)], None)
+
+
+def result(output: Output, found: Result, root: Path) -> None:
+    """The whole line: every variant, dense against pruned, and where things lie."""
+    from npprune.report import summary
+
+    output.document("result", to_dict(found))
+    for variant in found.variants:
+        output.warn(variant.prune.warnings)
+    shown = summary(found)
+    output.warn(shown.notices)
+    output.table(found.name, shown.columns, shown.rows)
+    folder = root / "reports" / found.name
+    places: list[tuple[str, Path]] = [("HTML report", folder / "report.html")]
+    for variant in found.variants:
+        checkpoint = _relative(folder / variant.checkpoint)
+        places.append(("checkpoint", checkpoint))
+        if variant.export is not None:
+            places.append(("ONNX file", checkpoint / variant.export.file))
+    _end(output, places, None)
+
+
+# ---------------------------------------------------------------- pieces
+
+
+def network(info: ModelInfo) -> str:
+    """Size in a few words."""
+    blocks = text.plural(len(info.widths), "block")
+    return f"{blocks}, {text.params(info.params)} parameters, {text.macs(info.macs)} MACs"
+
+
+def data(info: DataInfo) -> str:
+    """Where images came from and how their labels were found."""
+    return f"{text.data(info)}, labels by {info.label_rule}"
+
+
+def skipped(info: DataInfo) -> list[str]:
+    """A warning where images could not be read."""
+    if not info.skipped:
+        return []
+    many = text.plural(len(info.skipped), "unreadable image")
+    return [f"{many} skipped, the first: {text.clean(info.skipped[0])}"]
+
+
+def _protected(summary: PruneSummary) -> Sequence[int]:
+    return summary.protected or [0] * len(summary.widths)
+
+
+def _relative(path: Path) -> Path:
+    """A path without `..`, below the current folder where it lies there."""
+    full = path.resolve()
+    here = Path.cwd()
+    return full.relative_to(here) if full.is_relative_to(here) else full
+
+
+def _facts(output: Output, rows: Sequence[tuple[str, str]]) -> None:
+    output.line()
+    output.files(rows)
+
+
+def _end(output: Output, places: Sequence[tuple[str, Path]], following: str | None) -> None:
+    """Where things lie, and what comes next."""
+    if places:
+        output.line()
+        output.files((name, str(path)) for name, path in places)
+    if following:
+        output.line()
+        output.line(f"next: {following}")

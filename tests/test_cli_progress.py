@@ -1,0 +1,86 @@
+"""What events look like off and on a terminal."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from npprune.cli.progress import Progress, duration
+from npprune.pipeline.events import Event
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def shown(*, terminal: bool, first: int = 0, step: float = 1.0, total: int | None = 40) -> str:
+    """The text of 40 images, `step` seconds each."""
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=80, color_system=None)
+    clock = Clock()
+    with Progress(console, clock=clock) as progress:
+        progress.emit(Event("discover", "cpu, no GPU"))
+        for done in range(first, 41):
+            progress.emit(Event("discover", level="progress", done=done, total=total))
+            clock.now += step
+        progress.emit(Event("discover", "[x] odd", level="warning"))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_sparse_lines_off_a_terminal() -> None:
+    lines = shown(terminal=False).splitlines()
+    assert lines[0] == "discover: cpu, no GPU"
+    assert lines[1] == "discover: 4/40 images (10%), 1.0 images/s, 36 s left"
+    assert lines[-2] == "discover: 40 images in 40 s, 1.0 images/s"
+    assert lines[-1] == "warning: [x] odd"
+    assert len(lines) == 12
+
+
+def test_fast_work_is_one_line() -> None:
+    lines = shown(terminal=False, step=0.01).splitlines()
+    assert lines[1:-1] == ["discover: 40 images in 0.4 s, 100.0 images/s"]
+
+
+def test_slow_work_says_so_every_ten_seconds() -> None:
+    lines = shown(terminal=False, step=4.0).splitlines()
+    assert lines[1] == "discover: 3/40 images (8%), 4.0 s per image, 2 min 28 s left"
+
+
+def test_the_rate_of_a_resumed_run_counts_only_its_own_images() -> None:
+    lines = shown(terminal=False, first=30).splitlines()
+    assert lines[1] == "discover: 34/40 images (85%), 1.0 images/s, 6.0 s left"
+
+
+def test_an_unknown_total() -> None:
+    lines = shown(terminal=False, total=None).splitlines()
+    assert lines[1] == "discover: 10 images, 1.0 images/s"
+
+
+def test_a_bar_on_a_terminal() -> None:
+    text = shown(terminal=True)
+    assert "40/40 images" in text or "images in 40 s" in text
+    assert "━" in text
+    assert "s left" in text
+
+
+def test_quiet_is_silent() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Progress(console, quiet=True) as progress:
+        progress.emit(Event("discover", "a word"))
+        progress.emit(Event("discover", level="progress", done=1, total=1))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.6, "1 min 00 s"), (7500, "2 h 05 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
