@@ -180,9 +180,9 @@ def _mapped(names: Sequence[str], path: Path, place: str) -> Labels:
     lemmas = _lemmas() if any(SYNSET.match(folder) for folder in table) else {}
     classes: dict[int, ClassInfo] = {}
     aliases: dict[int, set[str]] = {}
-    for folder, (label, name) in table.items():
+    for folder, (label, given) in table.items():
         lemma = lemmas.get(folder)
-        shown = name or (_short(lemma) if lemma else folder)
+        shown = given or (_short(lemma) if lemma else folder)
         classes.setdefault(label, ClassInfo(label, shown, folder if lemma else None))
         aliases.setdefault(label, set()).update({folder.lower(), shown.lower()})
         aliases[label].update(_parts(lemma or ""))

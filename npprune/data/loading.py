@@ -6,8 +6,9 @@ how many processes decode: an unreadable image is simply missing from its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -71,22 +72,30 @@ def batches(
         positions = list(range(len(source.items))) if indices is None else list(indices)
         grid = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
         groups = _mapped(source, transform, grid, workers)
-    for group in groups:
-        good: list[tuple[int, Item, Tensor]] = []
-        for position, item, result in group:
-            if isinstance(result, Tensor):
-                good.append((position, item, result))
-            elif on_bad == "error":
-                raise result
-            elif skipped is not None:
-                skipped.append(item.id)
-        if good:
-            yield Batch(
-                torch.stack([image for _, _, image in good]),
-                torch.tensor([item.label for _, item, _ in good], dtype=torch.int64),
-                [item.id for _, item, _ in good],
-                [position for position, _, _ in good],
-            )
+    with closing(groups):  # at once, or decoding processes wait for the garbage collector
+        for group in groups:
+            good = _readable(group, on_bad, skipped)
+            if good:
+                yield Batch(
+                    torch.stack([image for _, _, image in good]),
+                    torch.tensor([item.label for _, item, _ in good], dtype=torch.int64),
+                    [item.id for _, item, _ in good],
+                    [position for position, _, _ in good],
+                )
+
+
+def _readable(
+    group: list[Read], on_bad: str, skipped: list[str] | None
+) -> list[tuple[int, Item, Tensor]]:
+    good = []
+    for position, item, result in group:
+        if isinstance(result, Tensor):
+            good.append((position, item, result))
+        elif on_bad == "error":
+            raise result
+        elif skipped is not None:
+            skipped.append(item.id)
+    return good
 
 
 class _Images(Dataset[Read]):
@@ -101,7 +110,7 @@ class _Images(Dataset[Read]):
 
 def _mapped(
     source: ImageSource, transform: Transform, grid: list[list[int]], workers: int
-) -> Iterator[list[Read]]:
+) -> Generator[list[Read], None, None]:
     images = _Images(source, transform)
     if workers == 0:
         yield from ([images[i] for i in positions] for positions in grid)
@@ -126,7 +135,7 @@ def _mapped(
 
 def _stream(
     source: ImageSource, transform: Transform, batch_size: int, workers: int
-) -> Iterator[list[Read]]:
+) -> Generator[list[Read], None, None]:
     def read(entry: tuple[int, Sample]) -> Read:
         position, (item, opener) = entry
         return (position, item, _read(opener, transform))
