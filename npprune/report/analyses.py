@@ -6,7 +6,6 @@ Later stages put such sections into `Result.analyses`; `pareto`, `learning_curve
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -22,9 +21,8 @@ QUANTILES = (5, 25, 50, 75, 95)
 Row = list[str | int | float | None]
 
 
-def section(key: str, analysis: Analysis) -> Section:
-    """One analysis as a part of the report; `key` makes its anchor."""
-    anchor = "analysis-" + (re.sub(r"[^a-z0-9]+", "-", key.lower()).strip("-") or "other")
+def section(anchor: str, analysis: Analysis) -> Section:
+    """One analysis as a part of the report."""
     out = Section(anchor, text.clean(analysis.title))
     if analysis.text:
         out.items.append(Paragraph(analysis.text))
@@ -32,7 +30,7 @@ def section(key: str, analysis: Analysis) -> Section:
     if analysis.figure:
         table = _figure_table(analysis.figure)
         alt = text.clean(analysis.title)
-        out.items.append(Figure(alt, "", partial(draw, analysis.figure, alt, anchor), table))
+        out.items.append(Figure("", "", partial(draw, analysis.figure, alt, anchor), table))
     if given:
         out.items.append(given)
     return out
@@ -40,12 +38,12 @@ def section(key: str, analysis: Analysis) -> Section:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Columns that hold a text anywhere at the left are words."""
-    width = max(len(columns), *(len(r) for r in rows))
+    width = max([len(columns), *(len(r) for r in rows)])
     header = [*columns, *[""] * (width - len(columns))]
     body = [[Cell(text.significant(v)) for v in row] for row in rows]
     body = [row + [Cell("")] * (width - len(row)) for row in body]
     words = 0
-    while words < width and any(isinstance(r[words], str) for r in rows if words < len(r)):
+    while rows and words < width and any(isinstance(r[words], str) for r in rows if words < len(r)):
         words += 1
     return Table(list(header), body, text=max(words, 1))
 

@@ -31,7 +31,8 @@ class Table:
 
 @dataclass
 class Figure:
-    """A picture and the numbers in it. `draw` gives inline SVG; it is called for HTML only."""
+    """A picture and the numbers in it. `draw` gives inline SVG; it is called for HTML only.
+    An empty title: the section's heading says it."""
 
     title: str
     caption: str

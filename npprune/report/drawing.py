@@ -7,7 +7,7 @@ from typing import Any
 
 from npprune.records import FigureData, Series
 from npprune.report import text
-from npprune.report.svg import ACCENT, DENSE, INK, MUTED, ON_ACCENT, SERIES, picture
+from npprune.report.svg import ACCENT, DENSE, INK, MUTED, ON_ACCENT, SERIES, WIDTH, picture
 
 MARKERS = "osD^vPX*"
 LABELS_DRAWN = 30  # single points with names
@@ -21,12 +21,12 @@ def draw(data: FigureData, alt: str, name: str) -> str:
         height = 1.2 + min(9.0, 0.3 * rows)
         return picture(
             lambda f: _heatmap(f, data),
-            width=8.6 if columns > 8 else 2.4 + 0.7 * columns,
+            width=WIDTH if columns > 8 else 2.4 + 0.7 * columns,
             height=height,
             alt=alt,
             name=name,
         )
-    return picture(lambda f: _axes(f, data), width=8.6, height=4.0, alt=alt, name=name)
+    return picture(lambda f: _axes(f, data), width=WIDTH, height=4.0, alt=alt, name=name)
 
 
 def _axes(figure: Any, data: FigureData) -> None:
@@ -160,6 +160,7 @@ def _bars(ax: Any, data: FigureData) -> None:
             label=text.clip(s.name, 32),
         )
     ax.axhline(0, color=MUTED, linewidth=0.8)
+    ax.set_xlim(-0.6, max((len(s.y) for s in data.series), default=1) - 0.4)
     _names(ax, data)
 
 
@@ -221,13 +222,14 @@ def _heatmap(figure: Any, data: FigureData) -> None:
                     ha="center",
                     va="center",
                     fontsize=7.5,
-                    color=ON_ACCENT if depth > 0.55 else INK,
+                    color=ON_ACCENT if depth > 0.7 else INK,
+                    in_layout=False,  # measuring each is slow and moves nothing
                 )
     cells = PolyCollection(squares, facecolor=ACCENT, edgecolor="none")
     cells.set_alpha(depths or None)
     ax.add_collection(cells)
-    ax.set_xlim(0, columns)
-    ax.set_ylim(-len(matrix), 0)
+    ax.set_xlim(0, max(columns, 1))
+    ax.set_ylim(-max(len(matrix), 1), 0)
     small = 8 if max(columns, len(matrix)) <= 30 else 5
     x_names = [text.clip(n, 20) for n in data.x_names or []]
     y_names = [text.clip(n, 28) for n in data.y_names or []]

@@ -11,7 +11,19 @@ from typing import Any
 
 from npprune.records import Rate
 from npprune.report import text
-from npprune.report.svg import ACCENT, DENSE, INK, MARK, MUTED, ON_ACCENT, SERIES, picture
+from npprune.report.svg import (
+    ACCENT,
+    DENSE,
+    INK,
+    MARK,
+    MUTED,
+    ON_ACCENT,
+    SERIES,
+    WIDTH,
+    picture,
+)
+
+PROTECTED = "of these, path neurons (protected)"
 
 
 def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str:
@@ -53,7 +65,7 @@ def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str
         ax.tick_params(length=0)
         ax.spines["left"].set_visible(False)
 
-    return picture(paint, width=8.6, height=0.75 + 0.62 * len(rows), alt=alt, name=name)
+    return picture(paint, width=WIDTH, height=0.75 + 0.62 * len(rows), alt=alt, name=name)
 
 
 def costs(
@@ -89,7 +101,7 @@ def costs(
             figure.legend(loc="outside upper left", ncols=4)
 
     rows = len(labels) * max(1.0, 0.45 * len(variants))
-    return picture(paint, width=8.6, height=0.8 + 0.36 * rows, alt=alt, name=name)
+    return picture(paint, width=WIDTH, height=0.8 + 0.36 * rows, alt=alt, name=name)
 
 
 def widths(
@@ -116,7 +128,7 @@ def widths(
                     [b + 0.39 for b in blocks],
                     color=MARK,
                     linewidth=2.2,
-                    label="of these, path neurons (protected)",
+                    label=PROTECTED,
                 )
             small = 8 if len(blocks) <= 16 else 6
             for b, n in zip(blocks, kept, strict=True):
@@ -136,11 +148,15 @@ def widths(
                 ax.set_title(text.clip(variant, 70))
         panels[-1].set_xticks(blocks)
         panels[-1].set_xlabel("block")
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=3)
+        found: dict[str, Any] = {}
+        for ax in panels:  # only some variants may protect neurons
+            handles, names = ax.get_legend_handles_labels()
+            found.update(zip(names, handles, strict=True))
+        order = sorted(found, key=["dense", "kept", PROTECTED].index)
+        figure.legend([found[n] for n in order], order, loc="outside upper left", ncols=3)
 
     height = 0.7 + (2.3 if len(variants) == 1 else 1.9 * len(variants))
-    return picture(paint, width=8.6, height=height, alt=alt, name=name)
+    return picture(paint, width=WIDTH, height=height, alt=alt, name=name)
 
 
 def strips(
@@ -170,9 +186,9 @@ def strips(
                 box.set_facecolor(ACCENT)
                 box.set_alpha(depth)
                 ax.add_patch(box)
-                color = ON_ACCENT if depth > 0.55 else INK
+                color = ON_ACCENT if depth > 0.7 else INK
                 up = 0.34 if below else 0.5
-                style = {"ha": "center", "va": "center", "color": color}
+                style = {"ha": "center", "va": "center", "color": color, "in_layout": False}
                 ax.text(j + 0.5, -i - up, cell, fontsize=font, **style)
                 if below:
                     ax.text(j + 0.5, -i - 0.71, below, fontsize=font * 0.78, **style)
@@ -187,7 +203,7 @@ def strips(
         for side in ax.spines.values():
             side.set_visible(False)
 
-    return picture(paint, width=8.6, height=0.7 + tall * len(rows), alt=alt, name=name)
+    return picture(paint, width=WIDTH, height=0.7 + tall * len(rows), alt=alt, name=name)
 
 
 def classes(rows: Sequence[tuple[str, float, float]], alt: str, name: str) -> str:
@@ -209,4 +225,4 @@ def classes(rows: Sequence[tuple[str, float, float]], alt: str, name: str) -> st
         ax.spines["left"].set_visible(False)
         figure.legend(loc="outside upper left", ncols=2)
 
-    return picture(paint, width=8.6, height=0.9 + 0.23 * len(rows), alt=alt, name=name)
+    return picture(paint, width=WIDTH, height=0.9 + 0.23 * len(rows), alt=alt, name=name)

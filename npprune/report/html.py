@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from npprune.records import Result
 from npprune.report import sections
 from npprune.report.document import Item
+from npprune.report.text import clean
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -19,8 +20,7 @@ def render_html(result: Result) -> str:
     A pure function: equal results give equal bytes with the same matplotlib.
     """
     page = sections.build(result)
-    html = _environment().get_template("report.html").render(page=page)
-    return html.encode("utf-8", "replace").decode()  # a name may hold half a surrogate pair
+    return _environment().get_template("report.html").render(page=page)
 
 
 @lru_cache(maxsize=1)
@@ -31,6 +31,7 @@ def _environment() -> Environment:
     env = Environment(
         loader=PackageLoader("npprune.report"),
         autoescape=True,
+        finalize=_one_line,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -38,6 +39,11 @@ def _environment() -> Environment:
     env.tests["kind"] = _is_kind
     env.filters["svg"] = Markup  # drawn by us, its texts escaped by the SVG writer
     return env
+
+
+def _one_line(value: object) -> object:
+    """Text from the result without control characters; what is markup already stays."""
+    return clean(value) if type(value) is str else value
 
 
 def _is_kind(item: Item, name: str) -> bool:

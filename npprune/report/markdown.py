@@ -17,6 +17,7 @@ from npprune.report.document import (
     Paragraph,
     Table,
 )
+from npprune.report.text import clean
 
 
 def render_markdown(result: Result) -> str:
@@ -26,7 +27,7 @@ def render_markdown(result: Result) -> str:
 
 def escape(text: str) -> str:
     """Text that Markdown and the HTML in it leave alone, on one line."""
-    text = " ".join(text.split())
+    text = clean(" ".join(text.split()))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = re.sub(r"([\\`*_\[\]|~#$!])", r"\\\1", text)
     text = re.sub(
@@ -39,7 +40,7 @@ def escape(text: str) -> str:
 
 def code(text: str) -> str:
     """A code span that holds any text, backticks too."""
-    text = " ".join(text.split())
+    text = clean(" ".join(text.split()))
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * (longest + 1)
     pad = " " if longest else ""
@@ -62,8 +63,9 @@ def _item(item: Item) -> list[str]:
     if isinstance(item, Table):
         return ([escape(item.caption)] if item.caption else []) + [_table(item)]
     if isinstance(item, Figure):
+        title = [f"### {escape(item.title)}"] if item.title else []
         caption = [escape(item.caption)] if item.caption else []
-        return [f"### {escape(item.title)}", *caption, *_item(item.table)]
+        return [*title, *caption, *_item(item.table)]
     if isinstance(item, Fold):
         return [f"### {escape(item.title)}", *_item(item.table)]
     if isinstance(item, Facts):
@@ -71,7 +73,7 @@ def _item(item: Item) -> list[str]:
     if isinstance(item, Commands):
         longest = max(len(run) for run in re.findall(r"`*", "\n".join(item.lines)))
         fence = "`" * max(3, longest + 1)
-        return ["\n".join([f"{fence}sh", *item.lines, fence])]
+        return ["\n".join([f"{fence}sh", *map(clean, item.lines), fence])]
     if isinstance(item, Missing):
         return [f"{escape(item.text)} Add it with {code(item.command)}"]
     assert isinstance(item, Paragraph)

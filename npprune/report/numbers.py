@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from npprune.records import Accuracy, Latency, Result, Variant
 from npprune.report import text
-from npprune.report.document import Card, Cell, Table, cells
+from npprune.report.document import Card, Cell, Table
 
 
 @dataclass
@@ -265,6 +265,16 @@ def _sentence(result: Result, variant: Variant) -> str:
     if done is None:
         return f"{what}, at {costs}. Its accuracy has not been measured yet."
     a, b = done.dense.top1, done.pruned.top1
+    if done.dense_restricted and done.pruned_restricted:
+        c, d = done.dense_restricted.top1, done.pruned_restricted.top1
+        chosen = text.plural(len(done.restricted_to or []), "chosen class", "chosen classes")
+        return (
+            f"{what}. Among its {chosen} it reaches {text.percent(d.value)} top-1 on "
+            f"{text.plural(done.data.images, 'image')}, where the dense network reaches "
+            f"{text.percent(c.value)} choosing among the same classes "
+            f"({text.points(d.value - c.value)}) and {text.percent(a.value)} choosing among all, "
+            f"at {costs}."
+        )
     return (
         f"{what}. On {text.plural(done.data.images, 'image')} it reaches "
         f"{text.percent(b.value)} top-1 where the dense network reaches {text.percent(a.value)} "
@@ -322,14 +332,12 @@ def cards(result: Result) -> list[Card]:
     shown: list[Card] = []
     if done := v.evaluation:
         b, a = done.pruned.top1, done.dense.top1
-        shown.append(
-            Card(
-                "Top-1 accuracy",
-                text.percent(b.value),
-                text.percent(a.value),
-                f"{text.points(b.value - a.value)}, {text.change_span(done.top1_change)}",
-            )
-        )
+        label, interval = "Top-1 accuracy", f", {text.change_span(done.top1_change)}"
+        if done.dense_restricted and done.pruned_restricted:
+            b, a = done.pruned_restricted.top1, done.dense_restricted.top1
+            label, interval = "Top-1 among chosen classes", ""
+        note = f"{text.points(b.value - a.value)}{interval}"
+        shown.append(Card(label, text.percent(b.value), text.percent(a.value), note))
     for m in _cost(result, v):
         if m.label in ("Parameters", "MACs per image"):
             shown.append(Card(m.label, m.pruned.value, m.dense.value, m.change.value))
@@ -348,8 +356,3 @@ def cards(result: Result) -> list[Card]:
         change = text.relative(v.export.bytes, a_bytes) if a_bytes else ""
         shown.append(Card("ONNX file", text.size(v.export.bytes), text.size(a_bytes), change))
     return shown
-
-
-def plain_rows(rows: list[list[str]]) -> list[list[Cell]]:
-    """Rows of text as rows of cells."""
-    return [cells(*row) for row in rows]

@@ -56,7 +56,7 @@ def _pruning(p: PruneSummary) -> Facts:
     if any(p.protected):
         pairs.append(("protected path neurons", text.count(sum(p.protected))))
     pairs += [
-        ("widths rounded up to a multiple of", str(p.round_to)),
+        ("widths rounded up to", f"multiples of {p.round_to}" if p.round_to > 1 else "not rounded"),
         ("compensation", p.compensation),
         ("calibration", text.data(p.calibration) if p.calibration else "none"),
         ("time", text.seconds(p.seconds)),

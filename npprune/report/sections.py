@@ -34,7 +34,10 @@ def build(result: Result) -> Page:
         _speed(result),
         _widths(result),
         _classes(result),
-        *(analysis_section(key, each) for key, each in result.analyses.items()),
+        *(
+            analysis_section(f"analysis-{i}", each)
+            for i, each in enumerate(result.analyses.values(), 1)
+        ),
         *_paths(result),
         provenance.how(result),
         provenance.images(result),
@@ -203,14 +206,14 @@ def _speed(result: Result) -> Section:
                     cells(
                         str(p.batch),
                         text.count(p.images),
-                        f"{p.max_relative_error:.1e}".replace("-", text.MINUS),
+                        text.scientific(p.max_relative_error),
                         text.percent(p.top1_agreement),
                     )
                     for p in x.parity
                 ],
                 caption=f"{name}: {x.file} ({x.precision}, opset {x.opset}, {text.size(x.bytes)}) "
                 f"in ONNX Runtime ({text.PROVIDERS.get(x.provider, x.provider)}) against PyTorch "
-                f"on real images, tolerance {x.tolerance:.0e}: {verdict}.",
+                f"on real images, tolerance {text.scientific(x.tolerance, 0)}: {verdict}.",
             )
         )
     rows = [(v, t) for v in result.variants for t in numbers.latencies(v)]
@@ -294,7 +297,7 @@ def _widths(result: Result) -> Section:
 def _classes(result: Result) -> Section:
     section = Section("classes", "Classes hit worst, and least")
     for v, evaluation in _evaluated(result):
-        ranked = sorted(evaluation.classes, key=lambda c: (c.pruned_top1 - c.dense_top1, c.label))
+        ranked = sorted(evaluation.classes, key=_harm)
         ranked = [c for c in ranked if c.images]
         if not ranked:
             continue
@@ -302,7 +305,9 @@ def _classes(result: Result) -> Section:
         worst = ranked[:WORST]
         best = ranked[WORST:][-BEST:][::-1]
         drawn = [(text.clean(c.name), c.dense_top1, c.pruned_top1) for c in worst]
-        title = f"{prefix}The {len(worst)} classes that lost most"
+        every = len(worst) == len(ranked)
+        which = "All classes, worst first" if every else f"The {WORST} classes that lost most"
+        title = prefix + which
         section.items.append(
             Figure(
                 title,
@@ -316,6 +321,10 @@ def _classes(result: Result) -> Section:
             title = f"{prefix}The {len(best)} classes that kept or gained most"
             section.items.append(Fold(title, _class_table(best)))
     return section
+
+
+def _harm(row: ClassRow) -> tuple[float, float, int]:
+    return (row.pruned_top1 - row.dense_top1, row.deviation, row.label)
 
 
 def _class_table(rows: list[ClassRow]) -> Table:
@@ -350,7 +359,7 @@ def _paths(result: Result) -> list[Section]:
             )
         )
         return [section]
-    if found.frequency:
+    if any(found.frequency):
         section.items.append(_frequency(found))
     if found.class_paths:
         section.items.append(_class_paths(result, found))
@@ -384,8 +393,8 @@ def _frequency(found: DiscoverySummary) -> Figure:
     return Figure(
         "The neurons that paths pass through most often",
         f"Each cell is one neuron of the block: its index and the share of "
-        f"{text.plural(found.images, 'image')} whose path (K = {found.topk}) holds it. Darkest: "
-        f"{text.percent(largest, 0)}.",
+        f"{text.plural(found.images, 'image')} whose path (K = {found.topk}) holds it. "
+        f"Strongest colour: {text.percent(largest, 0)}.",
         draw,
         table,
     )
@@ -425,8 +434,8 @@ def _class_paths(result: Result, found: DiscoverySummary) -> Figure:
     )
     return Figure(
         "The preferred path of each class",
-        "The most frequent path neuron of the class in each block. The darker a cell, the more of "
-        f"the classes shown share that neuron.{part}",
+        "The most frequent path neuron of the class in each block. The stronger its colour, "
+        f"the more of the classes shown share that neuron.{part}",
         draw,
         table,
     )

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
+WIDTH = 9.6  # inches, the page's column
 INK, MUTED, LINE = "#101112", "#606162", "#d0d1d2"
 ACCENT, MARK, DENSE, PAPER, ON_ACCENT = "#2a6f97", "#c8553d", "#808182", "#fefdfc", "#fdfcfb"
 SERIES = ["#2a6f98", "#c8553e", "#4f8a3d", "#8a5fa8", "#b8860c", "#2f8f8b", "#a04a6a", "#5b6b7b"]
@@ -27,7 +28,7 @@ _VARIABLES = {
     ON_ACCENT: "on-accent",
     **{color: f"s{i + 1}" for i, color in enumerate(SERIES)},
 }
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {  # the keys are matplotlib's
     "svg.fonttype": "none",
     "svg.hashsalt": "npprune",
     "text.parse_math": False,  # class names may hold dollar signs
@@ -98,7 +99,7 @@ def _inline(text: str, alt: str, name: str) -> str:
     # tags only: a class name in a text node stays what it is
     body = re.sub(r"<[^>]*>", lambda m: _tag(m[0], name, used), body)
     body = re.sub(r"\n\s*", "\n", body).strip()
-    size = f'style="min-width:{min(width, 640) * 0.8:.0f}px;max-width:{width * 4 / 3:.0f}px"'
+    size = f'style="min-width:{width * 0.95:.0f}px;max-width:{width * 4 / 3:.0f}px"'
     return f'<svg viewBox="{box.group(1)}" role="img" aria-label={quoteattr(alt)} {size}>{body}\n'
 
 

@@ -130,6 +130,14 @@ def relative(pruned: float, dense: float) -> str:
     return percent(pruned / dense - 1, sign=True) if dense else DASH
 
 
+def scientific(value: float, digits: int = 1) -> str:
+    """A small error: `2.1e−6`."""
+    if not math.isfinite(value):
+        return DASH
+    mantissa, exponent = f"{value:.{digits}e}".split("e")
+    return f"{mantissa}e{int(exponent)}".replace("-", MINUS)
+
+
 def significant(value: Any) -> str:
     """A cell whose meaning is unknown here: text as it is, numbers with four digits."""
     if value is None:
@@ -141,7 +149,8 @@ def significant(value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return DASH
-        return f"{value:.4g}".replace("e-0", "e-").replace("e+0", "e").replace("-", MINUS)
+        mantissa, e, exponent = f"{value:.4g}".partition("e")
+        return (f"{mantissa}e{int(exponent)}" if e else mantissa).replace("-", MINUS)
     return str(value)
 
 
