@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npprune.core.view import HiddenEdit, Scope
+from npprune.core.view import Given, HiddenEdit, Scope
 from npprune.errors import ModelError
 
 
@@ -25,9 +25,9 @@ class TimmView:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.blocks = _blocks(model)
-        self.widths = tuple(block.mlp.fc2.in_features for block in self.blocks)  # type: ignore[union-attr]
+        self.model: Any = model
+        self.blocks: list[Any] = _blocks(model)
+        self.widths: tuple[int, ...] = tuple(block.mlp.fc2.in_features for block in self.blocks)
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))  # type: ignore[arg-type]
         self.scope: Scope = _pooled_scope(model)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -37,7 +37,7 @@ class TimmView:
             return slice(None)
         if scope == "patch":
             return slice(self.num_prefix_tokens, None)
-        if self.num_prefix_tokens == 0:
+        if not _has_class_token(self.model):
             raise ModelError(
                 f"scope 'cls' needs a class token, and {type(self.model).__name__} has none",
                 hint="use scope 'patch' or 'all'",
@@ -56,48 +56,64 @@ class TimmView:
         with ExitStack() as stack:
             for block in self.blocks:
                 stack.enter_context(_replaced(block, "forward", identity))
-            self.model.forward_features(images)  # type: ignore[operator]
-        if len(calls) != len(self.blocks):
-            raise ModelError(
-                f"{type(self.model).__name__} runs {len(calls)} of its {len(self.blocks)} blocks "
-                "in forward_features",
-                hint="npprune supports plain transformers that run every block once",
-            )
+            features = self.model.forward_features(images)
+        if not self._calls:
+            self._check_plain(streams, features)
         self._calls = calls
         return streams[0]
 
-    def block(self, l: int, x: Tensor, edit: HiddenEdit | None = None) -> Tensor:
+    def _check_plain(self, streams: list[Tensor], features: Any) -> None:
+        """With blocks that do nothing, nothing but the final norm may happen to the stream."""
+        if len(streams) != len(self.blocks) or any(x is not streams[0] for x in streams):
+            raise ModelError(
+                f"{type(self.model).__name__} does more between its blocks than run each once",
+                hint="npprune supports plain transformers: embedding, blocks, norm, classifier",
+            )
+        with torch.no_grad():
+            expected = self.model.norm(streams[0])
+        same = isinstance(features, Tensor) and features.shape == expected.shape
+        if not same or not torch.allclose(features, expected, atol=1e-5, equal_nan=True):
+            raise ModelError(
+                f"{type(self.model).__name__} does more after its blocks than a final norm",
+                hint="npprune supports plain transformers: embedding, blocks, norm, classifier",
+            )
+
+    def block(
+        self, l: int, x: Tensor, *, edit: HiddenEdit | None = None, given: Given | None = None
+    ) -> Tensor:
+        if not self._calls:
+            raise RuntimeError("call `embed` first: it records what the blocks are called with")
         args, kwargs = self._calls[l]
-        with self._edited(l, edit):
+        with self._edited(l, edit), self._given(l, given):
             return self.blocks[l](x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def block_and_attention(
-        self, l: int, x: Tensor, edit: HiddenEdit | None = None
+        self, l: int, x: Tensor, *, given: Given | None = None
     ) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
             seen.append(output)
 
-        handle = self.blocks[l].attn.register_forward_hook(keep)  # type: ignore[union-attr,operator]
+        handle = self.blocks[l].attn.register_forward_hook(keep)
         try:
-            y = self.block(l, x, edit)
+            y = self.block(l, x, given=given)
         finally:
             handle.remove()
         return y, seen[0]
 
-    def tail(self, l: int, x: Tensor, attention: Tensor, edit: HiddenEdit | None = None) -> Tensor:
-        def given(*args: Any, **kwargs: Any) -> Tensor:
+    def tail(self, l: int, x: Tensor, attention: Tensor, *, given: Given | None = None) -> Tensor:
+        def attended(*args: Any, **kwargs: Any) -> Tensor:
             return attention
 
-        with _replaced(self.blocks[l].attn, "forward", given):  # type: ignore[arg-type]
-            return self.block(l, x, edit)
+        with _replaced(self.blocks[l].attn, "forward", attended):
+            return self.block(l, x, given=given)
 
     def head(self, x: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.norm(x))  # type: ignore[operator,no-any-return]
+        return self.model.forward_head(self.model.norm(x))  # type: ignore[no-any-return]
 
     def fc2(self, l: int) -> nn.Linear:
-        return self.blocks[l].mlp.fc2  # type: ignore[union-attr,return-value]
+        return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
 
     @contextmanager
     def _edited(self, l: int, edit: HiddenEdit | None) -> Iterator[None]:
@@ -109,6 +125,26 @@ class TimmView:
             yield
         finally:
             handle.remove()
+
+    @contextmanager
+    def _given(self, l: int, given: Given | None) -> Iterator[None]:
+        """The MLP computes only the tokens whose output is not given."""
+        if given is None:
+            yield
+            return
+        tokens, output = given
+        mlp: nn.Module = self.blocks[l].mlp
+        compute = mlp.forward
+
+        def forward(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            start, stop, _ = tokens.indices(z.shape[1])
+            if start == 0 and stop == z.shape[1]:
+                return output
+            rest = compute(torch.cat([z[:, :start], z[:, stop:]], 1), *args, **kwargs)
+            return torch.cat([rest[:, :start], output, rest[:, start:]], 1)
+
+        with _replaced(mlp, "forward", forward):
+            yield
 
 
 def make_view(model: nn.Module) -> TimmView:
@@ -130,7 +166,17 @@ def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
         object.__delattr__(module, name)
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+NOT_PLAIN = {
+    "blocks_token_only": "class-attention blocks after the plain ones (CaiT)",
+    "cls_attn_blocks": "class-attention blocks after the plain ones (XCiT)",
+    "local_up_to_layer": "a class token that joins between the blocks (ConViT)",
+    "neck": "a convolutional neck after the blocks (SAM)",
+    "q_stride": "pooling between the blocks (Hiera)",
+}
+"""Parts that say a model with `blocks` is more than embedding, blocks, norm and classifier."""
+
+
+def _blocks(model: nn.Module) -> list[Any]:
     name = type(model).__name__
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
@@ -138,6 +184,12 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
             f"{name} has no `blocks`: npprune needs a plain vision transformer",
             hint="hierarchical models (Swin, PVT, ...) are not supported",
         )
+    for part, what in NOT_PLAIN.items():
+        if hasattr(model, part):
+            raise ModelError(
+                f"{name} has {what}, which npprune does not support",
+                hint="npprune supports plain transformers: embedding, blocks, norm, classifier",
+            )
     for i, block in enumerate(blocks):
         fc2 = getattr(getattr(block, "mlp", None), "fc2", None)
         if not isinstance(fc2, nn.Linear) or not isinstance(
@@ -150,35 +202,27 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     for part in ("forward_features", "forward_head", "norm"):
         if not callable(getattr(model, part, None)):
             raise ModelError(f"{name} has no `{part}`: npprune needs a plain vision transformer")
-    return list(blocks)
+    return list(blocks)  # their parts are found at run time
 
 
-def _pooled_scope(model: nn.Module) -> Scope:
-    if getattr(model, "attn_pool", None) is not None:
-        return "all" if getattr(model, "pool_include_prefix", False) else "patch"
+def _has_class_token(model: Any) -> bool:
+    """Whether token 0 is a class token; registers may stand there in models without one."""
+    embedding = getattr(model, "embeds", model)  # where NaFlex models keep it
+    return getattr(embedding, "cls_token", None) is not None
+
+
+def _pooled_scope(model: Any) -> Scope:
     pool = getattr(model, "global_pool", "token")
-    if pool in ("token", "map") and int(getattr(model, "num_prefix_tokens", 1)) > 0:  # type: ignore[arg-type]
+    if pool == "":
+        raise ModelError(
+            f"{type(model).__name__} is built without pooling, so it gives no class probabilities",
+            hint="use global_pool token, avg or map",
+        )
+    if getattr(model, "head_dist", None) is not None:
+        return "all"  # class and distillation token: no narrower scope holds both
+    if getattr(model, "attn_pool", None) is not None:
+        # Eva-type models pool all tokens; ViT-type ones say whether they do.
+        return "all" if getattr(model, "pool_include_prefix", True) else "patch"
+    if pool == "token" and _has_class_token(model):
         return "cls"
     return "all" if getattr(model, "pool_include_prefix", False) else "patch"
-
-
-def parameters_frozen(model: nn.Module) -> bool:
-    """Whether no parameter asks for a gradient."""
-    return not any(p.requires_grad for p in model.parameters())
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode, parameters without gradients; restored on exit."""
-    training = model.training
-    wanted = [p.requires_grad for p in model.parameters()]
-    model.eval()
-    for p in model.parameters():
-        p.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield model
-    finally:
-        model.train(training)
-        for p, want in zip(model.parameters(), wanted, strict=True):
-            p.requires_grad_(want)
