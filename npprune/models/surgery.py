@@ -1,0 +1,272 @@
+"""Removing neurons, attention heads and classes for real, and masking them for comparison.
+
+Every function that changes structure works on a deep copy. Hidden units are removed through
+torch-pruning's dependency graph of each MLP; the group of `fc1`'s outputs must reach `fc2`'s
+inputs (and a gate's other half) and nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from torch import Tensor, nn
+
+from npprune.errors import ModelError
+from npprune.models.info import classifiers, weights_sha256
+from npprune.models.shapes import set_heads
+from npprune.models.view import TimmView, make_view
+from npprune.records import Plan
+
+
+def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
+    """A copy of the network with only the plan's neurons, heads and classes.
+
+    Args:
+        model: the dense network that the plan was made for.
+        plan: what stays.
+        force: apply the plan to other weights of the same widths as well.
+
+    Raises:
+        ModelError: the plan was made for another network, or the network cannot be pruned.
+    """
+    check_plan(model, plan, force=force)
+    # The dependency graph is read off autograd's, whatever the caller has switched off.
+    with torch.inference_mode(False), torch.enable_grad():
+        pruned = copy.deepcopy(model)
+        view = make_view(pruned)
+        for l, kept in enumerate(plan.keep):
+            _remove_units(view, l, kept)
+    for l, heads in enumerate(plan.heads or []):
+        _remove_heads(view, l, heads)
+    if plan.classes is not None:
+        _cut(pruned, plan.classes)
+    widths = list(make_view(pruned).widths)
+    if widths != plan.kept_widths:
+        raise AssertionError(f"pruned widths {widths}, planned {plan.kept_widths}")
+    return pruned
+
+
+def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
+    """A copy of the network in which what the plan removes is zeroed where it is read.
+
+    Its logits equal those of `apply_plan`'s network up to rounding: the reference for the surgery.
+    """
+    check_plan(model, plan, force=force)
+    masked = copy.deepcopy(model)
+    view = make_view(masked)
+    for l, kept in enumerate(plan.keep):
+        _mask_inputs(view.fc2(l), torch.tensor(kept))
+    for l, heads in enumerate(plan.heads or []):
+        attn: Any = view.blocks[l].attn
+        channels = torch.arange(attn.proj.in_features).unflatten(0, (attn.num_heads, -1))
+        _mask_inputs(attn.proj, channels[list(heads)].flatten())
+    if plan.classes is not None:
+        _cut(masked, plan.classes)
+    return masked
+
+
+def cut_head(model: nn.Module, classes: Sequence[int]) -> nn.Module:
+    """A copy whose classifier has only the outputs `classes`, in this order.
+
+    Raises:
+        ModelError: a class is not an output of the classifier, or is named twice.
+    """
+    cut = copy.deepcopy(model)
+    _cut(cut, classes)
+    return cut
+
+
+def set_fc2(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Give block l's `fc2` other values, in place; it gets a bias where it had none.
+
+    Args:
+        weight: [d, k], with k the block's hidden units.
+        bias: [d]; None leaves the bias as it is.
+
+    Raises:
+        ModelError: a shape does not agree.
+    """
+    fc2 = make_view(model).fc2(l)
+    for name, value, shape in (
+        ("weight", weight, tuple(fc2.weight.shape)),
+        ("bias", bias, (fc2.out_features,)),
+    ):
+        if value is not None and tuple(value.shape) != shape:
+            raise ModelError(
+                f"block {l}: `fc2` needs a {name} of {list(shape)}, got {list(value.shape)}"
+            )
+    with torch.no_grad():
+        fc2.weight.copy_(weight)
+        if bias is not None:
+            if fc2.bias is None:
+                fc2.bias = nn.Parameter(
+                    fc2.weight.new_zeros(fc2.out_features),
+                    requires_grad=fc2.weight.requires_grad,
+                )
+            fc2.bias.copy_(bias)
+
+
+def check_prunable(model: nn.Module) -> None:
+    """ModelError, by name and with the reason, where hidden units cannot be removed one by one."""
+    for l, block in enumerate(make_view(model).blocks):
+        mlp = block.mlp
+        kind = f"block {l}: {type(mlp).__module__}.{type(mlp).__name__}"
+        if not isinstance(mlp, (Mlp, GluMlp, SwiGLU)):
+            raise ModelError(
+                f"{kind} is not a two-layer MLP that npprune can prune",
+                hint="plain and gated MLPs (Mlp, GluMlp, SwiGLU) can be pruned",
+            )
+        if not isinstance(mlp.norm, nn.Identity):
+            raise ModelError(
+                f"{kind} has a {type(mlp.norm).__name__} between its activation and `fc2`, which "
+                "couples the neurons: without some, the others change",
+                hint="paths of such a network can be found; choose another to prune",
+            )
+
+
+def check_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> None:
+    """ModelError if the plan does not belong to this network, or cannot be carried out on it."""
+    check_prunable(model)
+    view = make_view(model)
+    if list(view.widths) != plan.widths:
+        raise ModelError(
+            f"the plan is for {len(plan.widths)} blocks of {_short(plan.widths)} hidden units, "
+            f"the network has {len(view.widths)} of {_short(list(view.widths))}",
+            hint="apply a plan to the dense network that it was made for",
+        )
+    if plan.source_sha256 and not force:
+        sha = weights_sha256(model)
+        if sha != plan.source_sha256:
+            raise ModelError(
+                f"the plan was made for weights {plan.source_sha256[:12]}, the network's are "
+                f"{sha[:12]}",
+                hint="apply it to the weights it was made for, or empty its `source_sha256` to "
+                "apply it to any network of these widths",
+            )
+    if plan.heads is not None:
+        if len(plan.heads) != len(view.blocks):
+            raise ModelError(
+                f"the plan names heads for {len(plan.heads)} blocks, the network has "
+                f"{len(view.blocks)}"
+            )
+        for l, kept in enumerate(plan.heads):
+            _check_heads(view, l, kept)
+    if plan.classes is not None:
+        _check_classes(model, plan.classes)
+
+
+def _short(widths: list[int]) -> str:
+    return str(widths[0]) if len(set(widths)) == 1 else str(widths)
+
+
+def _remove_units(view: TimmView, l: int, kept: list[int]) -> None:
+    mlp: Any = view.blocks[l].mlp
+    fc2 = view.fc2(l)
+    gone = sorted(set(range(fc2.in_features)) - set(kept))
+    if not gone:
+        return
+    trainable = {p: p.requires_grad for p in mlp.parameters()}
+    names = {id(module): name for name, module in mlp.named_modules()}
+    mlp.requires_grad_(True)
+    example = fc2.weight.new_zeros(1, 2, fc2.out_features)
+    graph = tp.DependencyGraph().build_dependency(mlp, example_inputs=example, verbose=False)
+    first = mlp.fc1_x if isinstance(mlp, SwiGLU) else mlp.fc1
+    group = graph.get_pruning_group(first, tp.prune_linear_out_channels, idxs=gone)
+    reached = {names[id(d.target.module)] for d, _ in group if id(d.target.module) in names}
+    wanted = {"fc2", "fc1_g", "fc1_x"} if isinstance(mlp, SwiGLU) else {"fc2", "fc1"}
+    if reached != wanted or not graph.check_pruning_group(group):
+        raise ModelError(
+            f"block {l}: removing hidden units of {type(mlp).__name__} would change "
+            f"{', '.join(sorted(reached))}, not {', '.join(sorted(wanted))} alone"
+        )
+    group.prune()
+    grad = next(iter(trainable.values()))
+    mlp.requires_grad_(grad)
+    rows = len(kept) * (2 if isinstance(mlp, GluMlp) else 1)
+    if fc2.in_features != len(kept) or first.out_features != rows:
+        raise AssertionError(
+            f"block {l}: fc1 {first.out_features}, fc2 {fc2.in_features} after keeping {len(kept)}"
+        )
+
+
+def _check_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
+    attn: Any = view.blocks[l].attn
+    count = int(attn.num_heads)
+    if list(kept) == list(range(count)):
+        return
+    if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
+        raise ModelError(
+            f"`heads[{l}]` must be ascending within 0..{count - 1}, at least one, got {list(kept)}"
+        )
+    plain = type(attn) is Attention and isinstance(attn.norm, nn.Identity)
+    if not plain or getattr(attn, "gate", None) is not None:
+        raise ModelError(
+            f"block {l}: heads cannot be removed from {type(attn).__module__}."
+            f"{type(attn).__name__} (another attention, or with a norm or gate on its output)",
+            hint="remove hidden units of the MLPs alone",
+        )
+
+
+def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
+    attn: Any = view.blocks[l].attn
+    count = int(attn.num_heads)
+    if len(kept) == count:
+        return
+    index = torch.tensor(list(kept), device=attn.qkv.weight.device)
+
+    def rows(value: Tensor) -> Tensor:
+        """Of [3 * heads * head_dim, ...], those of the kept heads."""
+        return value.unflatten(0, (3, count, -1))[:, index].flatten(0, 2)
+
+    qkv, proj = attn.qkv, attn.proj
+    qkv.weight = _parameter(rows(qkv.weight), qkv.weight)
+    if qkv.bias is not None:
+        qkv.bias = _parameter(rows(qkv.bias), qkv.bias)
+    columns = proj.weight.unflatten(1, (count, -1))[:, index].flatten(1)
+    proj.weight = _parameter(columns, proj.weight)
+    qkv.out_features, proj.in_features = qkv.weight.shape[0], proj.weight.shape[1]
+    set_heads(attn, len(kept), l)
+
+
+def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.detach().clone(), requires_grad=like.requires_grad)
+
+
+def _mask_inputs(layer: nn.Linear, kept: Tensor) -> None:
+    """Let only these inputs through; the mask moves with the module and is not saved."""
+    mask = layer.weight.new_zeros(layer.in_features)
+    mask[kept.to(mask.device)] = 1
+    layer.register_buffer("npprune_mask", mask, persistent=False)
+    layer.register_forward_pre_hook(_apply_mask)
+
+
+def _apply_mask(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * layer.npprune_mask, *args[1:])
+
+
+def _check_classes(model: nn.Module, classes: Sequence[int]) -> None:
+    outputs = classifiers(model)[0].out_features
+    if not classes:
+        raise ModelError("`classes` must name at least one class, got none")
+    bad = [c for c in classes if not 0 <= c < outputs]
+    if bad:
+        raise ModelError(f"`classes` must lie in 0..{outputs - 1}, got {bad[0]}")
+    if len(set(classes)) != len(classes):
+        twice = next(c for i, c in enumerate(classes) if c in classes[:i])
+        raise ModelError(f"`classes` must not repeat, got {twice} twice")
+
+
+def _cut(model: nn.Module, classes: Sequence[int]) -> None:
+    _check_classes(model, classes)
+    for head in classifiers(model):
+        index = torch.tensor(list(classes), device=head.weight.device)
+        head.weight = _parameter(head.weight[index], head.weight)
+        if head.bias is not None:
+            head.bias = _parameter(head.bias[index], head.bias)
+        head.out_features = len(classes)
+    model.num_classes = len(classes)  # type: ignore[assignment]
