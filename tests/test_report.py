@@ -31,7 +31,9 @@ from npprune.report import (
 )
 from npprune.report.markdown import code, escape
 
-HOSTILE = '#101112 <script>alert(1)</script> | `x` & "q" $a$ --> \x07\ud800 ](javascript:1) 犬'
+HOSTILE = (
+    '$\\frac{$ #101112 <script>alert(1)</script> | `x` & "q" $a$ --> \x07\ud800 ](javascript:1) 犬'
+)
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "rect"}
 
 

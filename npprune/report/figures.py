@@ -170,7 +170,7 @@ def strips(
 
     rows: (label, cells of (name, line below it, share)); columns: names above, or empty.
     """
-    from matplotlib.patches import Rectangle
+    from matplotlib.collections import PolyCollection
 
     longest = max(len(cells) for _, cells in rows)
     largest = max((share for _, cells in rows for *_, share in cells), default=1.0) or 1.0
@@ -179,19 +179,22 @@ def strips(
 
     def paint(figure: Any) -> None:
         ax = figure.add_subplot()
+        boxes, depths = [], []
         for i, (_, cells) in enumerate(rows):
             for j, (cell, below, share) in enumerate(cells):
                 depth = 0.07 + 0.93 * share / largest
-                box = Rectangle((j + 0.03, -i - 0.94), 0.94, 0.88, linewidth=0)
-                box.set_facecolor(ACCENT)
-                box.set_alpha(depth)
-                ax.add_patch(box)
+                x0, x1, y0, y1 = j + 0.03, j + 0.97, -i - 0.94, -i - 0.06
+                boxes.append([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+                depths.append(depth)
                 color = ON_ACCENT if depth > 0.7 else INK
                 up = 0.34 if below else 0.5
                 style = {"ha": "center", "va": "center", "color": color, "in_layout": False}
                 ax.text(j + 0.5, -i - up, cell, fontsize=font, **style)
                 if below:
                     ax.text(j + 0.5, -i - 0.71, below, fontsize=font * 0.78, **style)
+        drawn = PolyCollection(boxes, facecolor=ACCENT, edgecolor="none")
+        drawn.set_alpha(depths)
+        ax.add_collection(drawn)
         ax.set_xlim(0, longest)
         ax.set_ylim(-len(rows), 0)
         ax.set_yticks([-i - 0.5 for i in range(len(rows))], [text.clip(r[0], 28) for r in rows])
