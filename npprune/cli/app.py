@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from typing import Annotated
 
 import typer
@@ -71,6 +72,9 @@ for _name, _module in (
 
 def main() -> None:
     """The program: runs the command of `sys.argv` and exits."""
+    if not sys.warnoptions:  # what libraries say to each other's authors; `python -W` shows it
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
     sys.exit(run_app())
 
 

@@ -130,7 +130,7 @@ def command(
     network = flags.model_section(model, ctx.params)
     images = flags.data_section(ctx.params, train=data)
     chosen, start = flags.device(device), flags.seed(seed)
-    folder = out or Path("reports") / flags.folder_name(network)
+    folder = flags.out_folder(out or Path("reports") / flags.folder_name(network))
 
     from npprune.pipeline.discover import discover
 

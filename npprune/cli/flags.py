@@ -165,6 +165,18 @@ def one_budget(settings: PruneSection) -> None:
         )
 
 
+def out_folder(path: Path) -> Path:
+    """`--out` with a name of its own: it names the run or the checkpoint, too."""
+    if not re.match(r"[^.\s]", path.name):
+        raise UsageError(
+            f"`--out` must name a folder, not begin with a dot, got `{path}`",
+            hint="for example `reports/vit_tiny` or `ckpt/vit_tiny_half`",
+        )
+    if path.exists() and not path.is_dir():
+        raise StoreError(f"`--out` must be a folder, got the file `{path}`")
+    return path
+
+
 def existing_file(flag: str, path: str | None) -> None:
     """ModelError where a weights file is named and not there."""
     if path is not None and not Path(path).is_file():
@@ -221,6 +233,8 @@ def checkpoint_folder(path: Path) -> Path:
 def run_or_model(text: str, flags: Mapping[str, Any]) -> Path | ModelSection:
     """What `npprune prune` starts from: a run folder, or a network without paths."""
     path = Path(text)
+    if (path / "config.json").is_file():  # a checkpoint of ours, to be pruned further
+        return model_section(text, flags)
     looks_like_path = "/" in text and not text.startswith(HUB_PREFIXES)
     if flags.get("checkpoint") is None and (path.is_dir() or looks_like_path):
         return run_folder(path, "RUN_OR_MODEL")

@@ -147,6 +147,7 @@ def command(
     )
     flags.one_budget(settings)
     start = flags.run_or_model(source, ctx.params)
+    folder = flags.out_folder(out)
     images = flags.data_section(ctx.params, calibration=calibration)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
@@ -158,4 +159,4 @@ def command(
             start, images, settings, out,
             device=chosen, seed=seed_value, emit=emit, dry_run=dry_run,
         )  # fmt: skip
-    show.pruned(output, variant, out, dry_run=dry_run)
+    show.pruned(output, variant, folder, dry_run=dry_run)

@@ -20,6 +20,7 @@ from npprune.records import (
 )
 from npprune.report import text
 
+TOKENS = {"cls": "the class token", "patch": "the patch tokens", "all": "all tokens"}
 MANY_BLOCKS = 48  # more rows than this are left to the report
 
 
@@ -29,27 +30,26 @@ MANY_BLOCKS = 48  # more rows than this are left to the report
 def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) -> None:
     """What discovery found and where it lies."""
     output.document("result", to_dict(result))
+    rows = [
+        ("model", result.model.source.architecture),
+        ("network", network(result.model)),
+    ]
     found = result.discovery
     if found is not None:
-        pooled = {"cls": "class token", "patch": "patch tokens", "all": "all tokens"}
-        rows = [
-            ("model", result.model.source.architecture),
-            ("network", network(result.model)),
+        rows += [
             ("images", data(found.data)),
-            ("preprocessing", text.preprocessing(result.model.preprocessing)),
-            ("method", f"{found.method}, scope {found.scope} ({pooled.get(found.scope, '')})"),
-            ("integral", f"{found.quadrature}, {found.points} points"),
-            ("paths", f"{found.images} images, {found.classes} classes, top {found.topk} a block"),
+            ("method", f"{found.method} on {TOKENS.get(found.scope, found.scope)}"),
+            ("integral", f"{found.quadrature}, {text.plural(found.points, 'point')}"),
+            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
         ]
         if found.mean_score is not None:
-            score = found.mean_score
-            rows.append(("mean score", f"{score.value:.4g} ({score.low:.4g} to {score.high:.4g})"))
-        if not dry_run:
-            rows.append(("time", text.seconds(found.seconds)))
-        _facts(output, rows)
-        output.warn(skipped(found.data))
+            score = text.significant(found.mean_score.value)
+            spread = text.significant(found.mean_score.standard_error)
+            rows.append(("mean score", f"{score} (standard error {spread})"))
+        rows.append(("time", text.seconds(found.seconds)))
+    output.files(rows)
     if dry_run:
-        output.line("dry run: nothing was computed, nothing was written")
+        output.line(f"\ndry run: nothing was computed or written; it would go to {folder}")
         return
     _end(
         output,
@@ -89,10 +89,8 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
     if not dry_run:
         facts.append(("time", text.seconds(summary.seconds)))
     _facts(output, facts)
-    if summary.calibration is not None:
-        output.warn(skipped(summary.calibration))
     if dry_run:
-        output.line("dry run: nothing was written")
+        output.line(f"\ndry run: nothing was written; it would go to {folder}")
         return
     _end(
         output,
@@ -135,7 +133,6 @@ def evaluated(output: Output, evaluation: Evaluation, folder: Path) -> None:
             ("time", text.seconds(evaluation.seconds)),
         ],
     )
-    output.warn(skipped(evaluation.data))
     _end(output, [], f"npprune export {folder}")
 
 
@@ -232,16 +229,9 @@ def network(info: ModelInfo) -> str:
 
 
 def data(info: DataInfo) -> str:
-    """Where images came from and how their labels were found."""
-    return f"{text.data(info)}, labels by {info.label_rule}"
-
-
-def skipped(info: DataInfo) -> list[str]:
-    """A warning where images could not be read."""
-    if not info.skipped:
-        return []
-    many = text.plural(len(info.skipped), "unreadable image")
-    return [f"{many} skipped, the first: {text.clean(info.skipped[0])}"]
+    """Where images came from, how their labels were found, how many could not be read."""
+    skipped = f", {text.count(len(info.skipped))} unreadable skipped" if info.skipped else ""
+    return f"{text.data(info)}, labels by {info.label_rule}{skipped}"
 
 
 def _protected(summary: PruneSummary) -> Sequence[int]:
