@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import timm.data
@@ -12,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from npprune.core import cost
 from npprune.errors import ModelError
 from npprune.models.view import make_view
 from npprune.records import ModelInfo, ModelSource, Preprocessing
@@ -78,6 +80,46 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         functional_call(model, meta, (image,), tie_weights=False)
     return int(counter.get_total_flops() // 2)
+
+
+def model_sizes(model: nn.Module) -> cost.Sizes:
+    """The sizes that the closed-form cost needs, `cost.params` being exact.
+
+    `cost.macs` equals `count_macs` for networks of plain attention, embedded by one convolution
+    and pooled without further products; what others add does not depend on the hidden widths.
+
+    Raises:
+        ModelError: the blocks' MLPs are not of one kind, or the patches cannot be counted.
+    """
+    view = make_view(model)
+    patch: Any = getattr(view.model, "patch_embed", None)
+    proj = getattr(patch, "proj", None)
+    if not isinstance(proj, nn.Conv2d) or len({type(block.mlp) for block in view.blocks}) != 1:
+        raise ModelError(
+            f"{type(model).__name__}: the closed-form cost needs one patch convolution and blocks "
+            "with MLPs of one kind"
+        )
+    block: Any = view.blocks[0]
+    first = block.mlp.fc1_x if hasattr(block.mlp, "fc1_x") else block.mlp.fc1
+    gated = hasattr(block.mlp, "fc1_x") or first.out_features == 2 * view.widths[0]
+    attended = tuple(int(b.attn.proj.in_features) for b in view.blocks)
+    width = view.fc2(0).out_features
+    sizes = cost.Sizes(
+        tokens=patch.num_patches + view.num_prefix_tokens,
+        width=width,
+        hidden=view.widths,
+        classes=classifiers(model)[0].out_features,
+        patches=patch.num_patches,
+        patch_inputs=proj.weight[0].numel(),
+        queries=None if set(attended) == {width} else attended,
+        values=None if set(attended) == {width} else attended,
+        gated=gated,
+        qkv_bias=getattr(getattr(block.attn, "qkv", None), "bias", None) is not None,
+        hidden_bias=first.bias is not None,
+        output_bias=view.fc2(0).bias is not None,
+    )
+    rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
+    return replace(sizes, fixed_params=rest)
 
 
 def classifiers(model: nn.Module) -> list[nn.Linear]:
