@@ -198,6 +198,10 @@ def test_aliases_that_grow_without_bound_are_refused(tmp_path: Path) -> None:
     assert "grow without bound" in _refused(tmp_path, "\n".join(lines)).message
 
 
+def test_deep_nesting_is_refused(tmp_path: Path) -> None:
+    assert "nested too deeply" in _refused(tmp_path, "a: " + "[" * 5000).message
+
+
 def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_bytes(b"name: \xff\n")
     with pytest.raises(RecipeError, match="not UTF-8"):
@@ -244,6 +248,9 @@ def test_anchors_and_merges(tmp_path: Path) -> None:
     recipe = load_recipe(_file(tmp_path, text))
     assert recipe.data.val == "folder:a"
     assert recipe.discover == DiscoverSection(topk=2, points=7)
+    late = "discover:\n  topk: 0\n  <<: {topk: 3}\n"
+    err = _refused(tmp_path, GOOD + late)
+    assert err.message == f"`discover.topk` must be at least 1, got `0` ({tmp_path / 'x.yaml'}:9)"
     err = _refused(tmp_path, text.replace("points: 7", "points: 0"))
     assert err.message == (
         f"`discover.points` must be in [1, 256], got `0` ({tmp_path / 'x.yaml'}:7)"

@@ -146,10 +146,10 @@ def _path_in(data: Any, loc: tuple[str | int, ...]) -> Place:
     for part in loc:
         if isinstance(data, list) and not isinstance(part, int):
             continue
-        if not (isinstance(data, list) or (isinstance(data, dict) and part in data)):
+        if not isinstance(data, list) and not (isinstance(data, dict) and part in data):
             break
+        data = data[int(part)] if isinstance(data, list) else data[part]
         path.append(part)
-        data = data[part]
     return tuple(path)
 
 

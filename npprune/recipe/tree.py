@@ -14,6 +14,7 @@ from npprune.errors import RecipeError
 Place = tuple[str | int, ...]
 """Where a value stands in a recipe: ("prune", "keep"), ("data", "classes", 0)."""
 
+_MERGE = "tag:yaml.org,2002:merge"
 _MAX_NODES = 100_000  # aliases of aliases grow without bound
 
 
@@ -42,7 +43,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$"),
     list("-+0123456789"),
 )
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+_Loader.add_implicit_resolver(_MERGE, re.compile(r"^<<$"), ["<"])
 for _class in (_Loader, Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
@@ -86,6 +87,8 @@ class _Builder:
         except (yaml.YAMLError, ValueError) as err:  # unprintable characters, absurd numbers
             reason = getattr(err, "reason", None) or err
             raise RecipeError(f"not valid YAML: {reason} ({self.source})") from err
+        except RecursionError as err:
+            raise RecipeError(f"not valid YAML: nested too deeply ({self.source})") from err
 
     def _at(self, line: int) -> str:
         return f"{self.source}:{line + 1}" if self.numbered else self.source
@@ -112,9 +115,10 @@ class _Builder:
         data: dict[str, Any] = {}
         merged: dict[str, Any] = {}
         lines: dict[str, int] = {}
-        for key_node, value_node in node.value:
+        # what is merged comes first: the mapping's own keys then win, their places too
+        for key_node, value_node in sorted(node.value, key=lambda pair: pair[0].tag != _MERGE):
             line = key_node.start_mark.line
-            if key_node.tag == "tag:yaml.org,2002:merge":
+            if key_node.tag == _MERGE:
                 merged = {**self._merge(value_node, path), **merged}
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
