@@ -17,6 +17,7 @@ K-FAC (Martens and Grosse, 2015).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ from npprune.errors import UsageError
 
 SHRINKAGE = 1e-3
 """lambda over the covariance's mean diagonal."""
+
+_TINY = 1e-300
 
 
 @dataclass
@@ -46,9 +49,14 @@ class Elimination:
         return sorted(self.order[len(self.order) - k :].tolist())
 
     def scores(self) -> Tensor:
-        """Rank of removal as a score [h], higher = keep: 0 went first."""
+        """A score [h], higher = keep: the cost at which a neuron went, never falling along the
+        order, so that ranking by it gives the order back; the protected ones come last."""
         scores = torch.empty(len(self.order), dtype=torch.float64)
-        scores[self.order] = torch.arange(len(self.order), dtype=torch.float64)
+        level = 0.0
+        for j, cost in zip(self.order.tolist(), self.costs.tolist(), strict=True):
+            level = max(cost if math.isfinite(cost) else 0.0, level * (1 + 1e-12), _TINY)
+            scores[j] = level
+            level = math.nextafter(level, math.inf)
         return scores
 
 
@@ -77,7 +85,7 @@ def eliminate(
     h = weight.shape[1]
     _check(covariance, weight, curvature, prior)
     a = inverse(covariance, shrinkage)
-    u = weight.detach().to(a)
+    u = weight.detach().to(a, copy=True)
     if curvature is not None:
         u = square_root(curvature.to(a)) @ u
     factor = torch.ones(h, dtype=a.dtype, device=a.device) if prior is None else prior.to(a)

@@ -344,5 +344,7 @@ def _add_gradient(
         tokens = _double(h.flatten(0, 1))
         found.weight = float(weight.sum())
         found.salient = weight @ tokens
-        found.salient_gram = tokens.T @ (weight[:, None] * tokens)
+        # the weights are a random draw: products in the model's precision, sums in float64
+        scaled = h.flatten(0, 1) * weight.sqrt().to(h)[:, None]
+        found.salient_gram = _double(scaled.T @ scaled)
     sums.add(found)

@@ -1,0 +1,320 @@
+"""Which neurons stay, under a budget.
+
+A block's own scores say in which order its neurons go; a budget says how many stay in each block:
+
+    uniform     the same share of every block
+    global      the shares that remove the least total score
+    measured    the shares that do the least measured harm, in nats (see `core.harm`)
+
+The last two are one problem: each block takes one of a few widths, every width has a harm and a
+price, harms and prices add up. `solve` finds the exact optimum. The price is one-dimensional and
+may be anything: neurons, parameters, MACs, measured latency.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from npprune.errors import GateError, UsageError
+
+Method = Literal["uniform", "global", "measured"]
+METHODS: tuple[Method, ...] = ("uniform", "global", "measured")
+Table = Sequence[Mapping[int, float]]
+"""Per block: width -> harm, or width -> price."""
+
+STATES = 200_000
+"""Partial solutions `solve` holds before it rounds prices."""
+
+
+@dataclass
+class Selection:
+    """The kept neurons, ascending, per block; the budget asked for and what they cost.
+
+    `achieved` and `budget` are in units of the price; `total` is the dense network's.
+    """
+
+    keep: list[list[int]]
+    budget: float
+    achieved: float
+    total: float
+    harm: float | None = None  # sum of the table's entries at the chosen widths
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def widths(self) -> list[int]:
+        """Neurons that stay in each block."""
+        return [len(kept) for kept in self.keep]
+
+
+def select(
+    scores: Sequence[Tensor],
+    budget: float,
+    *,
+    method: Method = "uniform",
+    prices: Sequence[Mapping[int, float] | float] | None = None,
+    harm: Table | None = None,
+    protected: Sequence[Sequence[int]] | None = None,
+    votes: Sequence[Tensor] | None = None,
+    round_to: int = 16,
+    min_keep: int = 16,
+) -> Selection:
+    """Keep sets from scores [h] per block (higher = keep), within a budget.
+
+    Args:
+        budget: what the kept neurons may cost, in units of the price.
+        prices: the price of one neuron in each block, or a table of each width's price; None:
+            neurons count 1.
+        harm: nats per block and width (`measured` only); widths between those measured are
+            interpolated.
+        protected: neurons that stay whatever their score. Where they exceed a block's width, the
+            ones with the fewest `votes` go, and a warning says how many.
+        round_to: widths are multiples of this, or the block's full width.
+        min_keep: the least width of a block.
+
+    Raises:
+        UsageError: arguments that do not fit.
+        GateError: the floors alone exceed the budget.
+    """
+    dense = [len(s) for s in scores]
+    if method not in METHODS:
+        raise UsageError(f"selection must be one of {METHODS}, got {method!r}")
+    if (harm is None) == (method == "measured"):
+        raise UsageError("a harm table is needed by `measured` selection, and by that alone")
+    sets = [sorted(set(p)) for p in protected] if protected is not None else [[] for _ in dense]
+    _check_protected(sets, dense)
+    choices = [widths_for(h, round_to, min_keep) for h in dense]
+    price = _price_table(prices, choices)
+    total = sum(row[h] for row, h in zip(price, dense, strict=True))
+    floors = _floors(choices, sets, price, budget)
+    if method == "uniform":
+        widths = _uniform(choices, price, budget, total)
+    else:
+        table = removed_score(scores, sets) if harm is None else harm
+        open_ = [[w for w in row if w >= f] for row, f in zip(choices, floors, strict=True)]
+        filled = [interpolate(row, ws) for row, ws in zip(table, open_, strict=True)]
+        widths = solve(filled, price, budget)
+    keep, warnings = keep_sets(scores, widths, sets, votes)
+    achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
+    if abs(achieved - budget) > 0.01 * budget:
+        warnings.append(
+            f"the kept neurons cost {achieved:.6g} of a budget of {budget:.6g} "
+            f"({achieved / budget - 1:+.1%}): widths are multiples of {round_to} "
+            f"and at least {min_keep}"
+        )
+    cost = None
+    if harm is not None:
+        cost = sum(interpolate(r, [w])[w] for r, w in zip(harm, widths, strict=True))
+    return Selection(keep, float(budget), float(achieved), float(total), cost, warnings)
+
+
+def widths_for(width: int, round_to: int = 16, min_keep: int = 16) -> list[int]:
+    """The widths a block of `width` may take, ascending: multiples of `round_to` from the floor
+    (rounded up) to the full width, which always is one of them."""
+    if round_to < 1 or min_keep < 1:
+        raise UsageError(f"round_to and min_keep must be >= 1, got {round_to} and {min_keep}")
+    floor = round_up(min(min_keep, width), round_to, width)
+    return sorted({*range(floor, width, round_to), width})
+
+
+def round_up(count: float, round_to: int, width: int) -> int:
+    """`count` rounded up to a multiple of `round_to`, at most `width`."""
+    # the small number forgives what 0.7 * 768 / 16 gains in floating point
+    return min(width, max(1, math.ceil(count / round_to - 1e-9)) * round_to)
+
+
+def keep_sets(
+    scores: Sequence[Tensor],
+    widths: Sequence[int],
+    protected: Sequence[Sequence[int]],
+    votes: Sequence[Tensor] | None = None,
+) -> tuple[list[list[int]], list[str]]:
+    """The protected neurons and the best-scored others, per block; and warnings.
+
+    Equal scores: the lower index stays.
+    """
+    keep, warnings = [], []
+    for l, (score, width, fixed) in enumerate(zip(scores, widths, protected, strict=True)):
+        rank = score.detach().to("cpu", torch.float64).clone()
+        if bool(torch.isnan(rank).any()):
+            raise UsageError(f"scores of block {l} must be numbers, got NaN")
+        if len(fixed) > width:
+            over = len(fixed) - width
+            warnings.append(
+                f"block {l}: {len(fixed)} protected neurons exceed its width of {width}; "
+                f"the {over} with the fewest votes go"
+            )
+            inside = torch.tensor(list(fixed))
+            rank = (rank if votes is None else votes[l].detach().to("cpu", torch.float64))[inside]
+            keep.append(sorted(inside[_best(rank, width)].tolist()))
+            continue
+        rank[list(fixed)] = torch.inf
+        keep.append(sorted(_best(rank, width).tolist()))
+    return keep, warnings
+
+
+def solve(harm: Table, prices: Table, budget: float) -> list[int]:
+    """One width per block, with the least total harm whose total price is within the budget.
+
+    Dynamic programme over blocks: of all partial choices only those stay that no other beats in
+    both price and harm. Exact; only where more than 200,000 stay (prices without a common unit,
+    many blocks) prices are rounded up to a millionth of the budget. Equal harm: the cheaper.
+
+    Raises:
+        GateError: even the cheapest widths exceed the budget.
+    """
+    least = sum(min(p[w] for w in h) for h, p in zip(harm, prices, strict=True))
+    slack = budget * (1 + 1e-12)
+    if least > slack:
+        raise GateError(
+            f"the smallest widths allowed cost {least:.6g}, and the budget is {budget:.6g}",
+            hint="raise the budget, or lower min_keep",
+        )
+    price = torch.zeros(1, dtype=torch.float64)
+    total = torch.zeros(1, dtype=torch.float64)
+    steps: list[tuple[list[int], Tensor]] = []
+    unit = 0.0
+    for row, cost in zip(harm, prices, strict=True):
+        widths = sorted(row)
+        add = torch.tensor([float(cost[w]) for w in widths], dtype=torch.float64)
+        if unit:
+            add = torch.ceil(add / unit) * unit
+        new_price = (price[:, None] + add).flatten()
+        new_total = (
+            total[:, None] + torch.tensor([row[w] for w in widths], dtype=torch.float64)
+        ).flatten()
+        front = _front(new_price, new_total, slack)
+        if len(front) > STATES and not unit:
+            unit = budget * 1e-6
+        price, total = new_price[front], new_total[front]
+        if len(front) > STATES:
+            price = torch.ceil(price / unit) * unit
+        steps.append((widths, front))
+    if not len(price):  # only by rounding: the cheapest choice fits exactly
+        return [min(h, key=lambda w, p=p: p[w]) for h, p in zip(harm, prices, strict=True)]  # type: ignore[misc]
+    at = int(total.argmin())
+    chosen = []
+    for widths, front in reversed(steps):
+        flat = int(front[at])
+        at, pick = divmod(flat, len(widths))
+        chosen.append(widths[pick])
+    return chosen[::-1]
+
+
+def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
+    """Harm at any width from harm at a few: linear in its logarithm, never rising with the width.
+
+    Below the least width measured the line goes on; above the largest it falls to 0 at it if
+    that is the full width (harm 0), else stays.
+    """
+    known = sorted(row)
+    if all(w in row for w in widths):
+        return {w: row[w] for w in widths}
+    level, worst = {}, 0.0
+    for w in reversed(known):  # wider is never worse: what says otherwise is noise
+        worst = max(worst, row[w])
+        level[w] = worst
+    out = {}
+    for w in widths:
+        left = max((k for k in known if k <= w), default=known[0])
+        right = min((k for k in known if k > left), default=left)
+        if left == right or w == left:
+            out[w] = level[left]
+            continue
+        share = (w - left) / (right - left)
+        a, b = level[left], level[right]
+        if a > 0 and b > 0:
+            out[w] = math.exp((1 - share) * math.log(a) + share * math.log(b))
+        else:
+            out[w] = (1 - share) * a + share * b
+    return out
+
+
+def removed_score(
+    scores: Sequence[Tensor], protected: Sequence[Sequence[int]]
+) -> list[dict[int, float]]:
+    """For every width of every block, the total score of the neurons that go (protected last)."""
+    table = []
+    for score, fixed in zip(scores, protected, strict=True):
+        s = score.detach().to("cpu", torch.float64)
+        rank = s.clone()
+        rank[list(fixed)] = torch.inf
+        order = _best(rank, len(s))
+        gone = [*s[order].flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        table.append({w: gone[w] for w in range(1, len(s) + 1)})
+    return table
+
+
+def _best(rank: Tensor, count: int) -> Tensor:
+    return rank.argsort(descending=True, stable=True)[:count]
+
+
+def _front(price: Tensor, total: Tensor, budget: float) -> Tensor:
+    """Indices of the choices within budget that none beats in price and harm, by price."""
+    inside = (price <= budget).nonzero()[:, 0]
+    by_harm = inside[total[inside].argsort(stable=True)]
+    order = by_harm[price[by_harm].argsort(stable=True)]
+    if not len(order):
+        return order
+    best = total[order].cummin(0).values
+    better = torch.ones(len(order), dtype=torch.bool)
+    better[1:] = total[order][1:] < best[:-1]
+    return order[better]
+
+
+def _price_table(
+    prices: Sequence[Mapping[int, float] | float] | None, choices: Sequence[Sequence[int]]
+) -> list[dict[int, float]]:
+    if prices is None:
+        prices = [1.0] * len(choices)
+    if len(prices) != len(choices):
+        raise UsageError(f"prices must be given for {len(choices)} blocks, got {len(prices)}")
+    table = []
+    for l, (p, widths) in enumerate(zip(prices, choices, strict=True)):
+        if not isinstance(p, Mapping):
+            table.append({w: float(p) * w for w in widths})
+            continue
+        missing = [w for w in widths if w not in p]
+        if missing:
+            raise UsageError(f"prices of block {l} lack width {missing[0]}")
+        table.append({w: float(p[w]) for w in widths})
+    return table
+
+
+def _floors(
+    choices: Sequence[Sequence[int]],
+    protected: Sequence[Sequence[int]],
+    price: Table,
+    budget: float,
+) -> list[int]:
+    """The least width of each block: its protected neurons fit, if they fit the budget at all."""
+    least = [row[0] for row in choices]
+    wanted = [min(w for w in row if w >= len(p)) for row, p in zip(choices, protected, strict=True)]
+    return wanted if sum(p[w] for p, w in zip(price, wanted, strict=True)) <= budget else least
+
+
+def _uniform(
+    choices: Sequence[Sequence[int]], price: Table, budget: float, total: float
+) -> list[int]:
+    """Every block at the same share of its width, rounded up to the widths allowed."""
+    share = budget / total
+    if not 0 < share <= 1 + 1e-12:
+        raise UsageError(f"the budget must be in (0, {total:.6g}], got {budget:.6g}")
+    out = []
+    for row in choices:
+        count = share * row[-1] - 1e-6
+        out.append(next((w for w in row if w >= count), row[-1]))
+    return out
+
+
+def _check_protected(sets: Sequence[Sequence[int]], dense: Sequence[int]) -> None:
+    if len(sets) != len(dense):
+        raise UsageError(f"protected sets must be {len(dense)}, one a block, got {len(sets)}")
+    for l, (fixed, h) in enumerate(zip(sets, dense, strict=True)):
+        if fixed and (fixed[0] < 0 or fixed[-1] >= h):
+            raise UsageError(f"protected neurons of block {l} must lie in 0..{h - 1}, got {fixed}")
