@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import lru_cache
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -21,9 +21,13 @@ SCHEMA_VERSION = 1
 R = TypeVar("R")
 
 
-@lru_cache(maxsize=None)
+_adapters: dict[type, TypeAdapter[Any]] = {}  # building one takes milliseconds
+
+
 def _adapter(cls: type) -> TypeAdapter[Any]:
-    return TypeAdapter(with_config(ConfigDict(extra="forbid"))(cls))
+    if cls not in _adapters:
+        _adapters[cls] = TypeAdapter(with_config(ConfigDict(extra="forbid"))(cls))
+    return _adapters[cls]
 
 
 def to_json(record: Any, *, indent: int | None = 2) -> str:
@@ -48,10 +52,11 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
         kind = data.pop("kind", None)
         if kind != cls.kind:
             raise StoreError(f"expected a {cls.kind} document, got kind {kind!r}{place}")
-        if not isinstance(version, int) or version > SCHEMA_VERSION or version < 1:
+        if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+            newer = type(version) is int and version > SCHEMA_VERSION
             raise StoreError(
                 f"`schema_version` must be 1..{SCHEMA_VERSION}, got {version!r}{place}",
-                hint="a newer npprune wrote this file: upgrade npprune",
+                hint="a newer npprune wrote this file: upgrade npprune" if newer else None,
             )
     try:
         return _adapter(cls).validate_python(data)  # type: ignore[no-any-return]
@@ -59,6 +64,8 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
         first = err.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
         raise StoreError(f"`{path}`: {first['msg'].lower()}{place}") from err
+    except StoreError as err:  # what a record itself demands
+        raise StoreError(f"{err.message}{place}", hint=err.hint) from err
 
 
 def from_json(cls: type[R], text: str, *, where: str = "") -> R:
@@ -68,7 +75,8 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     except ValueError as err:
         raise StoreError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
     if not isinstance(data, dict):
-        raise StoreError(f"expected a JSON object, got {type(data).__name__} ({where})")
+        place = f" ({where})" if where else ""
+        raise StoreError(f"expected a JSON object, got {type(data).__name__}{place}")
     return from_dict(cls, data, where=where)
 
 
@@ -259,7 +267,7 @@ class Plan(Document):
         for block, (kept, width) in enumerate(zip(self.keep, self.widths, strict=True)):
             if not kept:
                 raise StoreError(f"`keep[{block}]` must name at least one neuron, got none")
-            if any(b <= a for a, b in zip(kept, kept[1:], strict=False)):
+            if any(b <= a for a, b in pairwise(kept)):
                 raise StoreError(f"`keep[{block}]` must be ascending without repeats")
             if kept[0] < 0 or kept[-1] >= width:
                 bad = kept[0] if kept[0] < 0 else kept[-1]

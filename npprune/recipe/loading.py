@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,9 @@ from pydantic import ValidationError
 from npprune.errors import RecipeError
 from npprune.recipe.messages import place_of, recipe_error
 from npprune.recipe.sections import Recipe
-from npprune.recipe.tree import Dumper, override, parse
+from npprune.recipe.tree import Dumper, Place, override, parse
 
+_FOLDER_NAME = re.compile(r"^[^./\\\s][^/\\\n]*\Z")
 _BUDGETS = ("keep", "target_params", "target_macs")
 
 
@@ -30,13 +32,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as err:
         raise recipe_error(err, data, places) from err
-    budgets = [b for b in _BUDGETS if getattr(recipe.prune, b) is not None]
-    if len(budgets) > 1:
-        raise RecipeError(
-            f"`prune` takes one budget, got `{budgets[0]}` and `{budgets[1]}`"
-            f" ({place_of(places, ('prune', budgets[1]))})",
-            hint=f"leave one out, or set it to null: `--set prune.{budgets[0]}=null`",
-        )
+    _check(recipe, places)
     return recipe
 
 
@@ -54,6 +50,23 @@ def shipped_recipes() -> dict[str, Path]:
     if not folder.is_dir() and (here.parent / "pyproject.toml").is_file():
         folder = here.parent / "recipes"  # in a checkout
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def _check(recipe: Recipe, places: dict[Place, str]) -> None:
+    """What a recipe file must keep to beyond the bounds of single fields."""
+    if not _FOLDER_NAME.match(recipe.name):
+        raise RecipeError(
+            f"`name` must be able to name a folder, got `{recipe.name}` "
+            f"({place_of(places, ('name',))})",
+            hint="no `/`, and no `.` or blank in front",
+        )
+    budgets = [b for b in _BUDGETS if getattr(recipe.prune, b) is not None]
+    if len(budgets) > 1:
+        raise RecipeError(
+            f"`prune` takes one budget, got `{budgets[0]}` and `{budgets[1]}`"
+            f" ({place_of(places, ('prune', budgets[1]))})",
+            hint=f"leave one out, or set it to null: `--set prune.{budgets[0]}=null`",
+        )
 
 
 def _find(source: str | Path) -> Path:

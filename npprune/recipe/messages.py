@@ -31,7 +31,6 @@ def bounds(section: type[BaseModel], name: str) -> str:
 
 
 _RULES = {  # fields whose rule is not said by their type and bounds
-    "name": "text that can name a folder: no `/`, no leading `.`",
     "device": "one of `auto`, `cpu`, `cuda`, `cuda:N`, `mps`",
     "data.classes": "a list of indices, synsets or names, or a file's path",
     "data.mean": "a list of numbers, one per channel",

@@ -104,7 +104,7 @@ class ExportSection(Section):
 class Recipe(Section):
     """The whole line: discover -> plan -> prune -> evaluate -> export -> report."""
 
-    name: str = Field(pattern=r"^[^./\\\s][^/\\]*$")  # names the run's folders
+    name: str  # also the name of the run's folders
     model: ModelSection
     data: DataSection = Field(default_factory=DataSection)
     discover: DiscoverSection | None = Field(default_factory=DiscoverSection)
