@@ -11,8 +11,9 @@ columns: with lambda = 0 it equals W S_:K S_KK^-1, and as lambda grows it become
 curvature of the loss does not enter: weighting the outputs by a matrix of full rank leaves the
 minimiser of a linear least-squares problem where it is.
 
-`sequential` solves the same problem from moments collected on the network whose earlier blocks
-are pruned already, against a mixture of targets (see `solve`).
+`core.sequential` solves the same problem from moments collected on the network whose earlier
+blocks are pruned already, where the error e they left may be regressed on too: W_:R S_RK gains
+Cov(e, h_K), and b' gains mean e.
 """
 
 from __future__ import annotations
@@ -30,6 +31,17 @@ from npprune.errors import UsageError
 
 Mode = Literal["none", "mean", "least-squares"]
 SHRINKAGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+
+
+@dataclass
+class Cross:
+    """What the output should gain beyond W h + b: e, by its mean [d] and covariance with h [d, h].
+
+    Collected on a network whose earlier blocks are pruned (see `core.sequential`).
+    """
+
+    mean: Tensor
+    covariance: Tensor
 
 
 @dataclass
@@ -55,6 +67,7 @@ def compensate(
     *,
     mode: Mode = "least-squares",
     shrinkage: float = SHRINKAGE,
+    cross: Cross | None = None,
 ) -> Compensated:
     """The second layer for the kept neurons.
 
@@ -64,20 +77,23 @@ def compensate(
         bias: fc2.bias [d], None where there is none (the result has one).
         keep: the neurons that stay, ascending.
         shrinkage: lambda over the mean diagonal of S (`least-squares` only).
+        cross: an error to make up for as well (`least-squares` only).
 
     Raises:
         UsageError: an unknown mode, or a keep set that does not fit.
     """
     w, kept, removed, b = _prepare(moments, weight, bias, keep)
     condition, w_k = 1.0, w[:, kept]
-    if mode == "least-squares" and len(removed):
-        w_k, condition = _refit(moments.covariance.to(w), w, kept, removed, shrinkage)
+    if mode == "least-squares" and (len(removed) or cross is not None):
+        w_k, condition = _refit(moments.covariance.to(w), w, kept, removed, shrinkage, cross)
     elif mode not in ("none", "mean", "least-squares"):
         raise UsageError(f"compensation must be none, mean or least-squares, got {mode!r}")
     if mode != "none":
         mu = moments.mean.to(w)
         # exact where nothing changes: only differences enter
         b = b + w[:, removed] @ mu[removed] - (w_k - w[:, kept]) @ mu[kept]
+    if mode == "least-squares" and cross is not None:
+        b = b + cross.mean.to(b)
     lost = error(moments, w, w_k, keep, shift=None if mode != "none" else removed)
     return Compensated(w_k, b, shrinkage if mode == "least-squares" else 0.0, condition, lost)
 
@@ -159,13 +175,15 @@ def _prepare(
 
 
 def _refit(
-    s: Tensor, w: Tensor, kept: Tensor, removed: Tensor, shrinkage: float
+    s: Tensor, w: Tensor, kept: Tensor, removed: Tensor, shrinkage: float, cross: Cross | None
 ) -> tuple[Tensor, float]:
-    """W_:K + W_:R S_RK (S_KK + lambda I)^-1, and the condition number of the bracket."""
+    """W_:K + (W_:R S_RK + Cov(e, h_K)) (S_KK + lambda I)^-1, and the condition of the bracket."""
     scale = float(s.diagonal().mean())
     ridge = shrinkage * scale if scale > 0 else 1.0
     system = s[kept][:, kept] + ridge * torch.eye(len(kept), dtype=s.dtype, device=s.device)
-    cross = s[kept][:, removed] @ w[:, removed].T
-    solved = torch.cholesky_solve(cross, torch.linalg.cholesky(system))
+    right = s[kept][:, removed] @ w[:, removed].T
+    if cross is not None:
+        right = right + cross.covariance.to(s)[:, kept].T
+    solved = torch.cholesky_solve(right, torch.linalg.cholesky(system))
     eigen = torch.linalg.eigvalsh(system)
     return w[:, kept] + solved.T, float(eigen[-1] / eigen[0])

@@ -84,7 +84,8 @@ def measure_harm(
 
     Args:
         batches: images, held in memory; a hundred or two are enough.
-        candidates: per block, width -> its pruned second layer. The full width needs none: 0 nats.
+        candidates: per block, width -> its pruned second layer. The full width needs none: it is
+            0 nats where the others are dense.
         others: the other blocks' state while one is measured; None: dense. With them given, the
             harm is that of the whole network at the candidate's width.
         reference: dense logits [n, c] of the batches, if they are known already.
@@ -110,8 +111,8 @@ def measure_harm(
                         y = view.block(later, y)
                     logits.append(view.head(y))
             row[width] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
-        if l not in base:
-            row.setdefault(view.widths[l], 0.0 if not base else float("nan"))
+        if not base:
+            row.setdefault(view.widths[l], 0.0)
         table.append(row)
         if on_block is not None:
             on_block(l, row)
