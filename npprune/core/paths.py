@@ -197,9 +197,7 @@ class _Walk:
         """The MLP's output [mb, s, d] with the chosen units at alpha * w, the others at w."""
         fc2 = self.view.fc2(l)
         clean = fc2(w)  # [b, s, d]
-        chosen_part = torch.einsum(
-            "bsk,bkd->bsd", _take(w, chosen), fc2.weight.t()[chosen]
-        )
+        chosen_part = torch.einsum("bsk,bkd->bsd", _take(w, chosen), fc2.weight.t()[chosen])
         return self.repeat(clean) - (1 - self.alphas) * self.repeat(chosen_part)
 
     def scaled(self, l: int, w: Tensor) -> Tensor:
@@ -217,6 +215,7 @@ class _TangentWalk(_Walk):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self.dx: Tensor | None = None  # zero until a neuron is chosen
+        self.at = -1  # the block that _advance has run
 
     def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
         self._advance(l)
@@ -247,7 +246,7 @@ class _TangentWalk(_Walk):
     def _advance(self, l: int) -> None:
         """Block l on the stream and its tangent, once: attention, and all tokens but the class
         token. What the class token's MLP gives is decided in `_cls_tail`."""
-        if getattr(self, "at", None) == l:
+        if self.at == l:
             return
         self.at = l
 
@@ -260,7 +259,8 @@ class _TangentWalk(_Walk):
                 self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
             else:
                 with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward mode
-                    (y, attention), (self.dy, dattention) = jvp(block, (self.x,), (self.dx,))
+                    value, tangent = jvp(block, (self.x,), (self.dx,))  # type: ignore[misc]
+                (y, attention), (self.dy, dattention) = value, tangent
         self.y = y
         x, dx = self.x, torch.zeros_like(self.x) if self.dx is None else self.dx
         self.cls = [v[:, self.tokens] for v in (x, attention)]
@@ -272,7 +272,7 @@ class _TangentWalk(_Walk):
         def tail(x: Tensor, attention: Tensor, o: Tensor) -> Tensor:
             return self.view.tail(l, x, attention, given=(slice(None), o))
 
-        return jvp(tail, (*self.cls, o), (*self.dcls, do))  # type: ignore[no-any-return]
+        return jvp(tail, (*self.cls, o), (*self.dcls, do))  # type: ignore[return-value]
 
 
 class _GraphWalk(_Walk):
@@ -284,6 +284,7 @@ class _GraphWalk(_Walk):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self.eps: Tensor | None = None
+        self.attention: Tensor | None = None
         self.x = self.repeat(self.x)
 
     def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,12 +303,11 @@ class _GraphWalk(_Walk):
         if self.eps is None:
             self.eps = w.new_zeros(self.m * w.shape[0], w.shape[1]).requires_grad_()
         o = self.settled(l, w, chosen) + self.eps[..., None] * self.direction(l, joins)
-        attention = getattr(self, "attention", None)
-        if attention is None:
+        if self.attention is None:  # a given path: the block was not run for candidates
             self.x = self.view.block(l, self.x, given=(self.tokens, o))
         else:
-            self.x = self.view.tail(l, self.x, attention, given=(self.tokens, o))
-        self.attention = None
+            self.x = self.view.tail(l, self.x, self.attention, given=(self.tokens, o))
+            self.attention = None
 
     def path_gradient(self) -> Tensor:
         assert self.eps is not None

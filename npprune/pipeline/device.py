@@ -1,0 +1,62 @@
+"""Which device the work runs on, and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+
+import torch
+
+from npprune import __version__
+from npprune.errors import DeviceError
+from npprune.records import Environment
+
+PACKAGES = ("torch", "timm", "torch-pruning", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime")
+
+
+def resolve_device(asked: str = "auto") -> tuple[torch.device, str]:
+    """The device and the reason for it. An explicit device that is missing is an error.
+
+    Raises:
+        DeviceError: the device is unknown or not there.
+    """
+    if asked == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0), f"auto: CUDA is there ({torch.cuda.get_device_name(0)})"
+        return torch.device("cpu"), "auto: no CUDA device was found"
+    try:
+        device = torch.device(asked)
+    except RuntimeError as err:
+        raise DeviceError(
+            f"`--device` must be auto, cpu, cuda, cuda:N or mps, got `{asked}`"
+        ) from err
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0 or (device.index or 0) >= count:
+            raise DeviceError(
+                f"`{asked}` was asked for, and there are {count} CUDA devices",
+                hint="`--device auto` takes what there is; `npprune env` shows it",
+            )
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("`mps` was asked for, and it is not available here")
+    elif device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"`--device` must be auto, cpu, cuda, cuda:N or mps, got `{asked}`")
+    return device, f"asked for `{asked}`"
+
+
+def environment(device: torch.device, reason: str, seed: int) -> Environment:
+    """What the numbers of this process are made with."""
+    versions = {"npprune": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return Environment(
+        versions=versions,
+        device=str(device),
+        device_reason=reason,
+        threads=torch.get_num_threads(),
+        platform=f"{platform.system()} {platform.machine()}",
+        seed=seed,
+    )

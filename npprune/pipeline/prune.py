@@ -1,0 +1,397 @@
+"""Prune: choose what stays, remove the rest, adjust what remains, and say what it will cost."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npprune.core import metrics
+from npprune.core.view import VitView
+from npprune.core.votes import class_top, class_votes
+from npprune.errors import GateError, StoreError, UsageError
+from npprune.models.info import model_info, state
+from npprune.models.surgery import apply_plan, check_prunable, set_fc2
+from npprune.models.view import make_view
+from npprune.pipeline.device import environment, resolve_device
+from npprune.pipeline.evaluate import dense_reference
+from npprune.pipeline.events import Emit, Event, ignore
+from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
+from npprune.pipeline.planning import Chosen, Paths, choose
+from npprune.pipeline.results import add_command
+from npprune.recipe import DataSection, ModelSection, PruneSection, load_recipe
+from npprune.records import (
+    CheckpointConfig,
+    ClassInfo,
+    Plan,
+    PruneSummary,
+    Result,
+    Variant,
+    digest,
+)
+from npprune.store.checkpoints import write_checkpoint
+from npprune.store.paths import PathStore, PathTable
+from npprune.store.runs import RunFolder
+
+STAGE = "prune"
+CALIBRATION_IMAGES = 1000
+HELD_OUT = 10  # one image of so many is not used for fitting, but for the prediction
+
+
+def prune(
+    source: Path | ModelSection,
+    data: DataSection,
+    settings: PruneSection,
+    out: Path,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    emit: Emit = ignore,
+    dry_run: bool = False,
+    command: str = "",
+) -> Variant:
+    """Make a smaller network and write it as the checkpoint folder `out`.
+
+    Args:
+        source: a run folder with paths, or a network: then the criterion alone decides.
+        data: `calibration` (else `train`) names the images for statistics; `classes` limits
+            paths and statistics to those classes.
+
+    Raises:
+        GateError: the predicted drop exceeds `max_drop`; nothing is written.
+        NpPruneError: what is wrong with source, data, settings or folder.
+    """
+    started = time.perf_counter()
+    where, reason = resolve_device(device)
+    model, data, run = _origin(source, data)
+    if settings.topk is None and not _has_budget(settings):
+        raise UsageError(
+            "a budget is needed: how much of the network stays",
+            hint="`--keep 0.5` keeps half of the hidden units; `--topk K` alone keeps the paths'",
+        )
+    if run is None and settings.topk is not None:
+        raise UsageError(
+            "`--topk` keeps path neurons, and no run folder was given",
+            hint="`npprune discover` makes one; give it in place of the model's name",
+        )
+    network = open_network(model, where, emit, STAGE)
+    check_prunable(network.model)
+    view = make_view(network.model)
+    if settings.topk is not None and settings.topk > min(view.widths):
+        raise UsageError(
+            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
+            f"block, got {settings.topk}"
+        )
+    images = open_images(
+        data.calibration or data.train, data, network.info, flag="--calibration",
+        on_bad="skip", stage=STAGE, emit=emit,
+    )  # fmt: skip
+    classes = images.source.selected if data.classes is not None else None
+    paths = _paths(run, network, classes, view, settings)
+    emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
+    calibration, held_out = _calibration(images, settings, seed, emit)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = choose(view, calibration, paths, settings, network.info, where, generator, emit)
+    plan = Plan(
+        keep=chosen.keep,
+        widths=list(view.widths),
+        source_sha256=network.info.source.sha256,
+        architecture=network.info.source.architecture,
+        how=_how(settings, classes, run, seed),
+        classes=classes if classes is not None and not settings.keep_head else None,
+        notes=chosen.warnings,
+    )
+    smaller = _pruned(network, plan, chosen)
+    summary = _summary(settings, chosen, plan, images, network)
+    summary.predicted = _predict(network, smaller, held_out, plan, where)
+    summary.seconds = time.perf_counter() - started
+    _gate(summary, settings)
+    info = model_info(smaller, replace(network.info.source, sha256=""))
+    info.preprocessing = images.preprocessing
+    variant = Variant(name=out.resolve().name, checkpoint="", model=info, prune=summary)
+    if dry_run:
+        return variant
+    home = run.path if run is not None else out
+    config = CheckpointConfig(
+        source=network.info.source,
+        widths=info.widths,
+        heads=info.heads,
+        num_classes=info.num_classes,
+        preprocessing=images.preprocessing,
+        classes=_labels(class_names(images, network.info.num_classes), plan.classes),
+        weights_sha256="",
+        run=os.path.relpath(home, out),
+        prune=summary,
+        details=_details(model, out, data, images, classes, plan),
+        versions=environment(where, reason, seed).versions,
+    )
+    write_checkpoint(out, config, state(smaller), plan)
+    _record(run, out, variant, plan, network, images, where, reason, seed, command)
+    emit(Event(STAGE, f"wrote {out}"))
+    return variant
+
+
+def _origin(
+    source: Path | ModelSection, data: DataSection
+) -> tuple[ModelSection, DataSection, RunFolder | None]:
+    """The network, the images (a run's own where none were named) and the run."""
+    if isinstance(source, ModelSection):
+        return source, data, None
+    run = RunFolder(source)
+    run.read_manifest()
+    recipe = load_recipe(run.recipe_path)
+    given = data.model_dump(exclude_unset=True, exclude_none=True)
+    if "calibration" in given or "train" in given:
+        keep = ("class_map", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+        base = {k: getattr(recipe.data, k) for k in keep}
+    else:
+        base = recipe.data.model_dump()
+    return recipe.model, DataSection(**{**base, **given}), run
+
+
+def _has_budget(settings: PruneSection) -> bool:
+    return any(v is not None for v in (settings.keep, settings.target_params, settings.target_macs))
+
+
+def _paths(
+    run: RunFolder | None,
+    network: Network,
+    classes: list[int] | None,
+    view: VitView,
+    settings: PruneSection,
+) -> Paths | None:
+    """The neurons that the classes' paths vote for."""
+    if run is None:
+        return None
+    manifest = run.read_manifest()
+    if manifest.model.source.sha256 != network.info.source.sha256:
+        raise StoreError(
+            f"the paths of `{run.path}` are of weights {manifest.model.source.sha256[:12]}..., "
+            f"and the network has {network.info.source.sha256[:12]}...",
+            hint="discover again, or restore the weights",
+        )
+    store = PathStore(run.paths_folder, manifest.settings_sha256)
+    table = store.read_all(store.count())
+    wanted = table.classes if classes is None else [c for c in classes if c in table.classes]
+    missing = [] if classes is None else [c for c in classes if c not in table.classes]
+    if not wanted or missing:
+        raise UsageError(
+            f"`{run.path}` has no paths of class {(missing or [0])[0]}",
+            hint="discover them first, or choose among the classes it holds",
+        )
+    return _vote(table, wanted, view, settings.topk)
+
+
+def _vote(table: PathTable, wanted: Sequence[int], view: VitView, topk: int | None) -> Paths:
+    """Every class counts the same, however many images it has."""
+    count = topk or table.neurons.shape[2]
+    union: list[set[int]] = [set() for _ in view.widths]
+    votes = [torch.zeros(h, dtype=torch.float64) for h in view.widths]
+    for c in wanted:
+        images = int((table.labels == c).sum())
+        for l, best in enumerate(class_top(table.neurons, table.labels, c, count)):
+            union[l].update(best)
+        for l, v in enumerate(class_votes(table.neurons, table.labels, c, view.widths)):
+            votes[l] += torch.from_numpy(v) / images
+    return Paths([sorted(u) for u in union], votes, len(wanted), count)
+
+
+@dataclass
+class Held:
+    """Images kept in memory, in batches."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(self.images, self.labels, strict=True))
+
+    def __len__(self) -> int:
+        return sum(len(y) for y in self.labels)
+
+
+def _calibration(
+    images: Images, settings: PruneSection, seed: int, emit: Emit
+) -> tuple[Held, Held]:
+    """The calibration images and those held out of them, evenly over the source's order."""
+    limit = settings.calibration_images or CALIBRATION_IMAGES
+    fit, held = Held([], []), Held([], [])
+    if images.source.items is None:
+        batches = images.batches()
+        total: int | None = limit
+        positions = None
+    else:
+        n = len(images.source.items)
+        positions = [i * n // min(n, limit) for i in range(min(n, limit))]
+        batches = images.batches(indices=positions)
+        total = len(positions)
+    seen = 0
+    for batch in batches:
+        x, y = batch.images[: limit - seen], batch.labels[: limit - seen]
+        out = torch.arange(seen, seen + len(y)) % HELD_OUT == HELD_OUT - 1
+        for part, mask in ((held, out), (fit, ~out)):
+            if bool(mask.any()):
+                part.images.append(x[mask])
+                part.labels.append(y[mask])
+        seen += len(y)
+        emit(Event("calibration", level="progress", done=seen, total=total))
+        if seen >= limit:
+            break
+    if len(fit) == 0:
+        raise UsageError(
+            f"no image of `{images.source.spec}` could be read", hint="give others to calibrate on"
+        )
+    return fit, held
+
+
+def _pruned(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module:
+    """The surgery, then the second layers that compensation found."""
+    smaller = apply_plan(network.model, plan)
+    for l, layer in enumerate(chosen.layers):
+        if layer is not None:
+            weight, bias = layer
+            dtype = next(smaller.parameters())
+            set_fc2(smaller, l, weight.to(dtype), bias.to(dtype))
+    return smaller.eval()
+
+
+@torch.no_grad()
+def _predict(
+    network: Network,
+    smaller: torch.nn.Module,
+    held_out: Held,
+    plan: Plan,
+    device: torch.device,
+) -> dict[str, float]:
+    """Dense and pruned top-1 on calibration images that nothing was fitted on."""
+    if len(held_out) == 0:
+        return {}
+    dense = torch.cat([network.model(x.to(device)).float().cpu() for x, _ in held_out])
+    pruned = torch.cat([smaller(x.to(device)).float().cpu() for x, _ in held_out])
+    labels = torch.cat([y for _, y in held_out])
+    if plan.classes is not None:
+        dense = dense[:, plan.classes]
+        labels = torch.searchsorted(torch.tensor(plan.classes), labels)
+    before = metrics.accuracy(dense, labels).top1
+    after = metrics.accuracy(pruned, labels).top1
+    return {
+        "images": float(len(held_out)),
+        "dense_top1": before.value,
+        "pruned_top1": after.value,
+        "pruned_low": after.low,
+        "pruned_high": after.high,
+        "divergence_nats": float(metrics.divergence(dense, pruned).mean()),
+    }
+
+
+def _gate(summary: PruneSummary, settings: PruneSection) -> None:
+    found = summary.predicted
+    if settings.max_drop is None or not found:
+        return
+    drop = found["dense_top1"] - found["pruned_top1"]
+    if drop > settings.max_drop:
+        raise GateError(
+            f"predicted top-1 falls by {100 * drop:.1f} points on {found['images']:.0f} held-out "
+            f"calibration images, more than `--max-drop` allows ({100 * settings.max_drop:.1f})",
+            hint="keep more, or choose another criterion; nothing was written",
+        )
+
+
+def _summary(
+    settings: PruneSection, chosen: Chosen, plan: Plan, images: Images, network: Network
+) -> PruneSummary:
+    return PruneSummary(
+        criterion=chosen.criterion,
+        selection=settings.selection,
+        compensation=settings.compensation,
+        keep=settings.keep,
+        topk=settings.topk,
+        round_to=settings.round_to,
+        widths=plan.kept_widths,
+        dense_widths=plan.widths,
+        protected=chosen.protected,
+        calibration=images.info(),
+        seconds=0.0,
+        plan_sha256=digest(plan),
+        warnings=chosen.warnings,
+        details=chosen.details,
+    )
+
+
+def _how(
+    settings: PruneSection, classes: list[int] | None, run: RunFolder | None, seed: int
+) -> dict[str, Any]:
+    how: dict[str, Any] = settings.model_dump(exclude_none=True)
+    how["seed"] = seed
+    if classes is not None:
+        how["classes"] = classes
+    if run is not None:
+        how["paths"] = run.read_manifest().settings_sha256
+    return how
+
+
+def _labels(names: list[ClassInfo], cut: list[int] | None) -> list[ClassInfo]:
+    """The names of the outputs; a cut head's are numbered anew."""
+    if cut is None:
+        return names
+    return [replace(names[c], index=i) for i, c in enumerate(cut)]
+
+
+def _details(
+    model: ModelSection,
+    out: Path,
+    data: DataSection,
+    images: Images,
+    classes: list[int] | None,
+    plan: Plan,
+) -> dict[str, Any]:
+    details: dict[str, Any] = {
+        "dense": dense_reference(model, out),
+        "data": {
+            **data.model_dump(exclude_none=True, exclude={"val", "train"}),
+            "calibration": images.source.spec,
+        },
+    }
+    if classes is not None:
+        details["classes"] = classes
+    if plan.classes is not None:
+        details["outputs"] = plan.classes
+    return details
+
+
+def _record(
+    run: RunFolder | None,
+    out: Path,
+    variant: Variant,
+    plan: Plan,
+    network: Network,
+    images: Images,
+    device: torch.device,
+    reason: str,
+    seed: int,
+    command: str,
+) -> None:
+    """Put the variant into the run's result, or into one beside the checkpoint."""
+    folder = run or RunFolder(out)
+    if run is not None:
+        result = run.read_result()
+        run.write_plan(plan)
+    else:
+        result = Result(
+            name=variant.name,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            environment=environment(device, reason, seed),
+            model=network.info,
+            classes=class_names(images, network.info.num_classes),
+        )
+    variant.checkpoint = os.path.relpath(out, folder.path)
+    result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
+    add_command(result, command)
+    folder.write_result(result)

@@ -1,0 +1,77 @@
+"""The result of a run: stages add what they found, and reports are rendered from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from npprune.errors import StoreError
+from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
+from npprune.report.html import render_html
+from npprune.report.markdown import render_markdown
+from npprune.store import atomic
+from npprune.store.runs import RunFolder
+
+
+def update_variant(
+    checkpoint: Path,
+    config: CheckpointConfig,
+    model: ModelInfo,
+    dense: ModelInfo,
+    update: Callable[[Variant], None],
+    *,
+    command: str = "",
+) -> Result | None:
+    """Change what the checkpoint's run says of it; None where the checkpoint has no run."""
+    run = run_of(checkpoint, config)
+    if run is None or config.prune is None:
+        return None
+    result = run.read_result()
+    variant = result.variant(checkpoint.resolve().name)
+    if variant is None:
+        variant = Variant(
+            name=checkpoint.resolve().name,
+            checkpoint=os.path.relpath(checkpoint, run.path),
+            model=model,
+            prune=config.prune,
+        )
+        result.variants.append(variant)
+    update(variant)
+    add_command(result, command)
+    run.write_result(result)
+    return result
+
+
+def add_command(result: Result, command: str) -> None:
+    """Remember a command line that made part of the result, once, in the order of last use."""
+    if command:
+        result.commands = [c for c in result.commands if c != command] + [command]
+
+
+def run_of(checkpoint: Path, config: CheckpointConfig) -> RunFolder | None:
+    """The run folder a checkpoint belongs to, or None where it is not there any more."""
+    if config.run is None:
+        return None
+    run = RunFolder(Path(os.path.normpath(checkpoint / config.run)))
+    return run if run.result_path.is_file() else None
+
+
+def render_report(run: Path, *, out: Path | None = None) -> tuple[Path, Path]:
+    """Render `report.html` and `report.md` of a run (or of a `result.json`) into `out`.
+
+    Raises:
+        StoreError: there is no result, or the folder cannot be written.
+    """
+    if run.is_file():
+        result, folder = atomic.read_json(Result, run), run.parent
+    elif run.is_dir() or not run.exists():
+        result, folder = RunFolder(run).read_result(), run
+    else:
+        raise StoreError(f"`{run}` is neither a run folder nor a result.json")
+    target = out or folder
+    atomic.make_folder(target)
+    html, markdown = target / "report.html", target / "report.md"
+    atomic.write_text(html, render_html(result))
+    atomic.write_text(markdown, render_markdown(result))
+    return html, markdown

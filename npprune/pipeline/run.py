@@ -1,0 +1,55 @@
+"""Run: the whole line of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from npprune.errors import UsageError
+from npprune.pipeline.discover import discover
+from npprune.pipeline.evaluate import evaluate
+from npprune.pipeline.events import Emit, Event, ignore
+from npprune.pipeline.export import export_checkpoint
+from npprune.pipeline.prune import prune
+from npprune.pipeline.results import render_report
+from npprune.recipe import ModelSection, Recipe
+from npprune.records import Result
+from npprune.store.runs import RunFolder
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    root: Path = Path("."),
+    emit: Emit = ignore,
+    dry_run: bool = False,
+    command: str = "",
+) -> Result:
+    """discover -> prune -> evaluate -> export -> report, below `root`.
+
+    Writes `reports/<name>/` and `ckpt/<name>/`. Running again resumes: paths that were found
+    before are kept.
+
+    Raises:
+        NpPruneError: what a stage raises; GateError where a gate failed.
+    """
+    run, checkpoint = root / "reports" / recipe.name, root / "ckpt" / recipe.name
+    if recipe.data.val is None:
+        raise UsageError(
+            "`data.val` is needed: the images to evaluate on",
+            hint="add it to the recipe, or `--set data.val=folder:PATH`",
+        )
+    source: Path | ModelSection = recipe.model
+    common = {"device": recipe.device, "seed": recipe.seed, "emit": emit}
+    if recipe.discover is not None:
+        found = discover(recipe.model, recipe.data, recipe.discover, run, dry_run=dry_run, **common)  # type: ignore[arg-type]
+        if dry_run:
+            return found
+        source = run
+    emit(Event("prune", f"recipe {recipe.name}"))
+    prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
+    evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+    if recipe.export is not None:
+        export_checkpoint(checkpoint, recipe.data, recipe.export, emit=emit)
+    home = run if recipe.discover is not None else checkpoint
+    render_report(home)
+    return RunFolder(home).read_result()
