@@ -152,3 +152,55 @@ def test_events_are_appended(tmp_path: Path) -> None:
     assert [x["done"] for x in lines] == [1, 2]
     with pytest.raises(StoreError, match="cannot write"):
         RunFolder(tmp_path / "absent").append_event({})
+
+
+WORK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from test_store_paths import _shard
+from test_store_runs import _manifest
+from npprune.store.paths import PathStore
+from npprune.store.runs import RunFolder
+run = RunFolder(sys.argv[2])
+with run.lock():
+    run.create_or_resume(_manifest({"topk": 2}))
+    store = PathStore(run.paths_folder, run.read_manifest().settings_sha256)
+    for i in range(60):
+        if not store.done(i):
+            store.write_shard(i, _shard([2 * i, 2 * i + 1]))
+            sys.stdout.write(f"{i}\\n")
+            sys.stdout.flush()
+"""
+
+
+def _work(folder: Path, kill_after: int | None = None) -> list[int]:
+    """The shards that one process wrote, killed after so many of them."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORK, str(Path(__file__).parent), str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    written: list[int] = []
+    for line in process.stdout:
+        written.append(int(line))
+        if len(written) == kill_after:
+            process.kill()
+    status = process.wait()
+    process.stdout.close()
+    assert status == 0 or kill_after is not None
+    return written
+
+
+def test_a_run_killed_again_and_again_leaves_the_same_bits(tmp_path: Path) -> None:
+    assert _work(tmp_path / "straight") == list(range(60))
+    written: list[int] = []
+    for kill_after in (1, 7, 13):
+        written += _work(tmp_path / "killed", kill_after)
+    written += _work(tmp_path / "killed")
+    assert len(written) == len(set(written)), "a finished shard was computed again"
+    straight, killed = tmp_path / "straight" / "paths", tmp_path / "killed" / "paths"
+    assert _names(killed) == _names(straight)
+    for name in _names(straight):
+        assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
+    assert _names(tmp_path / "killed") == _names(tmp_path / "straight")
