@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -19,6 +20,7 @@ from npprune.pipeline.events import Event
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, PruneSection
 from npprune.records import (
     Accuracy,
+    CheckpointConfig,
     ClassRow,
     DataInfo,
     DiscoverySummary,
@@ -35,6 +37,7 @@ from npprune.records import (
     Rate,
     Result,
     Variant,
+    to_json,
 )
 
 VERBS = ("discover", "prune", "eval", "export", "report", "run", "demo", "env")
@@ -74,6 +77,10 @@ def a_variant() -> Variant:
         "variance", "uniform", "least-squares", 0.5, 3, 16, [32, 48], [64, 64], [3, 7], DATA,
         2.0, "abc", warnings=["the paths need 40 of the 32 units of block 0"],
     )  # fmt: skip
+    summary.predicted = {
+        "images": 40.0, "dense_top1": 0.9, "pruned_top1": 0.8, "pruned_low": 0.7,
+        "pruned_high": 0.85, "divergence_nats": 0.125,
+    }  # fmt: skip
     return Variant("tiny_half", "../ckpt/tiny_half", MODEL, summary)
 
 
@@ -135,9 +142,13 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    folder = tmp_path / "half"
+    folder = tmp_path / "tiny_half"
     folder.mkdir()
-    (folder / "config.json").write_text("{}")
+    config = CheckpointConfig(
+        MODEL.source, [32, 48], [2, 2], 2, Preprocessing(), [], "", run="../tiny"
+    )
+    (folder / "config.json").write_text(to_json(config))
+    (folder / "model.safetensors").write_bytes(b"")
     return folder
 
 
@@ -191,6 +202,20 @@ def test_completion() -> None:
     words = "npprune discover x --method kn"
     done = program("x", _NPPRUNE_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD="4")
     assert done.stdout.split() == ["knowledge-neuron"]
+
+
+def test_report_loads_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(to_json(a_result()))
+    code = (
+        "import sys\nfrom npprune.cli.app import run_app\n"
+        "code = run_app(['report', sys.argv[1], '--json'])\n"
+        "sys.exit(' '.join(sorted({'torch', 'timm', 'onnx'} & set(sys.modules))) or code)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(json.loads(done.stdout)["html"]).stat().st_size > 1000
 
 
 # ---------------------------------------------------------------- errors
@@ -317,7 +342,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
         (["prun"], "no such command 'prun'", "--help"),
         (["prune", "reports/no", "--out", "x"], "there is no such folder", "npprune discover"),
         (["prune", ".", "--out", "x"], "it holds no manifest.json", "npprune discover"),
-        (["report", "reports/no"], "RUN must be a run folder, got `reports/no`", "discover"),
+        (["report", "reports/no"], "reports/no", ""),
         (["eval", "ckpt/no", "--data", "digits"], "there is no such folder", "npprune prune"),
         (["export", "."], "it holds no config.json", "npprune prune"),
         (["run", "no.yaml"], "no.yaml", ""),
@@ -431,6 +456,8 @@ def test_prune_a_run(stage: Any, run_folder: Path, capsys: pytest.CaptureFixture
     assert ["0", "64", "32", "50", "%", "3"] in rows
     assert ["1", "64", "48", "75", "%", "7"] in rows
     assert ["all", "128", "80", "62.5", "%", "10"] in rows
+    assert "80.0 % (95 % 70.0–85.0), dense 90.0 %, on 40 held-out calibration images" in shown
+    assert "0.125 nats" in shown
     assert "checkpoint  ckpt/half\n" in shown
 
 
@@ -454,12 +481,29 @@ def test_eval(stage: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]) 
     assert data == DataSection(val="digits:test")
     assert (settings.latency, settings.batches) == (False, [1, 4])
     assert called.kwargs["dense_checkpoint"] is None
+    assert called.kwargs["command"] == shlex.join(["npprune", *args, "--no-latency"])
     out = capsys.readouterr().out
-    assert "80.0 % (8/10, 95 % 49.0–94.0)" in out
+    assert "8/10, 49.0–94.0" in out
+    assert "with 95 % intervals" in out
     worst = out.index("goldfish")
     assert worst < out.index("tench")
     assert "\x1b" not in out
-    assert "0.75 ×" in out
+    assert "−25.0 %" in out
+
+
+def test_eval_shows_the_cost_where_the_run_is_there(
+    stage: Any, checkpoint: Path, run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage("evaluate", "evaluate", an_evaluation())
+    result, variant, other = a_result(), a_variant(), a_variant()
+    variant.evaluation, other.name = an_evaluation(), "other"
+    result.variants = [other, variant]
+    (run_folder / "result.json").write_text(to_json(result))
+    assert app.run_app(["eval", str(checkpoint), "--data", "digits:test"]) == 0
+    out, err = capsys.readouterr()
+    assert "MACs per image" in out
+    assert "other" not in out
+    assert "warning: tiny_half: evaluated on 10 images only; mind the interval." in err
 
 
 @pytest.mark.parametrize(("passed", "code"), [(True, 0), (False, 1)])

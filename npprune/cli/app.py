@@ -80,8 +80,9 @@ def main() -> None:
 
 def run_app(args: list[str] | None = None) -> int:
     """Run one command line and return its exit code; nothing escapes but text."""
+    args = sys.argv[1:] if args is None else args
     try:
-        code = app(args=args, prog_name="npprune", standalone_mode=False)
+        code = app(args=args, obj=args, prog_name="npprune", standalone_mode=False)
         sys.stdout.flush()
     except BrokenPipeError:
         drop(sys.stdout)
@@ -97,7 +98,7 @@ def run_app(args: list[str] | None = None) -> int:
         return _os_error(error)
     except Exception as error:
         if isinstance(error, PARSER_ERROR):  # the parser's usage errors
-            return _usage_error(error, sys.argv[1:] if args is None else args)
+            return _usage_error(error, args)
         if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
             return _out_of_memory(error)
         return _bug(error)

@@ -22,6 +22,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from npprune.pipeline.events import Emit
 
+WIDE_CELL = 20  # columns; a longer interval is broken at its comma, to fit three into 80
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 STYLES = {"error": "bold red", "hint": "cyan", "warning": "yellow"}
 
@@ -67,6 +68,18 @@ def _console(*, stderr: bool) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else PLAIN_WIDTH
     return _Console(file=stream, highlight=False, emoji=False, width=width)
+
+
+def _cell(text: str) -> Text:
+    """`62.0 % (496/800, 95 % 58.6–65.3)`: the number, and below it what is in brackets."""
+    value, bracket, detail = text.partition(" (")
+    cell = Text(value)
+    if bracket:
+        detail = detail.removesuffix(")").replace("95 % ", "")  # the title says 95 %
+        if len(detail) > WIDE_CELL:
+            detail = detail.replace(", ", "\n", 1)
+        cell.append("\n" + detail, style="dim")
+    return cell
 
 
 class Output:
@@ -115,15 +128,20 @@ class Output:
                 say("warning", message)
 
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table; the first column is text, the others are numbers."""
+        """A table; the first column is text, the others are numbers and never broken.
+
+        What a number has in brackets (its interval) goes on a line of its own below it.
+        """
         if self.as_json or self.quiet:
             return
-        table = Table(title=escape(title), title_justify="left", title_style="bold", box=None)
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for i, name in enumerate(header):
-            table.add_column(escape(name), justify="left" if i == 0 else "right")
-        for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
-        _console(stderr=False).print(table)
+            table.add_column(escape(name), justify="right" if i else "left", no_wrap=i > 0)
+        for label, *cells in rows:
+            table.add_row(escape(label), *map(_cell, cells))
+        console = _console(stderr=False)
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(table)
 
     def files(self, places: Iterable[tuple[str, str]]) -> None:
         """Where things lie: name and path, one a line, never wrapped."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +11,9 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import option
 from npprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from npprune.records import Result
 
 EXAMPLES = """\
 Example
@@ -70,6 +74,25 @@ def command(
     output = Output(as_json=as_json)
     with output.working() as emit:
         evaluation = evaluate(
-            folder, images, settings, dense_checkpoint=dense, device=chosen, emit=emit
+            folder,
+            images,
+            settings,
+            dense_checkpoint=dense,
+            device=chosen,
+            emit=emit,
+            command=flags.command_line(ctx),
         )
-    show.evaluated(output, evaluation, folder)
+    show.evaluated(output, evaluation, folder, _run_result(folder))
+
+
+def _run_result(checkpoint: Path) -> Result | None:
+    """The result of the checkpoint's run, with this checkpoint as its only variant."""
+    from npprune.pipeline.results import run_of
+    from npprune.store.checkpoints import read_config
+
+    run = run_of(checkpoint, read_config(checkpoint))
+    if run is None:
+        return None
+    result = run.read_result()
+    result.variants = [v for v in result.variants if v.name == checkpoint.resolve().name]
+    return result if result.variants else None

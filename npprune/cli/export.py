@@ -34,6 +34,9 @@ def command(
     provider: Annotated[
         str, choice(FILE, "--provider", "runs the comparison", "auto", "cpu", "cuda", "tensorrt")
     ] = "auto",
+    dense: Annotated[
+        str | None, option(FILE, "--dense", "FILE", "the dense weights, where they have moved")
+    ] = None,
     data: Annotated[
         str | None,
         option(IMAGES, "--data", "SOURCE", "images to compare on \\[default: the run's own]"),
@@ -51,13 +54,23 @@ def command(
     settings = flags.section(ExportSection, opset=opset, precision=precision)
     folder = flags.checkpoint_folder(checkpoint)
     flags.provider(provider)
+    flags.existing_file("--dense", dense)
     images = flags.data_section(ctx.params, val=data)
 
     from npprune.pipeline.export import export_checkpoint
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        record = export_checkpoint(folder, images, settings, out=out, provider=provider, emit=emit)
+        record = export_checkpoint(
+            folder,
+            images,
+            settings,
+            out=out,
+            provider=provider,
+            dense_checkpoint=dense,
+            emit=emit,
+            command=flags.command_line(ctx),
+        )
     show.exported(output, record, out or folder / "model.onnx")
     if not record.passed:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from npprune.errors import DataError, ModelError, StoreError, UsageError
 
 if TYPE_CHECKING:
+    import typer
     from pydantic import ValidationError
 
     from npprune.recipe import DataSection, ModelSection, PruneSection, Section
@@ -165,6 +167,11 @@ def one_budget(settings: PruneSection) -> None:
         )
 
 
+def command_line(ctx: typer.Context) -> str:
+    """The command as it was given: a result remembers what made it."""
+    return shlex.join(["npprune", *(ctx.obj or [])])
+
+
 def out_folder(path: Path) -> Path:
     """`--out` with a name of its own: it names the run or the checkpoint, too."""
     if not re.match(r"[^.\s]", path.name):
@@ -178,8 +185,8 @@ def out_folder(path: Path) -> Path:
 
 
 def existing_file(flag: str, path: str | None) -> None:
-    """ModelError where a weights file is named and not there."""
-    if path is not None and not Path(path).is_file():
+    """ModelError where weights are named and not there (a folder: a checkpoint of ours)."""
+    if path is not None and not Path(path).exists():
         raise ModelError(f"`{flag}` must be an existing file, got `{path}`")
 
 

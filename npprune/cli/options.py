@@ -58,7 +58,7 @@ ImgSize = Annotated[
 ]
 NumClasses = Annotated[int | None, option(MODEL, "--num-classes", "N", "outputs of the classifier")]
 CheckpointFolder = Annotated[Path, argument("CHECKPOINT", "a folder written by npprune prune")]
-RunFolder = Annotated[Path, argument("RUN", "a run folder of npprune discover")]
+RunFolder = Annotated[Path, argument("RUN", "a run folder, or its result.json")]
 
 # ---------------------------------------------------------------- images
 

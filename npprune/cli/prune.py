@@ -156,7 +156,14 @@ def command(
     output = Output(as_json=as_json)
     with output.working() as emit:
         variant = prune(
-            start, images, settings, out,
-            device=chosen, seed=seed_value, emit=emit, dry_run=dry_run,
-        )  # fmt: skip
+            start,
+            images,
+            settings,
+            folder,
+            device=chosen,
+            seed=seed_value,
+            emit=emit,
+            dry_run=dry_run,
+            command=flags.command_line(ctx),
+        )
     show.pruned(output, variant, folder, dry_run=dry_run)

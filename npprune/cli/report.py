@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from npprune.cli import flags, options
+from npprune.cli import options
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, option
 
@@ -27,12 +27,10 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Render a run's result as one self-contained HTML page and as Markdown."""
-    folder = flags.run_folder(run)
-
     from npprune.pipeline.report import render_report
 
     output = Output(as_json=as_json)
     with output.working():
-        html, markdown = render_report(folder, out=out)
+        html, markdown = render_report(run, out=out)
     output.files([("HTML report", str(html)), ("Markdown", str(markdown))])
     output.document("report", {"html": str(html), "markdown": str(markdown)})

@@ -8,6 +8,7 @@ from pathlib import Path
 from npprune.cli.console import Output
 from npprune.records import (
     Accuracy,
+    ClassRow,
     DataInfo,
     Evaluation,
     ExportRecord,
@@ -85,7 +86,7 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
     ]
     if summary.calibration is not None:
         facts.append(("calibration", data(summary.calibration)))
-    facts += [(f"predicted {name}", f"{value:.4g}") for name, value in summary.predicted.items()]
+    facts += predicted(summary.predicted)
     if not dry_run:
         facts.append(("time", text.seconds(summary.seconds)))
     _facts(output, facts)
@@ -99,23 +100,45 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
     )
 
 
-def evaluated(output: Output, evaluation: Evaluation, folder: Path) -> None:
-    """Dense and pruned side by side."""
+def class_name(row: ClassRow) -> str:
+    """Index and name, short; the index alone where there is no other name."""
+    return text.clip(f"{row.label} {row.name}" if row.name != str(row.label) else row.name, 32)
+
+
+def predicted(found: dict[str, float]) -> list[tuple[str, str]]:
+    """What the held-out calibration images say of the smaller network."""
+    if not found:
+        return []
+    before, after = text.percent(found["dense_top1"]), text.percent(found["pruned_top1"])
+    interval = text.span(found["pruned_low"], found["pruned_high"])
+    where = text.plural(int(found["images"]), "held-out calibration image")
+    return [
+        ("predicted top-1", f"{after} ({interval}), dense {before}, on {where}"),
+        ("divergence", f"{text.significant(found['divergence_nats'])} nats from dense"),
+    ]
+
+
+def evaluated(output: Output, evaluation: Evaluation, folder: Path, run: Result | None) -> None:
+    """Dense and pruned side by side; with what they cost where the run is still there."""
+    from npprune.report.numbers import summary, warnings
+
     output.document("evaluation", to_dict(evaluation))
+    output.warn(warnings(run) if run is not None else [])
     output.table(
-        f"Dense and pruned on {evaluation.data.images} images (95 % intervals)",
+        f"Dense and pruned on {text.plural(evaluation.data.images, 'image')}, with 95 % intervals",
         ("", "dense", "pruned", "change"),
-        evaluation_rows(evaluation),
+        summary(run).rows if run is not None else evaluation_rows(evaluation),
     )
-    worst = sorted(evaluation.classes, key=lambda row: row.deviation)[:5]
-    if len(evaluation.classes) > 1:
+    lost = [row for row in evaluation.classes if row.deviation < 0]
+    worst = sorted(lost, key=lambda row: row.deviation)[:5]
+    if worst:
         output.line()
         output.table(
             "Classes that lost most",
             ("class", "images", "dense top-1", "pruned top-1", "deviation"),
             [
                 (
-                    text.clip(f"{row.label} {row.name}", 32),
+                    class_name(row),
                     str(row.images),
                     text.percent(row.dense_top1, 0),
                     text.percent(row.pruned_top1, 0),
@@ -165,7 +188,7 @@ def _accuracy(what: str, dense: Accuracy, pruned: Accuracy) -> list[tuple[str, s
 def latency_row(row: Latency) -> tuple[str, str, str, str]:
     """One timing: median milliseconds a batch."""
     dense, pruned = text.milliseconds(row.dense_ms), text.milliseconds(row.pruned_ms)
-    return text.where(row), dense, pruned, text.times(row.ratio)
+    return text.where(row), dense, pruned, text.percent(row.ratio - 1, sign=True)
 
 
 def exported(output: Output, record: ExportRecord, path: Path) -> None:
@@ -187,8 +210,10 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
     if record.latency:
         output.line()
         output.table("Latency", ("", "dense", "pruned", "change"), map(latency_row, record.latency))
+    slow = [row for row in record.latency if row.ratio >= 1]
+    output.warn(f"not faster than dense on this machine: {text.where(row)}" for row in slow)
     verdict = "passed" if record.passed else "failed"
-    facts = [("parity", f"{verdict}, at most {record.tolerance:.0e} is allowed")]
+    facts = [("parity", f"{verdict}, at most {text.significant(record.tolerance)} is allowed")]
     facts.append(("file", f"{record.format} opset {record.opset}, {record.precision}"))
     facts.append(("size", text.size(record.bytes)))
     if record.dense_bytes:
@@ -208,7 +233,7 @@ def result(output: Output, found: Result, root: Path) -> None:
         output.warn(variant.prune.warnings)
     shown = summary(found)
     output.warn(shown.notices)
-    output.table(found.name, shown.columns, shown.rows)
+    output.table(f"{found.name}, with 95 % intervals", shown.columns, shown.rows)
     folder = root / "reports" / found.name
     places: list[tuple[str, Path]] = [("HTML report", folder / "report.html")]
     for variant in found.variants:
