@@ -176,6 +176,10 @@ def _create(spec: str, parsed: ReaderSpec) -> Any:
 def _class_names(dataset: Any, reader: Any) -> list[str] | None:
     """The data set's names by its own class index, or None."""
     index = getattr(reader, "class_to_idx", None)
+    builder: Any = getattr(reader, "builder", None)
+    if not index and hasattr(builder, "as_streaming_dataset"):  # opening it finds its features
+        features = builder.as_streaming_dataset(split=reader.split).features or {}
+        index = {n: i for i, n in enumerate(getattr(features.get(reader.target_key), "names", []))}
     names = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
     if names is None and index and all(isinstance(name, str) for name in index):
         names = sorted(index, key=lambda name: index[name])
