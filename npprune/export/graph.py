@@ -61,6 +61,25 @@ def save(proto: onnx.ModelProto, path: Path, *, external_above: int = EXTERNAL_A
         raise ExportError(f"onnx.checker refused the exported graph: {err}") from err
 
 
+def sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put every node after those it reads from, keeping the order otherwise."""
+    from graphlib import TopologicalSorter
+
+    maker = {name: i for i, node in enumerate(graph.node) for name in node.output}
+    nodes = list(graph.node)
+    sorter = TopologicalSorter(
+        {i: [maker[x] for x in node.input if x in maker] for i, node in enumerate(nodes)}
+    )
+    sorter.prepare()
+    order: list[int] = []
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready())
+        order += ready
+        sorter.done(*ready)
+    del graph.node[:]
+    graph.node.extend(nodes[i] for i in order)
+
+
 def _module(node: onnx.NodeProto, prefix: str) -> str:
     """The dotted module a traced node belongs to, "" at the top."""
     text = next((p.value for p in node.metadata_props if p.key == _SCOPES), "[]")

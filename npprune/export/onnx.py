@@ -81,10 +81,10 @@ def export_onnx(
     [batch, classes]. Weights above `external_above` bytes go to `path` + `.data`, which must
     stay beside it under that name.
 
-    `precision`: fp16 keeps float32 at input and output. int8 makes two candidates, one quantised
-    with the normalised `calibration` images [n, 3, H, W], one with scales found at run time, and
-    keeps the one that `score` (of an open session, higher is better) prefers; the list returned
-    holds them with their scores, the kept one marked.
+    `precision`: fp16 keeps float32 at input and output. int8 makes several candidates
+    (`precision.to_int8`) from the normalised `calibration` images [n, 3, H, W], keeps the one
+    that `score` (of an open session, higher is better) prefers, and returns all of them with
+    their scores, the kept one marked; the list is empty otherwise.
 
     Errors: UsageError where int8 lacks its images or its score; ExportError if the classes do not
     match the logits, if the batch size cannot be left open, or if the graph cannot be traced.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npprune.errors import ExportError, GateError, UsageError
-from npprune.export.onnx import frozen_copy
+from npprune.export.onnx import frozen_copy, to_pixels
 from npprune.export.session import Session, open_session
-from npprune.records import ParityRow
+from npprune.records import ParityRow, Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +80,7 @@ def check_parity(
     """
     if len(images) == 0:
         raise UsageError("`images` must hold at least one image, got none")
-    session = open_session(onnx_path, provider, threads)
+    session = open_session(onnx_path, provider, threads, spin=False)
     if session.fixed_batch is not None:
         batch_sizes = (session.fixed_batch,)
     expected = _torch_logits(model, images)
@@ -106,6 +106,26 @@ def check_parity(
     return Parity(
         rows, not failures, gate, session.provider, session.reason, failures, reference, top1
     )
+
+
+def top1_score(
+    images: Tensor, labels: Tensor, preprocessing: Preprocessing
+) -> Callable[[Session], float]:
+    """A score to choose between files by: the share of the normalised `images` [n, 3, H, W]
+    whose top-1 is `labels` [n]. It feeds pixels where the file asks for them."""
+    expected = labels.cpu().numpy()
+
+    def score(session: Session) -> float:
+        return float((logits_of(session, images, preprocessing).argmax(1) == expected).mean())
+
+    return score
+
+
+def logits_of(session: Session, images: Tensor, preprocessing: Preprocessing) -> np.ndarray:
+    """Logits [n, c] of normalised images [n, 3, H, W], whatever the file's input and batch."""
+    if session.input_name == "pixels":
+        images = to_pixels(images, preprocessing)
+    return _onnx_logits(session, images.cpu().numpy(), session.fixed_batch or 16)
 
 
 def require(parity: Parity, name: str) -> None:

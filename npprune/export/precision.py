@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune.errors import UsageError
-from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata
+from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, sort_nodes
 from npprune.export.session import Session, open_session
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 class Candidate:
     """One way of quantising: its size in bytes and its score, higher is better."""
 
-    name: str  # int8-static | int8-dynamic
+    name: str  # int8-static | int8-static-mixed | int8-dynamic
     bytes: int
     score: float
     chosen: bool
@@ -42,6 +43,7 @@ def to_half(path: Path, *, external_above: int = EXTERNAL_ABOVE) -> None:
         # Pixels are scaled by 255 before they are normalised: those first steps stay as they are.
         blocked = [n.name for n in proto.graph.node if n.name.split("_")[0] in ("Div", "Sub")]
         half = convert_float_to_float16(proto, keep_io_types=True, node_block_list=blocked)
+    sort_nodes(half.graph)  # the converter appends its casts at the end
     set_metadata(half, {**known, "precision": "fp16"})
     save(half, path, external_above=external_above)
 
@@ -49,27 +51,35 @@ def to_half(path: Path, *, external_above: int = EXTERNAL_ABOVE) -> None:
 def to_int8(
     path: Path, calibration: Tensor | None, score: Callable[[Session], float] | None
 ) -> list[Candidate]:
-    """Rewrite `path` as the better of two eight-bit versions; returns both with their scores.
+    """Rewrite `path` as the best of its eight-bit versions; returns all with their scores.
 
-    Weights of the linear layers get eight bits per output channel. *static*: activations too,
-    with ranges from the `calibration` images; *dynamic*: their ranges are found at run time.
-    Attention's products, softmax, norms and the patch embedding stay in float32.
+    Weights of the linear layers get eight bits per output channel. Attention's products, softmax,
+    norms and the patch embedding stay in float32. *static*: activations in eight bits too, with
+    ranges from the `calibration` images; *static-mixed*: the same, but the second layer of each
+    MLP and the classifier stay in float32 (after GELU a few large values take up the whole
+    range); *dynamic*: ranges are found at run time. Of equal scores the smaller file wins.
     """
     if calibration is None or len(calibration) == 0:
         raise UsageError("`precision` int8 needs calibration images", hint="--calibration SOURCE")
     if score is None:
         raise UsageError("`precision` int8 needs a score on held-out images to choose by")
+    linear = _linear_nodes(path)
+    calm = [n for n in linear if ".mlp.fc2/" in n or ".mlp.w3/" in n or n.startswith("head")]
+    mixed = [n for n in linear if n not in calm]
+    images = calibration.cpu().numpy()
+    ways: dict[str, Callable[[Path], None]] = {
+        "int8-static": lambda target: _static(path, target, images, linear),
+        "int8-static-mixed": lambda target: _static(path, target, images, mixed),
+        "int8-dynamic": lambda target: _dynamic(path, target, linear),
+    }
     made = {}
-    for name in ("int8-static", "int8-dynamic"):
+    for name, write in ways.items():
         target = path.with_name(f"{path.name}.{name}")
         with _quiet():
-            if name == "int8-static":
-                _static(path, target, calibration.cpu().numpy())
-            else:
-                _dynamic(path, target)
+            write(target)
         _restamp(path, target, name)
-        made[name] = (target, target.stat().st_size, score(open_session(target, "cpu")))
-    best = max(made, key=lambda n: made[n][2])
+        made[name] = (target, target.stat().st_size, score(open_session(target, "cpu", spin=False)))
+    best = max(made, key=lambda n: (made[n][2], -made[n][1]))
     os.replace(made[best][0], path)
     for target, _, _ in made.values():
         target.unlink(missing_ok=True)
@@ -90,7 +100,7 @@ def _linear_nodes(path: Path) -> list[str]:
     ]
 
 
-def _static(path: Path, target: Path, images: Any) -> None:
+def _static(path: Path, target: Path, images: np.ndarray, nodes: list[str]) -> None:
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -99,16 +109,17 @@ def _static(path: Path, target: Path, images: Any) -> None:
         quantize_static,
     )
 
-    name = open_session(path, "cpu").input_name
+    session = open_session(path, "cpu")
+    name, batch = session.input_name, session.fixed_batch or 1
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.position = 0
 
         def get_next(self) -> dict[str, Any] | None:
-            batch = images[self.position : self.position + 1]
-            self.position += 1
-            return {name: batch} if len(batch) else None
+            part = images[self.position : self.position + batch]
+            self.position += batch
+            return {name: part} if len(part) == batch else None
 
     quantize_static(
         str(path),
@@ -119,13 +130,14 @@ def _static(path: Path, target: Path, images: Any) -> None:
         weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8,
         calibrate_method=CalibrationMethod.MinMax,
-        nodes_to_quantize=_linear_nodes(path),
+        nodes_to_quantize=nodes,
         op_types_to_quantize=["MatMul", "Gemm"],
+        # One outlier image would widen every range: average the images' ranges instead.
         extra_options={"CalibMovingAverage": True, "WeightSymmetric": True},
     )
 
 
-def _dynamic(path: Path, target: Path) -> None:
+def _dynamic(path: Path, target: Path, nodes: list[str]) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize_dynamic(
@@ -133,7 +145,7 @@ def _dynamic(path: Path, target: Path) -> None:
         str(target),
         per_channel=True,
         weight_type=QuantType.QInt8,
-        nodes_to_quantize=_linear_nodes(path),
+        nodes_to_quantize=nodes,
         op_types_to_quantize=["MatMul", "Gemm"],
     )
 
