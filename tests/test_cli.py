@@ -534,7 +534,10 @@ def test_report(stage: Any, run_folder: Path, capsys: pytest.CaptureFixture[str]
     assert f"HTML report  {pages[0]}\n" in capsys.readouterr().out
 
 
-def test_run_dry_run_shows_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_dry_run_shows_the_recipe(
+    stage: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = stage("run", "run_recipe", a_result())
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("name: tiny\nmodel: {name: vit_test}\n")
     args = ["run", str(recipe), "--dry-run", "--set", "prune.keep=0.25", "--device", "cuda:1"]
@@ -543,6 +546,7 @@ def test_run_dry_run_shows_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixt
     assert found["kind"] == "recipe"
     assert found["prune"]["keep"] == 0.25
     assert found["device"] == "cuda:1"
+    assert called.kwargs["dry_run"] is True
     assert app.run_app(args) == 0
     assert "keep: 0.25" in capsys.readouterr().out
 
@@ -556,6 +560,7 @@ def test_run_and_demo(
     variant.evaluation, variant.export = an_evaluation(), an_export()
     variant.checkpoint = "../../ckpt/tiny_half"
     found.variants = [variant]
+    (tmp_path / "reports" / "tiny").mkdir(parents=True)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("name: tiny\nmodel: {name: vit_test}\n")
     if verb == "run":
@@ -570,6 +575,7 @@ def test_run_and_demo(
     assert "Top-1" in out
     assert f"{tmp_path}/reports/tiny/report.html" in out
     assert f"{tmp_path}/ckpt/tiny_half/model.onnx" in out
+    assert called.kwargs["command"] == shlex.join(["npprune", *args])
 
 
 def test_env_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -659,7 +665,7 @@ def test_a_reader_that_leaves_is_no_failure(as_json: bool) -> None:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_behind_stdout_is_an_error(tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("name: tiny\nmodel: {name: vit_test}\n")
+    recipe.write_text("name: tiny\nmodel: {name: vit_test}\ndiscover: null\n")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "npprune", "run", str(recipe), "--dry-run", "--json"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, option
@@ -19,6 +21,7 @@ Writes reports/demo and ckpt/demo below the current folder. No network, no GPU n
 
 
 def command(
+    ctx: typer.Context,
     *,
     out: Annotated[
         Path, option(RUN, "--out", "FOLDER", "reports/ and ckpt/ are written below it")
@@ -34,5 +37,7 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = run_demo(root=out, seed=start, device=chosen, emit=emit)
+        result = run_demo(
+            root=out, seed=start, device=chosen, emit=emit, command=flags.command_line(ctx)
+        )
     show.result(output, result, out)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, choice, option
@@ -20,6 +22,7 @@ The recipes that come with npprune are found by name, too: npprune run vit_tiny_
 
 
 def command(
+    ctx: typer.Context,
     recipe: Annotated[str, argument("RECIPE", "a YAML file, or a shipped recipe's name")],
     *,
     overrides: Annotated[
@@ -31,7 +34,8 @@ def command(
         str | None, choice(RUN, "--device", "instead of the recipe's", *options.DEVICES)
     ] = None,
     dry_run: Annotated[
-        bool, option(RUN, "--dry-run", None, "show the recipe as resolved, and stop")
+        bool,
+        option(RUN, "--dry-run", None, "show the recipe as resolved, open model and images, stop"),
     ] = False,
     as_json: options.Json = False,
 ) -> None:
@@ -46,11 +50,16 @@ def command(
     output = Output(as_json=as_json)
     if dry_run:
         output.line(recipe_yaml(resolved).rstrip())
-        output.document("recipe", resolved.model_dump(mode="json"))
-        return
 
     from npprune.pipeline.run import run_recipe
 
+    if dry_run:
+        if resolved.discover is not None:
+            with output.working() as emit:
+                run_recipe(resolved, root=root, emit=emit, dry_run=True)
+        output.document("recipe", resolved.model_dump(mode="json"))
+        output.line("\ndry run: nothing was computed or written")
+        return
     with output.working() as emit:
-        result = run_recipe(resolved, root=root, emit=emit)
+        result = run_recipe(resolved, root=root, emit=emit, command=flags.command_line(ctx))
     show.result(output, result, root)

@@ -235,6 +235,8 @@ def result(output: Output, found: Result, root: Path) -> None:
     output.warn(shown.notices)
     output.table(f"{found.name}, with 95 % intervals", shown.columns, shown.rows)
     folder = root / "reports" / found.name
+    if not folder.is_dir():  # without discovery, the checkpoint's folder is the run's
+        folder = root / "ckpt" / found.name
     places: list[tuple[str, Path]] = [("HTML report", folder / "report.html")]
     for variant in found.variants:
         checkpoint = _relative(folder / variant.checkpoint)
