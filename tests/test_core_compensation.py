@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,6 +43,9 @@ def test_least_squares_is_the_regression_with_intercept() -> None:
     residual = x @ w.T + b - rows @ solution
     total = (x - x.mean(0)) @ w.T
     assert got.error == pytest.approx(float(residual.square().sum() / total.square().sum()))
+    quick = compensate(moments(x), w, b, KEEP, shrinkage=0.0, diagnose=False)
+    assert torch.equal(quick.weight, got.weight)
+    assert math.isnan(quick.error)
     system = torch.cov(x[:, KEEP].T, correction=0)
     assert got.condition == pytest.approx(float(torch.linalg.cond(system)))
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from npprune.core import cost
-from npprune.errors import UsageError
+from npprune.errors import GateError, UsageError
 
 
 def sizes_of(model: Any, **over: Any) -> cost.Sizes:
@@ -111,3 +111,18 @@ def test_refusals() -> None:
         cost.Sizes(
             tokens=5, width=8, hidden=(16, 16), classes=3, patches=4, patch_inputs=12, queries=(8,)
         )
+
+
+@pytest.mark.parametrize("price", ["params", "macs"])
+def test_hidden_budget_leaves_what_a_target_allows(price: Any) -> None:
+    sizes = cost.Sizes(tokens=17, width=24, hidden=(40, 50), classes=5, patches=16, patch_inputs=12)
+    count = {"params": cost.params, "macs": cost.macs}[price]
+    each = cost.neuron_price(sizes, 0, price)
+    smaller = count(sizes.with_hidden((20, 30)))
+    assert cost.hidden_budget(sizes, smaller, price) == 50 * each
+    assert cost.hidden_budget(sizes, smaller / count(sizes), price) == pytest.approx(50 * each)
+    assert cost.hidden_budget(sizes, 1.0, price) == 90 * each
+    with pytest.raises(GateError, match="without any MLP neuron"):
+        cost.hidden_budget(sizes, 0.05, price)
+    with pytest.raises(UsageError, match="got 0"):
+        cost.hidden_budget(sizes, 0, price)

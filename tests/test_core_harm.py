@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from npprune.core.harm import Replacement, measure_harm, predict, replaced
+from npprune.core.compensation import compensate
+from npprune.core.harm import Replacement, candidates_for, measure_harm, predict, replaced
 from npprune.core.metrics import divergence
+from npprune.core.statistics import collect_statistics
 from npprune.errors import UsageError
 from npprune.models.view import TimmView, make_view
 from tests.test_core_statistics import data, tiny_view
@@ -70,6 +72,19 @@ def test_harm_is_the_divergence_of_the_network_really_changed(
             logits = changed(view, {**around, l: candidates[l][w]}).model(images).detach()
             assert table[l][w] == pytest.approx(float(divergence(dense, logits).mean()), rel=1e-9)
         assert table[l].get(24) == (None if around else 0.0)
+
+
+def test_candidates_are_the_best_scored_refitted() -> None:
+    view, (images, _) = tiny_view(), data()
+    stats = collect_statistics(view, [(images, None)], needs=["moments"])
+    scores = [torch.arange(24.0)] * 3
+    made = candidates_for(view, stats.moments, scores, [[4, 8]] * 3, protected=[[0], [], []])
+    assert made[0][4].keep == [0, 21, 22, 23]
+    assert made[2][8].keep == list(range(16, 24))
+    fc2 = view.fc2(2)
+    refit = compensate(stats.moments(2), fc2.weight, fc2.bias, range(16, 24))
+    torch.testing.assert_close(made[2][8].weight, refit.weight)
+    torch.testing.assert_close(made[2][8].bias, refit.bias)
 
 
 def test_refusal() -> None:

@@ -18,6 +18,7 @@ Cov(e, h_K), and b' gains mean e.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -68,6 +69,7 @@ def compensate(
     mode: Mode = "least-squares",
     shrinkage: float = SHRINKAGE,
     cross: Cross | None = None,
+    diagnose: bool = True,
 ) -> Compensated:
     """The second layer for the kept neurons.
 
@@ -78,6 +80,7 @@ def compensate(
         keep: the neurons that stay, ascending.
         shrinkage: lambda over the mean diagonal of S (`least-squares` only).
         cross: an error to make up for as well (`least-squares` only).
+        diagnose: compute `condition` and `error` (NaN otherwise); takes longer than the refit.
 
     Raises:
         UsageError: an unknown mode, or a keep set that does not fit.
@@ -85,7 +88,9 @@ def compensate(
     w, kept, removed, b = _prepare(moments, weight, bias, keep)
     condition, w_k = 1.0, w[:, kept]
     if mode == "least-squares" and (len(removed) or cross is not None):
-        w_k, condition = _refit(moments.covariance.to(w), w, kept, removed, shrinkage, cross)
+        w_k, condition = _refit(
+            moments.covariance.to(w), w, kept, removed, shrinkage, cross, diagnose
+        )
     elif mode not in ("none", "mean", "least-squares"):
         raise UsageError(f"compensation must be none, mean or least-squares, got {mode!r}")
     if mode != "none":
@@ -94,7 +99,9 @@ def compensate(
         b = b + w[:, removed] @ mu[removed] - (w_k - w[:, kept]) @ mu[kept]
     if mode == "least-squares" and cross is not None:
         b = b + cross.mean.to(b)
-    lost = error(moments, w, w_k, keep, shift=None if mode != "none" else removed)
+    lost = math.nan
+    if diagnose:
+        lost = error(moments, w, w_k, keep, shift=None if mode != "none" else removed)
     return Compensated(w_k, b, shrinkage if mode == "least-squares" else 0.0, condition, lost)
 
 
@@ -142,7 +149,7 @@ def choose_shrinkage(
         c: error(
             held_out,
             weight,
-            compensate(fit, weight, None, keep, shrinkage=c).weight,
+            compensate(fit, weight, None, keep, shrinkage=c, diagnose=False).weight,
             keep,
             curvature=curvature,
         )
@@ -175,7 +182,13 @@ def _prepare(
 
 
 def _refit(
-    s: Tensor, w: Tensor, kept: Tensor, removed: Tensor, shrinkage: float, cross: Cross | None
+    s: Tensor,
+    w: Tensor,
+    kept: Tensor,
+    removed: Tensor,
+    shrinkage: float,
+    cross: Cross | None,
+    diagnose: bool,
 ) -> tuple[Tensor, float]:
     """W_:K + (W_:R S_RK + Cov(e, h_K)) (S_KK + lambda I)^-1, and the condition of the bracket."""
     scale = float(s.diagonal().mean())
@@ -185,5 +198,7 @@ def _refit(
     if cross is not None:
         right = right + cross.covariance.to(s)[:, kept].T
     solved = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+    if not diagnose:
+        return w[:, kept] + solved.T, math.nan
     eigen = torch.linalg.eigvalsh(system)
     return w[:, kept] + solved.T, float(eigen[-1] / eigen[0])

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from npprune.errors import UsageError
+from npprune.errors import GateError, UsageError
 
 Price = Literal["neurons", "params", "macs"]
 
@@ -93,6 +93,30 @@ def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
         last = sizes.pooled_only and l == len(sizes.hidden) - 1
         return (1 if last else sizes.tokens) * sizes.width * (rows + 1)
     raise UsageError(f"price must be neurons, params or macs, got {price!r}")
+
+
+def hidden_budget(sizes: Sizes, target: float, price: Literal["params", "macs"]) -> float:
+    """What the hidden units may cost if the whole network is to cost `target`.
+
+    Args:
+        target: at most 1, a share of this network's cost; above 1, a count.
+
+    Raises:
+        UsageError: a target that is not positive.
+        GateError: what is not pruned costs more than the target already.
+    """
+    if target <= 0:
+        raise UsageError(f"a target must be positive, got {target}")
+    whole = params(sizes) if price == "params" else macs(sizes)
+    goal = target * whole if target <= 1 else min(target, whole)
+    hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
+    if goal <= whole - hidden:
+        raise GateError(
+            f"a target of {goal:.4g} {price} is below the {whole - hidden:.4g} that remain "
+            "without any MLP neuron",
+            hint="raise the target: only MLP neurons are removed",
+        )
+    return goal - (whole - hidden)
 
 
 def _attention(sizes: Sizes, l: int) -> tuple[int, int]:

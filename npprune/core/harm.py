@@ -17,7 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from npprune.core.compensation import compensate
+from npprune.core.elimination import SHRINKAGE
 from npprune.core.metrics import divergence
+from npprune.core.selection import keep_sets
+from npprune.core.statistics import Moments
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 
@@ -29,6 +33,33 @@ class Replacement:
     keep: Sequence[int]
     weight: Tensor
     bias: Tensor
+
+
+def candidates_for(
+    view: VitView,
+    moments: Callable[[int], Moments],
+    scores: Sequence[Tensor],
+    widths: Sequence[Sequence[int]],
+    *,
+    protected: Sequence[Sequence[int]] | None = None,
+    shrinkage: float = SHRINKAGE,
+) -> list[dict[int, Replacement]]:
+    """The pruned second layer of every block at each of its `widths`: best scores, least squares.
+
+    `moments(l)` are block l's; `scores` [h] per block, higher = keep; `protected` stay first.
+    Second layers are held in the model's precision.
+    """
+    fixed = protected if protected is not None else [()] * len(scores)
+    out: list[dict[int, Replacement]] = []
+    for l, row in enumerate(widths):
+        fc2, m = view.fc2(l), moments(l)
+        made = {}
+        for width in row:
+            keep = keep_sets([scores[l]], [width], [fixed[l]])[0][0]
+            found = compensate(m, fc2.weight, fc2.bias, keep, shrinkage=shrinkage, diagnose=False)
+            made[width] = Replacement(keep, found.weight.to(fc2.weight), found.bias.to(fc2.weight))
+        out.append(made)
+    return out
 
 
 @contextmanager
