@@ -157,11 +157,13 @@ class Progress:
         self.bars.update(self.tasks[name], completed=meter.done, total=meter.total, **fields)
 
     def _finish(self, name: str, meter: Meter, unit: str) -> None:
-        """Replace the bar with one line that stays."""
+        """Replace the bar with one line that stays.
+
+        It gives the rate and no time: the meter began with the first report, after some work.
+        """
         if self.bars and name in self.tasks:
             self.bars.remove_task(self.tasks.pop(name))
             self.bars.refresh()
         del self.meters[name]
-        took = duration(meter.now - meter.begun)
         pace = meter.pace(unit)
-        self._print(Text(f"{name}: {meter.done} {unit} in {took}" + (f", {pace}" if pace else "")))
+        self._print(Text(f"{name}: {meter.done} {unit}" + (f", {pace}" if pace else "")))
