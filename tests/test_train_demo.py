@@ -20,9 +20,10 @@ def train_briefly(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[nn.Mo
 
 
 def test_the_seed_decides_and_nothing_global_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     first, info = train_briefly(monkeypatch, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
     torch.rand(7)
     again, _ = train_briefly(monkeypatch, seed=1)
     other, _ = train_briefly(monkeypatch, seed=2)
