@@ -103,8 +103,11 @@ def test_measured_follows_the_table_and_interpolates() -> None:
     assert got.harm == pytest.approx(brute_force(rows, price, 96))
     middle = selection.interpolate({16: 1.0, 64: 0.01}, [40])[40]
     assert middle == pytest.approx(0.1)
-    noisy = selection.interpolate({16: 1.0, 32: 0.1, 48: 0.2, 64: 0.0}, [32, 40, 56])
-    assert noisy == pytest.approx({32: 0.2, 40: 0.2, 56: 0.1})
+    noisy = selection.interpolate({16: 1.0, 32: 0.1, 48: 0.2, 64: 0.0}, [16, 32, 40, 56, 64, 80])
+    assert noisy == pytest.approx({16: 1.0, 32: 0.2, 40: 0.2, 56: 0.1, 64: 0.0, 80: 0.0})
+    below = selection.interpolate({32: 0.1, 48: 0.01, 64: 0.0}, [16, 24, 32])
+    assert below == pytest.approx({16: 1.0, 24: 10**-0.5, 32: 0.1})
+    assert selection.interpolate({32: 0.5}, [16, 32, 64]) == {16: 0.5, 32: 0.5, 64: 0.5}
 
 
 def test_protected_neurons_stay_or_are_trimmed_by_votes_with_a_warning() -> None:

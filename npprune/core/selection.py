@@ -209,8 +209,7 @@ def solve(harm: Table, prices: Table, budget: float) -> list[int]:
 def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
     """Harm at any width from harm at a few: linear in its logarithm, never rising with the width.
 
-    Below the least width measured the line goes on; above the largest it falls to 0 at it if
-    that is the full width (harm 0), else stays.
+    Below the least width measured the first line goes on; above the largest the value stays.
     """
     known = sorted(row)
     if all(w in row for w in widths):
@@ -221,14 +220,15 @@ def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, fl
         level[w] = worst
     out = {}
     for w in widths:
-        left = max((k for k in known if k <= w), default=known[0])
-        right = min((k for k in known if k > left), default=left)
-        if left == right or w == left:
-            out[w] = level[left]
-            continue
-        share = (w - left) / (right - left)
+        right = min((k for k in known if k >= w), default=known[-1])
+        left = max((k for k in known if k < w), default=known[0])
+        if left >= w and len(known) > 1:  # below all that was measured: the first line goes on
+            left, right = known[0], known[1]
         a, b = level[left], level[right]
-        if a > 0 and b > 0:
+        share = (w - left) / (right - left) if right > left else 0.0
+        if share > 1 or right in (left, w):
+            out[w] = b
+        elif a > 0 and b > 0:
             out[w] = math.exp((1 - share) * math.log(a) + share * math.log(b))
         else:
             out[w] = (1 - share) * a + share * b
