@@ -324,6 +324,8 @@ class Evaluation:
     restricted_to: list[int] | None = None  # chosen classes; then the next two are set
     dense_restricted: Accuracy | None = None  # predictions limited to the chosen classes
     pruned_restricted: Accuracy | None = None
+    dense_model: ModelInfo | None = None
+    pruned_model: ModelInfo | None = None
     seconds: float = 0.0
 
 

@@ -54,6 +54,7 @@ def evaluate(
     logits, labels, sample = _predict(dense, pruned, images, where, emit)
     evaluation = _compare(*logits, labels, images, config, data)
     evaluation.device = str(where)
+    evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:
         evaluation.latency = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,16 +60,7 @@ def choose(
     emit: Emit,
 ) -> Chosen:
     """The kept neurons of every block and their compensation."""
-    if settings.criterion not in CRITERIA:
-        raise UsageError(
-            f"`--criterion` must be one of {', '.join(CRITERIA)}, got `{settings.criterion}`"
-        )
     criterion = CRITERIA[settings.criterion]
-    if criterion.paths and paths is None:
-        raise UsageError(
-            f"criterion `{criterion.name}` reads paths, and no run folder was given",
-            hint="give the run folder of `npprune discover` in place of the model's name",
-        )
     stats = _statistics(view, calibration, settings, device, generator, emit)
     protected = paths.union if paths is not None and settings.protect_paths else None
     context = Context(
@@ -112,6 +104,21 @@ def choose(
         selection.warnings,
         {"lost_variance": lost, "condition_number": conditions, "images": stats.images},
     )
+
+
+def check_criterion(name: str, paths: bool) -> None:
+    """UsageError for an unknown criterion, or one that reads paths where there are none."""
+    if name not in CRITERIA:
+        near = difflib.get_close_matches(name, CRITERIA, n=1)
+        raise UsageError(
+            f"`--criterion` must be one of {', '.join(CRITERIA)}, got `{name}`",
+            hint=f"did you mean `{near[0]}`?" if near else None,
+        )
+    if CRITERIA[name].paths and not paths:
+        raise UsageError(
+            f"criterion `{name}` reads paths, and no run folder was given",
+            hint="give the run folder of `npprune discover` in place of the model's name",
+        )
 
 
 def _statistics(

@@ -24,7 +24,7 @@ from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
-from npprune.pipeline.planning import Chosen, Paths, choose
+from npprune.pipeline.planning import Chosen, Paths, check_criterion, choose
 from npprune.pipeline.results import add_command
 from npprune.recipe import DataSection, ModelSection, PruneSection, load_recipe
 from npprune.records import (
@@ -81,6 +81,7 @@ def prune(
             "`--topk` keeps path neurons, and no run folder was given",
             hint="`npprune discover` makes one; give it in place of the model's name",
         )
+    check_criterion(settings.criterion, run is not None)
     network = open_network(model, where, emit, STAGE)
     check_prunable(network.model)
     view = make_view(network.model)
@@ -109,7 +110,7 @@ def prune(
         notes=chosen.warnings,
     )
     smaller = _pruned(network, plan, chosen)
-    summary = _summary(settings, chosen, plan, images, network)
+    summary = _summary(settings, chosen, plan, images, len(calibration) + len(held_out))
     summary.predicted = _predict(network, smaller, held_out, plan, where)
     summary.seconds = time.perf_counter() - started
     _gate(summary, settings)
@@ -292,9 +293,15 @@ def _predict(
 
 
 def _gate(summary: PruneSummary, settings: PruneSection) -> None:
-    found = summary.predicted
-    if settings.max_drop is None or not found:
+    if settings.max_drop is None:
         return
+    found = summary.predicted
+    if not found:
+        raise UsageError(
+            f"`--max-drop` needs at least {HELD_OUT} calibration images: one in {HELD_OUT} is held "
+            "out to predict the drop",
+            hint="give more images with `--calibration`",
+        )
     drop = found["dense_top1"] - found["pruned_top1"]
     if drop > settings.max_drop:
         raise GateError(
@@ -305,7 +312,7 @@ def _gate(summary: PruneSummary, settings: PruneSection) -> None:
 
 
 def _summary(
-    settings: PruneSection, chosen: Chosen, plan: Plan, images: Images, network: Network
+    settings: PruneSection, chosen: Chosen, plan: Plan, images: Images, used: int
 ) -> PruneSummary:
     return PruneSummary(
         criterion=chosen.criterion,
@@ -317,7 +324,7 @@ def _summary(
         widths=plan.kept_widths,
         dense_widths=plan.widths,
         protected=chosen.protected,
-        calibration=images.info(),
+        calibration=replace(images.info(), images=used),
         seconds=0.0,
         plan_sha256=digest(plan),
         warnings=chosen.warnings,

@@ -40,6 +40,11 @@ def run_recipe(
         )
     source: Path | ModelSection = recipe.model
     common = {"device": recipe.device, "seed": recipe.seed, "emit": emit}
+    if dry_run and recipe.discover is None:
+        raise UsageError(
+            "a dry run opens model and images of discovery, and this recipe has none",
+            hint="`npprune prune ... --dry-run` shows what would stay",
+        )
     if recipe.discover is not None:
         found = discover(recipe.model, recipe.data, recipe.discover, run, dry_run=dry_run, **common)  # type: ignore[arg-type]
         if dry_run:

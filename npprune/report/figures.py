@@ -182,7 +182,7 @@ def strips(
         boxes, depths = [], []
         for i, (_, cells) in enumerate(rows):
             for j, (cell, below, share) in enumerate(cells):
-                depth = 0.07 + 0.93 * share / largest
+                depth = min(1.0, 0.07 + 0.93 * share / largest)
                 x0, x1, y0, y1 = j + 0.03, j + 0.97, -i - 0.94, -i - 0.06
                 boxes.append([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
                 depths.append(depth)
