@@ -16,7 +16,14 @@ from torch import nn
 from npprune import __version__
 from npprune.errors import DeviceError, ExportError, GateError, UsageError
 from npprune.export import parity as parity_module
-from npprune.export.bench import bench_pair, noise_warning, onnx_runner, quantile, torch_runner
+from npprune.export.bench import (
+    bench_pair,
+    noise_warning,
+    onnx_runner,
+    peak_memory,
+    quantile,
+    torch_runner,
+)
 from npprune.export.checked import export_checked
 from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import Gate, check_parity, require
@@ -332,6 +339,14 @@ def test_the_smaller_network_is_faster(images, tmp_path):
     assert latency.ratio < 0.8
     assert latency.ratio_low <= latency.ratio <= latency.ratio_high
     assert (latency.runtime, latency.batch, latency.threads) == ("onnxruntime", 4, 1)
+
+
+def test_memory_of_a_process_of_its_own(exported, tmp_path):
+    small, large = (peak_memory(exported, b, threads=1) for b in (1, 512))
+    assert 0 < small < large
+    assert large - small > 512 * 3 * SIZE * SIZE * 4  # the input alone
+    with pytest.raises(ExportError, match=r"memory of .*none\.onnx cannot be measured"):
+        peak_memory(tmp_path / "none.onnx", 1)
 
 
 def test_torch_is_timed_the_same_way(images):

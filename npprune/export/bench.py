@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.errors import UsageError
+from npprune.errors import ExportError, UsageError
 from npprune.export.session import open_session
 from npprune.records import Latency
 
@@ -148,6 +150,42 @@ def quantile(values: Sequence[float], q: float) -> float:
     low = int(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+
+
+_PEAK = """
+import sys
+from pathlib import Path
+import numpy, onnxruntime
+from npprune.export.bench import onnx_runner, peak_of_this_process
+before = peak_of_this_process()
+runner = onnx_runner(Path(sys.argv[1]), int(sys.argv[2]), threads=int(sys.argv[3]) or None)
+for _ in range(3):
+    runner.call()
+print(peak_of_this_process() - before)
+"""
+
+
+def peak_of_this_process() -> int:
+    """The most bytes of memory that this process has held."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would start from the parent's peak here
+        line = next(s for s in status.read_text().splitlines() if s.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def peak_memory(path: Path, batch: int, *, threads: int | None = None) -> int:
+    """Bytes that a fresh process needs at its peak, beyond ONNX Runtime itself, to open `path`
+    and run it on the CPU at this batch size. ExportError where it cannot be measured."""
+    command = [sys.executable, "-c", _PEAK, str(path), str(batch), str(threads or 0)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise ExportError(f"the memory of {path} cannot be measured: {last[0]}")
+    return int(done.stdout)
 
 
 def noise_warning(latency: Latency) -> str | None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from npprune.errors import ExportError
 from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import GATES, Gate, Parity, check_parity, require
 from npprune.export.session import Session
+from npprune.export.staging import publish, sha256, staging
 from npprune.records import ClassInfo, ExportRecord, Preprocessing
 
 if TYPE_CHECKING:
@@ -52,7 +47,7 @@ def export_checked(
     Errors: ExportError where the file cannot be made; GateError (exit 1) where it does not agree.
     """
     final_path = Path(final_path)
-    with _staging(final_path) as folder:
+    with staging(final_path) as folder:
         path = folder / final_path.name
         candidates = export_onnx(
             model,
@@ -85,7 +80,7 @@ def export_checked(
         record.details |= {"batch": batch, "with_preprocessing": with_preprocessing}
         if len(candidates) > 1:
             record.details["candidates"] = [vars(c) for c in candidates]
-        _publish(folder, final_path)
+        publish(folder, final_path)
     return record
 
 
@@ -105,7 +100,7 @@ def _record(path: Path, parity: Parity, precision: str, opset: int) -> ExportRec
         precision=precision,
         opset=opset,
         bytes=sum(f.stat().st_size for f in files),
-        sha256=_sha256(path),
+        sha256=sha256(path),
         provider=parity.provider,
         parity=parity.rows,
         # JSON has no infinity: -1 stands for "no limit".
@@ -113,39 +108,3 @@ def _record(path: Path, parity: Parity, precision: str, opset: int) -> ExportRec
         passed=parity.passed,
         details={key: value for key, value in details.items() if value is not None},
     )
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _staging(final_path: Path) -> Iterator[Path]:
-    """A folder beside the final file, on the same file system, gone afterwards."""
-    try:
-        final_path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{final_path.name}.", dir=final_path.parent)
-    except OSError as err:
-        raise ExportError(f"cannot write to {final_path.parent}: {err.strerror}") from err
-    try:
-        yield Path(folder)
-    except OSError as err:
-        raise ExportError(f"cannot write {final_path}: {err.strerror}") from err
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(folder: Path, final_path: Path) -> None:
-    """Move the files out, the weights first: a graph never stands without them."""
-    data = final_path.with_name(final_path.name + ".data")
-    made = {f.name for f in folder.iterdir()}
-    for name in sorted(made, key=lambda n: n == final_path.name):
-        with (folder / name).open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(folder / name, final_path.parent / name)
-    if data.name not in made:
-        data.unlink(missing_ok=True)

@@ -93,7 +93,7 @@ def export_onnx(
     names = set(frozen.state_dict())
     if with_preprocessing:
         frozen = pixel_input(frozen, preprocessing)
-    proto = _trace(frozen, _sample(preprocessing, batch, with_preprocessing), opset, batch)
+    proto = _trace(frozen, sample_input(preprocessing, batch, with_preprocessing), opset, batch)
     outputs = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
     if classes and outputs != len(classes):
         raise ExportError(
@@ -156,7 +156,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
 
 
-def _sample(preprocessing: Preprocessing, batch: str | int, pixels: bool) -> Tensor:
+def sample_input(preprocessing: Preprocessing, batch: str | int, pixels: bool = False) -> Tensor:
+    """Noise of the input's shape, to trace with."""
     import torch
 
     channels, height, width = preprocessing.input_size
@@ -177,7 +178,7 @@ def _trace(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> on
 
     shapes = ({0: torch.export.Dim("batch", min=1)},) if batch == "dynamic" else None
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet():
             program = torch.onnx.export(
                 model,
                 (sample,),
@@ -190,7 +191,7 @@ def _trace(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> on
             )
     except Exception as err:  # the exporter raises many kinds; all mean the same here
         raise ExportError(
-            f"the network cannot be traced for ONNX: {_first_line(err)}",
+            f"the network cannot be traced for ONNX: {first_line(err)}",
             hint="torch.export must be able to trace it with an open batch size"
             if batch == "dynamic"
             else None,
@@ -216,7 +217,7 @@ def _trace(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> on
     return proto
 
 
-def _first_line(err: BaseException) -> str:
+def first_line(err: BaseException) -> str:
     """The innermost cause in one line: the exporter wraps errors in pages of advice."""
     while err.__cause__ is not None:
         err = err.__cause__
@@ -225,7 +226,7 @@ def _first_line(err: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No chatter of the exporter on stdout, stderr, in warnings or in the log."""
     loggers = [logging.getLogger(n) for n in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
     levels = [log.level for log in loggers]

@@ -80,22 +80,22 @@ def check_parity(
     """
     if len(images) == 0:
         raise UsageError("`images` must hold at least one image, got none")
-    session = open_session(onnx_path, provider, threads, spin=False)
+    session = open_session(onnx_path, provider, threads, timed=False)
     if session.fixed_batch is not None:
         batch_sizes = (session.fixed_batch,)
-    expected = _torch_logits(model, images)
+    expected = torch_logits(model, images)
     pixels = images.cpu().numpy()
     rows, top1 = [], None
     for batch in batch_sizes:
         logits = _onnx_logits(session, pixels, batch)
-        rows.append(_row(batch, logits, expected))
+        rows.append(compare_logits(batch, logits, expected))
         if labels is not None:
             share = float((logits.argmax(1) == labels.cpu().numpy()).mean())
             top1 = share if top1 is None else min(top1, share)
     reference = (
         None if labels is None else float((expected.argmax(1) == labels.cpu().numpy()).mean())
     )
-    failures = _failures(rows, gate)
+    failures = failures_of(rows, gate)
     if gate.max_drop is not None and top1 is not None and reference is not None:
         drop = 100 * (reference - top1)
         if drop > gate.max_drop:
@@ -138,7 +138,8 @@ def require(parity: Parity, name: str) -> None:
         )
 
 
-def _torch_logits(model: nn.Module, images: Tensor, chunk: int = 16) -> np.ndarray:
+def torch_logits(model: nn.Module, images: Tensor, chunk: int = 16) -> np.ndarray:
+    """PyTorch's logits [n, c], in float32 on the CPU in evaluation mode."""
     import numpy as np
     import torch
 
@@ -159,7 +160,8 @@ def _onnx_logits(session: Session, images: np.ndarray, batch: int) -> np.ndarray
     return np.concatenate(parts)[:n]
 
 
-def _row(batch: int, logits: np.ndarray, expected: np.ndarray) -> ParityRow:
+def compare_logits(batch: int, logits: np.ndarray, expected: np.ndarray) -> ParityRow:
+    """One row of the comparison: logits [n, c] got at batch size `batch`, and those expected."""
     import numpy as np
 
     if logits.shape != expected.shape:
@@ -175,7 +177,8 @@ def _row(batch: int, logits: np.ndarray, expected: np.ndarray) -> ParityRow:
     return ParityRow(batch, len(logits), error, agreement)
 
 
-def _failures(rows: list[ParityRow], gate: Gate) -> list[str]:
+def failures_of(rows: list[ParityRow], gate: Gate) -> list[str]:
+    """Where rows miss a gate, in words; empty if nowhere."""
     said = []
     for row in rows:
         if gate.tolerance is not None and row.max_relative_error > gate.tolerance:

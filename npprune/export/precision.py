@@ -78,7 +78,11 @@ def to_int8(
         with _quiet():
             write(target)
         _restamp(path, target, name)
-        made[name] = (target, target.stat().st_size, score(open_session(target, "cpu", spin=False)))
+        made[name] = (
+            target,
+            target.stat().st_size,
+            score(open_session(target, "cpu", timed=False)),
+        )
     best = max(made, key=lambda n: (made[n][2], -made[n][1]))
     os.replace(made[best][0], path)
     for target, _, _ in made.values():
