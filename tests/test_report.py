@@ -307,12 +307,22 @@ def test_slow_onnx_is_the_first_thing_said() -> None:
     result = example.result([slow])
     first = (
         "vit_tiny_half is NOT faster than the dense network in ONNX Runtime on this machine "
-        "(batch 1: 10.2 ms against 9.84 ms, ratio 1.04 ×)."
+        "(batch 1: 10.2 ms against 9.84 ms, ratio 1.04 ×, quartiles 1.02–1.07)."
     )
     assert summary(result).notices == [first]
     page = render_html(result)
     assert page.index(first) < page.index("path neurons exceed the budget") < page.index("keeps")
     assert summary(example.result()).notices == []
+
+
+def test_a_machine_too_busy_to_tell_is_not_called_slower() -> None:
+    noisy = example.variant()
+    assert noisy.export
+    noisy.export.latency[0] = example.latency(1, 9.84, 1.4)
+    noisy.export.latency[0].ratio_low = 0.2
+    (notice,) = summary(example.result([noisy])).notices
+    assert "too busy to tell" in notice
+    assert "NOT faster" not in notice
 
 
 @pytest.mark.parametrize(

@@ -81,21 +81,34 @@ def macs_ratio(result: Result, variant: Variant) -> float:
 
 
 def not_faster(result: Result) -> list[str]:
-    """A sentence for each variant whose ONNX file was not faster than the dense one here."""
+    """A sentence for each variant whose ONNX file was not faster than the dense one here, or
+    where the machine was too noisy to tell: half of the paired ratios lie on either side of 1."""
     lines = []
     for variant in result.variants:
-        slow = [t for t in key_latencies(variant) if t.runtime == "onnxruntime" and t.ratio >= 1]
+        timed = [t for t in key_latencies(variant) if t.runtime == "onnxruntime"]
+        slow = [t for t in timed if t.ratio >= 1 and t.ratio_low >= 1]
+        unclear = [t for t in timed if t.ratio_low < 1 <= t.ratio_high]
         if slow:
-            each = "; ".join(
-                f"batch {t.batch}: {text.milliseconds(t.pruned_ms)} against "
-                f"{text.milliseconds(t.dense_ms)}, ratio {text.times(t.ratio)}"
-                for t in slow
-            )
             lines.append(
                 f"{variant.name} is NOT faster than the dense network in ONNX Runtime on this "
-                f"machine ({each})."
+                f"machine ({_timings(slow)})."
+            )
+        if unclear:
+            lines.append(
+                f"{variant.name}: this machine was too busy to tell whether it is faster than the "
+                f"dense network in ONNX Runtime ({_timings(unclear)}); "
+                "time it again on a quiet one."
             )
     return lines
+
+
+def _timings(rows: list[Latency]) -> str:
+    return "; ".join(
+        f"batch {t.batch}: {text.milliseconds(t.pruned_ms)} against "
+        f"{text.milliseconds(t.dense_ms)}, ratio {text.times(t.ratio)}, "
+        f"quartiles {t.ratio_low:.2f}\u2013{t.ratio_high:.2f}"
+        for t in rows
+    )
 
 
 # ---------------------------------------------------------------- the comparison
