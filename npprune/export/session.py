@@ -147,6 +147,8 @@ def _start(path: Path, provider: str, threads: int | None, timed: bool) -> Any:
     options.log_severity_level = 3
     if threads is not None:
         options.intra_op_num_threads = threads
+    # Threads of one session must not burn the cores while another one is being timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if not timed:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     wanted: list[Any] = [provider]
