@@ -94,6 +94,18 @@ def test_protected_neurons_never_go_and_a_prior_delays() -> None:
     assert int(eliminate(s, w, prior=prior).order[-1]) == first[0]
 
 
+def test_damping_leads_from_the_curvature_to_plain_reconstruction() -> None:
+    s, w, g = layer(4, d=3, h=12)
+    g = torch.outer(g[0], g[0])  # sees one direction only
+    none, plain = eliminate(s, w, g), eliminate(s, w)
+    assert eliminate(s, w, g, damping=1e9).order.tolist() == plain.order.tolist()
+    assert none.order.tolist() != plain.order.tolist()
+    by_hand = g + 0.1 * g.trace() / 3 * torch.eye(3)
+    torch.testing.assert_close(
+        eliminate(s, w, g, damping=0.1).costs, eliminate(s, w, by_hand).costs
+    )
+
+
 def test_a_dead_block_and_twin_neurons_do_not_break_it() -> None:
     w = torch.randn(3, 5, dtype=torch.float64)
     assert len(eliminate(torch.zeros(5, 5), w).order) == 5

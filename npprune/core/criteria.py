@@ -17,6 +17,9 @@ from npprune.core.elimination import SHRINKAGE, Elimination, eliminate
 from npprune.core.statistics import Moments, Need, Statistics
 from npprune.errors import UsageError
 
+DAMPING = 0.1
+"""Identity added to the curvature, over its mean diagonal, in `curvature-obs`."""
+
 
 @dataclass
 class Context:
@@ -30,7 +33,9 @@ class Context:
         attribution: per block [h], the summed path score of each neuron.
         protected: per block, neurons that the elimination must never take.
         prior: per block [h], factors on the elimination's costs (see `path_prior`).
-        salience: share of the loss-gradient token weighting (see `Statistics.moments`).
+        salience: share of the loss-gradient token weighting (see `Statistics.moments`); only 0
+            can do without the need "salience".
+        shrinkage, damping: of the eliminations (see `eliminate`).
         generator: for `random`.
     """
 
@@ -43,6 +48,7 @@ class Context:
     prior: Sequence[Tensor] | None = None
     salience: float = 0.0
     shrinkage: float = SHRINKAGE
+    damping: float = DAMPING
     generator: torch.Generator | None = None
     eliminations: dict[int, Elimination] = field(default_factory=dict)  # filled by obs criteria
 
@@ -217,6 +223,7 @@ def _eliminated(context: Context, l: int, curvature: Tensor | None) -> Tensor:
         context.weight(l),
         curvature,
         shrinkage=context.shrinkage,
+        damping=context.damping,
         protected=() if context.protected is None else context.protected[l],
         prior=None if context.prior is None else context.prior[l],
     )

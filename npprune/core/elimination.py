@@ -66,6 +66,7 @@ def eliminate(
     curvature: Tensor | None = None,
     *,
     shrinkage: float = SHRINKAGE,
+    damping: float = 0.0,
     protected: Sequence[int] = (),
     prior: Tensor | None = None,
 ) -> Elimination:
@@ -76,6 +77,8 @@ def eliminate(
         weight: fc2.weight [d, h].
         curvature: G [d, d]; None: the identity (plain reconstruction error).
         shrinkage: lambda over S's mean diagonal.
+        damping: identity added to the curvature, over G's mean diagonal. A little guards against
+            directions that looked harmless only to first order.
         protected: neurons that never go.
         prior: positive factors [h] on the costs: above 1 goes later.
 
@@ -87,7 +90,7 @@ def eliminate(
     a = inverse(covariance, shrinkage)
     u = weight.detach().to(a, copy=True)
     if curvature is not None:
-        u = square_root(curvature.to(a)) @ u
+        u = square_root(damped(curvature.to(a), damping)) @ u
     factor = torch.ones(h, dtype=a.dtype, device=a.device) if prior is None else prior.to(a)
     fixed = torch.zeros(h, dtype=torch.bool, device=a.device)
     fixed[list(protected)] = True
@@ -129,6 +132,14 @@ def inverse(covariance: Tensor, shrinkage: float) -> Tensor:
     ridge = shrinkage * scale if scale > 0 else 1.0
     eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
     return torch.cholesky_inverse(torch.linalg.cholesky(s + ridge * eye))
+
+
+def damped(matrix: Tensor, damping: float) -> Tensor:
+    """matrix + damping x its mean diagonal x I, [d, d]."""
+    if not damping:
+        return matrix
+    eye = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return matrix + damping * matrix.diagonal().mean() * eye
 
 
 def square_root(matrix: Tensor) -> Tensor:
