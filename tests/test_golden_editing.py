@@ -1,0 +1,36 @@
+"""The released program's own editing results: probabilities within 1e-4, classes equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_golden import images, lines
+
+import npprune
+from npprune.core.editing import edited_logits, members, path_factors, stack
+from npprune.models.view import make_view
+
+pytestmark = pytest.mark.golden
+
+
+@pytest.mark.parametrize("paths", ["path", "activation"])
+def test_removed_and_doubled_paths(shared_golden: Path, paths: str) -> None:
+    model = npprune.load_model("auto", checkpoint=shared_golden / "vit" / "weights.npz")
+    view, x = make_view(model), images(shared_golden, 0)
+    probability = lines(shared_golden, f"vit/edit_{paths}_probability", 0)
+    predicted = lines(shared_golden, f"vit/edit_{paths}_class", 0)
+    assert len(probability) == len(predicted) == len(x) == 10
+    for edit in ("base", "remove", "enhance"):
+        if edit == "base":
+            with torch.no_grad():
+                logits = model(x)
+        else:
+            masks = [members([[n] for n in row["ja"][0]], view.widths) for row in probability]
+            factors = stack([path_factors(m, edit, 2.0) for m in masks])
+            logits = edited_logits(view, x, factors, scope="cls")
+        p = logits.softmax(-1)[:, 0]
+        expected = torch.tensor([row[edit][0] for row in probability])
+        torch.testing.assert_close(p, expected, rtol=1e-4, atol=0)
+        assert logits.argmax(-1).tolist() == [int(row[edit][0]) for row in predicted]
