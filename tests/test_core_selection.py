@@ -110,6 +110,25 @@ def test_measured_follows_the_table_and_interpolates() -> None:
     assert selection.interpolate({32: 0.5}, [16, 32, 64]) == {16: 0.5, 32: 0.5, 64: 0.5}
 
 
+def test_smoothing_takes_noise_out_and_keeps_a_true_parabola() -> None:
+    true = {w: math.exp(-1 - w / 20 - (w / 40) ** 2) for w in range(16, 96, 8)}
+    got = selection.smooth({w: true[w] for w in (16, 32, 48, 64, 80)}, list(true))
+    assert got == pytest.approx(true)
+    g = torch.Generator().manual_seed(0)
+    noisy = {w: h * math.exp(float(torch.randn(1, generator=g)) * 0.3) for w, h in true.items()}
+    smoothed = selection.smooth({**noisy, 96: 0.0}, [*true, 96])
+    values = [smoothed[w] for w in sorted(smoothed)]
+    assert values == sorted(values, reverse=True)
+    assert smoothed[96] == 0.0
+
+    def wrong(row: dict[int, float]) -> float:
+        return sum(math.log(row[w] / true[w]) ** 2 for w in true)
+
+    assert wrong(smoothed) < wrong(noisy) / 2
+    few = {16: 1.0, 32: 0.1, 64: 0.0}
+    assert selection.smooth(few, [24]) == selection.interpolate(few, [24])
+
+
 def test_protected_neurons_stay_or_are_trimmed_by_votes_with_a_warning() -> None:
     scores = [torch.arange(64.0), torch.arange(64.0)]
     protected = [[0, 1, 2], []]
