@@ -98,6 +98,10 @@ def test_sums_match_a_direct_computation() -> None:
         torch.testing.assert_close(
             salient.covariance, torch.cov(h.T, correction=0, aweights=w / w.sum())
         )
+        place = w.reshape(10, 5).sum(0)
+        torch.testing.assert_close(
+            stats.position_weights(l, 0.25), 0.75 + 0.25 * place / place.mean()
+        )
         half = stats.moments(l, salience=0.5)
         torch.testing.assert_close(half.mean, (found.mean + salient.mean) / 2)
 

@@ -4,7 +4,7 @@ Per block, summed in float64 (h hidden units read at the input of `fc2`, y = `fc
 gradient of the loss at y, one row a token):
 
     moments     sum h, sum |h|, sum h h^T                   over all tokens
-    salience    the same sums, each token weighted by |g|^2
+    salience    the same sums, each token weighted by |g|^2; sum |g|^2 at each position
     gates       per image a_j = sum over tokens of h_j (W^T g)_j, the gradient of a gate on
                 neuron j: sum a (Taylor), sum a^2 (Fisher)
     curvature   sum g g^T                                   over all tokens
@@ -49,6 +49,7 @@ class BlockSums:
     absolute: Tensor | None = None  # [h]
     gram: Tensor | None = None  # [h, h]
     weight: float = 0.0  # sum of |g|^2
+    position: Tensor | None = None  # [t] sum of |g|^2 at each token position
     salient: Tensor | None = None  # [h]
     salient_gram: Tensor | None = None  # [h, h]
     gate: Tensor | None = None  # [h] sum of |a| over images
@@ -129,6 +130,13 @@ class Statistics:
         """Mean over images of the absolute gate gradient, [h]."""
         s = self._block(l)
         return self._need(s.gate, "gates") / s.images
+
+    def position_weights(self, l: int, salience: float) -> Tensor:
+        """(1 - salience) + salience x the squared loss gradient at each token position over its
+        mean, [t]: the token weighting of `moments`, averaged over images."""
+        position = self._need(self._block(l).position, "salience")
+        mean = position.mean().clamp_min(torch.finfo(torch.float64).tiny)
+        return (1 - salience) + salience * position / mean
 
     def curvature(self, l: int) -> Tensor:
         """G = mean over tokens of g g^T, [d, d]."""
@@ -343,6 +351,7 @@ def _add_gradient(
         weight = rows.square().sum(dim=1) / draws
         tokens = _double(h.flatten(0, 1))
         found.weight = float(weight.sum())
+        found.position = weight.reshape(h.shape[:2]).sum(0)
         found.salient = weight @ tokens
         # the weights are a random draw: products in the model's precision, sums in float64
         scaled = h.flatten(0, 1) * weight.sqrt().to(h)[:, None]
