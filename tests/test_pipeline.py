@@ -121,9 +121,7 @@ def test_topk_keeps_the_union_of_each_classs_most_frequent_neurons(run: Path) ->
 
 
 def test_without_a_budget_the_paths_alone_stay_rounded_up_to_sixteen(run: Path) -> None:
-    variant = prune(
-        run, DataSection(), PruneSection(topk=1, criterion="variance"), run.parent / "a"
-    )
+    variant = prune(run, DataSection(), half(keep=None, topk=1), run.parent / "a")
     for width, protected in zip(variant.prune.widths, variant.prune.protected, strict=True):
         assert width % 16 == 0
         assert protected <= width
@@ -197,16 +195,47 @@ def test_a_dry_run_writes_nothing(run: Path) -> None:
     assert sorted(run.parent.rglob("*")) == before
 
 
-def test_the_held_out_prediction_guards_max_drop(run: Path) -> None:
-    settings = half(keep=0.125, compensation="none", max_drop=1e-6)
-    try:
-        variant = prune(run, DataSection(), settings, run.parent / "small")
-    except GateError as err:
-        assert "--max-drop" in err.message
-        assert err.exit_code == 1
-        assert not (run.parent / "small").exists()
-    else:  # the small network happened not to lose anything: then the prediction says so
-        assert variant.prune.predicted["pruned_top1"] >= variant.prune.predicted["dense_top1"]
+def test_max_drop_refuses_a_budget_that_loses_more(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prediction = {"images": 30.0, "dense_top1": 0.9, "pruned_top1": 0.875}
+    monkeypatch.setattr("npprune.pipeline.prune._predict", lambda *args: dict(prediction))
+    out = run.parent / "small"
+    with pytest.raises(GateError, match=r"fall by 2\.5 points .* more than `--max-drop` 2 ") as err:
+        prune(run, DataSection(), half(max_drop=2.0), out)
+    assert err.value.exit_code == 1
+    assert not out.exists()
+    prune(run, DataSection(), half(max_drop=3.0), out)
+    assert out.exists()
+
+
+def test_max_drop_alone_finds_the_smallest_network_within_it(run: Path) -> None:
+    settings = half(keep=None, max_drop=100.0)
+    variant = prune(run, DataSection(), settings, run.parent / "small")
+    assert variant.prune.widths == [16, 16]  # any drop is allowed: the floor
+
+
+@pytest.mark.parametrize("selection", ["uniform", "global", "measured"])
+@pytest.mark.parametrize("compensation", ["least-squares", "sequential"])
+def test_selections_and_compensations_meet_the_budget(
+    run: Path, selection: str, compensation: str
+) -> None:
+    settings = half(selection=selection, compensation=compensation, criterion="curvature-obs")
+    variant = prune(run, DataSection(), settings, run.parent / "a")
+    assert sum(variant.prune.widths) == 128
+    assert all(0 <= lost < 1 for lost in variant.prune.details["lost_variance"])
+
+
+@pytest.mark.parametrize("target", ["target_params", "target_macs"])
+def test_targets_are_met_for_the_whole_network(run: Path, target: str) -> None:
+    variant = prune(
+        run, DataSection(), half(keep=None, round_to=1, **{target: 0.8}), run.parent / "a"
+    )
+    dense = npprune.load_model(run.parent / "dense")
+    whole = model_info(dense, ModelSource(ARCHITECTURE))
+    got = variant.model.params if target == "target_params" else variant.model.macs
+    all_of_it = whole.params if target == "target_params" else whole.macs
+    assert got == pytest.approx(0.8 * all_of_it, rel=0.01)
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -246,7 +275,7 @@ def test_paths_of_other_weights_are_refused(run: Path) -> None:
     name = next(line for line in recipe.splitlines() if "dense" in line).split(": ")[1]
     (run / "recipe.yaml").write_text(recipe.replace(name, str(other)))
     write_checkpoint(other, config, state(model))
-    with pytest.raises(StoreError, match="the paths of .* are of weights"):
+    with pytest.raises(StoreError, match=r"the paths of .* are of weights"):
         prune(run, DataSection(), half(), run.parent / "x")
 
 

@@ -46,7 +46,12 @@ def command(
     ] = None,
     max_drop: Annotated[
         float | None,
-        option(BUDGET, "--max-drop", "SHARE", "exit 1 where top-1 is predicted to fall by more"),
+        option(
+            BUDGET,
+            "--max-drop",
+            "POINTS",
+            "of top-1, predicted; without a budget: the smallest network within it",
+        ),
     ] = None,
     topk: Annotated[
         int | None,
@@ -94,7 +99,7 @@ def command(
             None,
             "with --classes: all outputs stay, or only those",
         ),
-    ] = True,
+    ] = False,
     calibration: Annotated[
         str | None,
         option(

@@ -1,9 +1,16 @@
-"""From statistics to a plan: score, select under the budget, compensate."""
+"""From calibration images to what stays: statistics and harm once, then any budget.
+
+    statistics -> scores -> [harm of each block and width] -> widths under a budget
+    -> compensation -> the second layers of the pruned network
+
+`Planner` does the first three once; `at(budget)` the rest, so that a budget can be searched for.
+"""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,16 +18,21 @@ import torch
 from torch import Tensor
 
 from npprune.core.compensation import compensate
+from npprune.core.cost import Sizes, hidden_budget, neuron_price
 from npprune.core.criteria import CRITERIA, Context, score
-from npprune.core.selection import select
-from npprune.core.statistics import Statistics, collect_statistics
+from npprune.core.harm import Replacement, measure_harm, predict
+from npprune.core.selection import Selection, select, widths_for
+from npprune.core.sequential import compensate_in_sequence
+from npprune.core.statistics import Moments, Statistics, collect_statistics
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 from npprune.pipeline.events import Emit, Event
 from npprune.recipe import PruneSection
-from npprune.records import ModelInfo
 
-Layer = tuple[Tensor, Tensor]
+Batches = list[tuple[Tensor, Tensor]]
+HARM_IMAGES = 200
+HARM_STEPS = 8  # widths measured in a block: multiples of an eighth
+REMEASURED = 2  # times the harm is measured again around the widths just chosen
 
 
 @dataclass
@@ -39,71 +51,261 @@ class Paths:
 
 @dataclass
 class Chosen:
-    """What stays in each block, and the second layers (weight, bias) that go with it."""
+    """What stays in each block, and the second layers that go with it."""
 
     keep: list[list[int]]
-    layers: list[Layer | None]
-    criterion: str
-    protected: list[int] = field(default_factory=list)
+    layers: list[Replacement]
+    protected: list[int] = field(default_factory=list)  # path neurons among the kept
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
 
 
-def choose(
-    view: VitView,
-    calibration: Iterable[tuple[Tensor, Tensor]],
-    paths: Paths | None,
-    settings: PruneSection,
-    network: ModelInfo,
-    device: torch.device,
-    generator: torch.Generator,
-    emit: Emit,
-) -> Chosen:
-    """The kept neurons of every block and their compensation."""
-    criterion = CRITERIA[settings.criterion]
-    stats = _statistics(view, calibration, settings, device, generator, emit)
-    protected = paths.union if paths is not None and settings.protect_paths else None
-    context = Context(
-        second=[view.fc2(l) for l in range(len(view.widths))],
-        statistics=stats,
-        votes=paths.votes if paths is not None else None,
-        protected=protected,
-        generator=generator,
-    )
-    scores = score(criterion.name, context)
-    selection = select(
-        scores,
-        _budget(view, settings, protected),
-        method=settings.selection,  # type: ignore[arg-type]
-        protected=protected,
-        votes=paths.votes if paths is not None else None,
-        round_to=settings.round_to,
-        min_keep=settings.min_keep,
-    )
-    layers: list[Layer | None] = []
-    lost: list[float] = []
-    conditions: list[float] = []
-    for l, kept in enumerate(selection.keep):
-        fc2 = view.fc2(l)
-        new = compensate(
-            stats.moments(l), fc2.weight, fc2.bias, kept,
-            mode=settings.compensation,  # type: ignore[arg-type]
+class Planner:
+    """Everything about a network and its calibration images that does not depend on the budget."""
+
+    def __init__(
+        self,
+        view: VitView,
+        batches: Batches,
+        paths: Paths | None,
+        settings: PruneSection,
+        sizes: Callable[[], Sizes],
+        generator: torch.Generator,
+        emit: Emit,
+    ) -> None:
+        self.view, self.batches, self.settings, self.emit = view, batches, settings, emit
+        self.paths, self.sizes = paths, sizes
+        self.protected = paths.union if paths is not None and settings.protect_paths else None
+        self.seconds: dict[str, float] = {}
+        criterion = CRITERIA[settings.criterion]
+        with self._timed("statistics"):
+            self.stats = self._statistics({*criterion.needs, "moments"}, generator)
+        with self._timed("scores"):
+            self.scores = score(
+                criterion.name,
+                Context(
+                    second=[view.fc2(l) for l in range(len(view.widths))],
+                    statistics=self.stats,
+                    votes=paths.votes if paths is not None else None,
+                    protected=self.protected,
+                    generator=generator,
+                ),
+            )
+        self._dense: Tensor | None = None
+        self._first_harm: list[dict[int, float]] | None = None
+        self._moments: dict[int, Moments] = {}
+
+    def budget(self) -> float | None:
+        """What the hidden units may cost, in units of `prices`; None where nothing was asked."""
+        s = self.settings
+        if s.keep is not None:
+            return s.keep * sum(self.view.widths)
+        if s.target_params is not None:
+            return hidden_budget(self.sizes(), s.target_params, "params")
+        if s.target_macs is not None:
+            return hidden_budget(self.sizes(), s.target_macs, "macs")
+        if s.topk is not None and self.paths is not None and s.max_drop is None:
+            return float(sum(len(u) for u in self.paths.union))
+        return None
+
+    def prices(self) -> list[float] | None:
+        """What one neuron costs in each block; None: they count 1."""
+        kind = (
+            "params" if self.settings.target_params is not None
+            else "macs" if self.settings.target_macs is not None
+            else None
         )  # fmt: skip
-        layers.append((new.weight, new.bias))
-        lost.append(new.error)
-        conditions.append(new.condition)
-    shown = [
-        len(set(kept) & set(union))
-        for kept, union in zip(selection.keep, protected or [[]] * len(lost), strict=True)
-    ]
-    return Chosen(
-        selection.keep,
-        layers,
-        criterion.name,
-        shown,
-        selection.warnings,
-        {"lost_variance": lost, "condition_number": conditions, "images": stats.images},
-    )
+        if kind is None:
+            return None
+        sizes = self.sizes()
+        return [float(neuron_price(sizes, l, kind)) for l in range(len(self.view.widths))]  # type: ignore[arg-type]
+
+    def at(self, budget: float) -> Chosen:
+        """The kept neurons of every block within the budget, and their compensation."""
+        if self.settings.selection == "measured":
+            selection = self._measured(budget)
+        else:
+            selection = self._select(budget, None)
+        with self._timed("compensation"):
+            layers, lost, conditions = self._compensate(selection.keep)
+        kept_paths = [
+            len(set(kept) & set(union))
+            for kept, union in zip(
+                selection.keep, self.protected or [[]] * len(selection.keep), strict=True
+            )
+        ]
+        details: dict[str, Any] = {"lost_variance": lost, "condition_number": conditions}
+        if selection.harm is not None:
+            details["harm_nats"] = selection.harm
+        return Chosen(
+            selection.keep,
+            layers,
+            kept_paths,
+            [*selection.warnings, *self._crowded(selection)],
+            {**details, "seconds": dict(self.seconds)},
+        )
+
+    # ------------------------------------------------------------ parts
+
+    def _statistics(self, needs: set[Any], generator: torch.Generator) -> Statistics:
+        total = sum(len(y) for _, y in self.batches)
+
+        def tell(stats: Statistics) -> None:
+            self.emit(Event("statistics", level="progress", done=stats.images, total=total))
+
+        return collect_statistics(
+            self.view, self._on_device(self.batches), needs=needs, generator=generator,
+            on_batch=tell,
+        )  # fmt: skip
+
+    def moments(self, l: int) -> Moments:
+        """Mean and covariance of block l's hidden units."""
+        if l not in self._moments:
+            self._moments[l] = self.stats.moments(l)
+        return self._moments[l]
+
+    def _select(self, budget: float, harm: Sequence[dict[int, float]] | None) -> Selection:
+        return select(
+            self.scores,
+            budget,
+            method=self.settings.selection,  # type: ignore[arg-type]
+            prices=self.prices(),
+            harm=harm,
+            protected=self.protected,
+            votes=self.paths.votes if self.paths is not None else None,
+            round_to=self.settings.round_to,
+            min_keep=self.settings.min_keep,
+        )
+
+    def _measured(self, budget: float) -> Selection:
+        """Widths by measured harm: each block alone first, then around the widths just chosen."""
+        images = self._few(HARM_IMAGES)
+        if self._dense is None:
+            self._dense = predict(self.view, images)
+        if self._first_harm is None:
+            with self._timed("harm"):
+                self._first_harm = self._harm(images, self._candidates(), None)
+        selection = self._select(budget, self._first_harm)
+        for _ in range(REMEASURED):
+            with self._timed("harm"):
+                others = dict(enumerate(self._compensate(selection.keep)[0]))
+                around = self._candidates(selection.widths)
+                harm = self._harm(images, around, others)
+            again = self._select(budget, harm)
+            if again.widths == selection.widths:
+                break
+            selection = again
+        return selection
+
+    def _harm(
+        self,
+        images: list[Tensor],
+        candidates: list[dict[int, Replacement]],
+        others: dict[int, Replacement] | None,
+    ) -> list[dict[int, float]]:
+        def tell(l: int, row: dict[int, float]) -> None:
+            self.emit(
+                Event("harm", level="progress", done=l + 1, total=len(candidates), unit="blocks")
+            )
+
+        return measure_harm(
+            self.view, images, candidates, others=others, reference=self._dense, on_block=tell
+        )
+
+    def _candidates(self, around: Sequence[int] | None = None) -> list[dict[int, Replacement]]:
+        """Per block, a few widths with their compensated second layers."""
+        out = []
+        for l, h in enumerate(self.view.widths):
+            allowed = widths_for(h, self.settings.round_to, self.settings.min_keep)
+            grid = {_nearest(allowed, h * i / HARM_STEPS) for i in range(1, HARM_STEPS)}
+            grid.add(allowed[0])
+            if around is not None:
+                grid.add(around[l])
+            ranked = self.scores[l].argsort(descending=True, stable=True)
+            out.append({w: self._refit(l, sorted(ranked[:w].tolist())) for w in sorted(grid)})
+        return out
+
+    def _refit(self, l: int, keep: Sequence[int]) -> Replacement:
+        fc2 = self.view.fc2(l)
+        mode = self.settings.compensation
+        found = compensate(
+            self.moments(l), fc2.weight, fc2.bias, keep,
+            mode="least-squares" if mode == "sequential" else mode,
+        )  # fmt: skip
+        return Replacement(list(keep), found.weight, found.bias)
+
+    def _compensate(
+        self, keep: Sequence[Sequence[int]]
+    ) -> tuple[list[Replacement], list[float], list[float]]:
+        if self.settings.compensation == "sequential":
+            lost: list[float] = []
+            conditions: list[float] = []
+
+            def tell(l: int, found: Any) -> None:
+                lost.append(found.error)
+                conditions.append(found.condition)
+                self.emit(
+                    Event("compensation", level="progress", done=l + 1, total=len(keep),
+                          unit="blocks")
+                )  # fmt: skip
+
+            images = [x for x, _ in self._on_device(self.batches)]
+            layers = compensate_in_sequence(self.view, images, keep, on_block=tell)
+            return layers, lost, conditions
+        layers, lost, conditions = [], [], []
+        for l, kept in enumerate(keep):
+            fc2 = self.view.fc2(l)
+            found = compensate(
+                self.moments(l), fc2.weight, fc2.bias, kept, mode=self.settings.compensation
+            )
+            layers.append(Replacement(list(kept), found.weight, found.bias))
+            lost.append(found.error)
+            conditions.append(found.condition)
+        return layers, lost, conditions
+
+    def _crowded(self, selection: Selection) -> list[str]:
+        """Where paths fill the budget, the criterion has nothing left to choose."""
+        if self.protected is None:
+            return []
+        full = [
+            l for l, (union, kept) in enumerate(zip(self.protected, selection.keep, strict=True))
+            if len(union) >= len(kept) < self.view.widths[l]
+        ]  # fmt: skip
+        if not full:
+            return []
+        return [
+            f"the paths' neurons fill the budget of {len(full)} of {len(selection.keep)} blocks: "
+            "there the paths alone decide (`--no-protect-paths` lets the criterion decide)"
+        ]
+
+    def _few(self, count: int) -> list[Tensor]:
+        """About `count` images, evenly over the calibration set, in batches."""
+        everything = torch.cat([x for x, _ in self.batches])
+        step = max(1, len(everything) // count)
+        return [x.to(self._device()) for x in everything[::step][:count].split(50)]
+
+    def _device(self) -> torch.device:
+        return next(self.view.model.parameters()).device
+
+    def _on_device(self, batches: Batches) -> Batches:
+        return [(x.to(self._device()), y.to(self._device())) for x, y in batches]
+
+    def _timed(self, name: str) -> _Timer:
+        return _Timer(self.seconds, name)
+
+
+class _Timer:
+    """Adds the seconds of a block to an entry."""
+
+    def __init__(self, seconds: dict[str, float], name: str) -> None:
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.perf_counter()
+
+    def __exit__(self, *unused: object) -> None:
+        spent = time.perf_counter() - self.start
+        self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + spent, 3)
 
 
 def check_criterion(name: str, paths: bool) -> None:
@@ -121,32 +323,5 @@ def check_criterion(name: str, paths: bool) -> None:
         )
 
 
-def _statistics(
-    view: VitView,
-    calibration: Iterable[tuple[Tensor, Tensor]],
-    settings: PruneSection,
-    device: torch.device,
-    generator: torch.Generator,
-    emit: Emit,
-) -> Statistics:
-    batches = list(calibration)
-    total = sum(len(y) for _, y in batches)
-
-    def tell(stats: Statistics) -> None:
-        emit(Event("statistics", level="progress", done=stats.images, total=total))
-
-    needs = {*CRITERIA[settings.criterion].needs, "moments"}
-    return collect_statistics(
-        view,
-        ((x.to(device), y.to(device)) for x, y in batches),
-        needs=needs,  # type: ignore[arg-type]
-        generator=generator,
-        on_batch=tell,
-    )
-
-
-def _budget(view: VitView, settings: PruneSection, protected: list[list[int]] | None) -> float:
-    """Neurons that may stay; without a budget, the paths' alone."""
-    if settings.keep is not None:
-        return settings.keep * sum(view.widths)
-    return float(sum(len(p) for p in protected or []))
+def _nearest(allowed: Sequence[int], width: float) -> int:
+    return min(allowed, key=lambda w: (abs(w - width), w))

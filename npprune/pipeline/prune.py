@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,14 +17,14 @@ from npprune.core import metrics
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, class_votes
 from npprune.errors import GateError, StoreError, UsageError
-from npprune.models.info import model_info, state
+from npprune.models.info import model_info, model_sizes, state
 from npprune.models.surgery import apply_plan, check_prunable, set_fc2
 from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
-from npprune.pipeline.planning import Chosen, Paths, check_criterion, choose
+from npprune.pipeline.planning import Chosen, Paths, Planner, check_criterion
 from npprune.pipeline.results import add_command
 from npprune.recipe import DataSection, ModelSection, PruneSection, load_recipe
 from npprune.records import (
@@ -42,6 +42,7 @@ from npprune.store.runs import RunFolder
 
 STAGE = "prune"
 CALIBRATION_IMAGES = 1000
+SEARCH_STEPS = 64
 HELD_OUT = 10  # one image of so many is not used for fitting, but for the prediction
 
 
@@ -71,7 +72,7 @@ def prune(
     started = time.perf_counter()
     where, reason = resolve_device(device)
     model, data, run = _origin(source, data)
-    if settings.topk is None and not _has_budget(settings):
+    if settings.topk is None and settings.max_drop is None and not _has_budget(settings):
         raise UsageError(
             "a budget is needed: how much of the network stays",
             hint="`--keep 0.5` keeps half of the hidden units; `--topk K` alone keeps the paths'",
@@ -99,21 +100,21 @@ def prune(
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
     calibration, held_out = _calibration(images, settings, seed, emit)
     generator = torch.Generator().manual_seed(seed)
-    chosen = choose(view, calibration, paths, settings, network.info, where, generator, emit)
-    plan = Plan(
-        keep=chosen.keep,
-        widths=list(view.widths),
-        source_sha256=network.info.source.sha256,
-        architecture=network.info.source.architecture,
-        how=_how(settings, classes, run, seed),
-        classes=classes if classes is not None and not settings.keep_head else None,
-        notes=chosen.warnings,
+    batches = list(calibration)
+    planner = Planner(
+        view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit
     )
-    smaller = _pruned(network, plan, chosen)
-    summary = _summary(settings, chosen, plan, images, len(calibration) + len(held_out))
-    summary.predicted = _predict(network, smaller, held_out, plan, where)
-    summary.seconds = time.perf_counter() - started
-    _gate(summary, settings)
+
+    def attempt(budget: float) -> Attempt:
+        chosen = planner.at(budget)
+        plan = _plan(network, chosen, settings, classes, run, seed)
+        smaller = _pruned(network, plan, chosen)
+        return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
+
+    done = _within(attempt, planner, settings, emit)
+    plan, smaller = done.plan, done.model
+    used = len(calibration) + len(held_out)
+    summary = _summary(settings, done, images, used, time.perf_counter() - started)
     info = model_info(smaller, replace(network.info.source, sha256=""))
     info.preprocessing = images.preprocessing
     variant = Variant(name=out.resolve().name, checkpoint="", model=info, prune=summary)
@@ -252,14 +253,103 @@ def _calibration(
     return fit, held
 
 
+@dataclass
+class Attempt:
+    """A plan carried out, and what it is predicted to do."""
+
+    plan: Plan
+    chosen: Chosen
+    model: torch.nn.Module
+    predicted: dict[str, float]
+
+    @property
+    def drop(self) -> float:
+        """Predicted loss of top-1, in points."""
+        return 100 * (self.predicted["dense_top1"] - self.predicted["pruned_top1"])
+
+
+def _within(
+    attempt: Callable[[float], Attempt], planner: Planner, settings: PruneSection, emit: Emit
+) -> Attempt:
+    """The attempt at the budget, or the smallest one whose predicted drop is within `max_drop`.
+
+    Bisection over the share of hidden units that stay, to 1/64.
+    """
+    budget = planner.budget()
+    if budget is not None:
+        done = attempt(budget)
+        _gate(done, settings)
+        return done
+    whole = float(sum(planner.view.widths))
+    low, high = 0, SEARCH_STEPS  # the drop at `low` is too large; at `high` all neurons stay
+    best: Attempt | None = None
+    while high - low > 1:
+        middle = (low + high) // 2
+        tried = attempt(whole * middle / SEARCH_STEPS)
+        _require_prediction(tried.predicted)
+        share = tried.plan.kept_fraction
+        emit(Event(STAGE, f"{share:.1%} kept: predicted drop {tried.drop:.2f} points"))
+        if tried.drop <= (settings.max_drop or 0):
+            best, high = tried, middle
+        else:
+            low = middle
+    if best is None:
+        raise GateError(
+            f"no smaller network is predicted to stay within `--max-drop` {settings.max_drop:g} "
+            "points of top-1",
+            hint="allow a larger drop; nothing was written",
+        )
+    return best
+
+
+def _gate(done: Attempt, settings: PruneSection) -> None:
+    if settings.max_drop is None:
+        return
+    _require_prediction(done.predicted)
+    if done.drop > settings.max_drop:
+        raise GateError(
+            f"top-1 is predicted to fall by {done.drop:.1f} points "
+            f"(on {done.predicted['images']:.0f} held-out calibration images), more than "
+            f"`--max-drop` {settings.max_drop:g} allows",
+            hint="keep more, or leave the budget out: then the smallest network within "
+            "the drop is searched for; nothing was written",
+        )
+
+
+def _require_prediction(predicted: dict[str, float]) -> None:
+    if not predicted:
+        raise UsageError(
+            f"`--max-drop` needs at least {HELD_OUT} calibration images: one in {HELD_OUT} is held "
+            "out to predict the drop",
+            hint="give more images with `--calibration`",
+        )
+
+
+def _plan(
+    network: Network,
+    chosen: Chosen,
+    settings: PruneSection,
+    classes: list[int] | None,
+    run: RunFolder | None,
+    seed: int,
+) -> Plan:
+    return Plan(
+        keep=chosen.keep,
+        widths=network.info.widths,
+        source_sha256=network.info.source.sha256,
+        architecture=network.info.source.architecture,
+        how=_how(settings, classes, run, seed),
+        classes=classes if classes is not None and not settings.keep_head else None,
+        notes=chosen.warnings,
+    )
+
+
 def _pruned(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module:
     """The surgery, then the second layers that compensation found."""
     smaller = apply_plan(network.model, plan)
+    like = next(smaller.parameters())
     for l, layer in enumerate(chosen.layers):
-        if layer is not None:
-            weight, bias = layer
-            dtype = next(smaller.parameters())
-            set_fc2(smaller, l, weight.to(dtype), bias.to(dtype))
+        set_fc2(smaller, l, layer.weight.to(like), layer.bias.to(like))
     return smaller.eval()
 
 
@@ -292,43 +382,25 @@ def _predict(
     }
 
 
-def _gate(summary: PruneSummary, settings: PruneSection) -> None:
-    if settings.max_drop is None:
-        return
-    found = summary.predicted
-    if not found:
-        raise UsageError(
-            f"`--max-drop` needs at least {HELD_OUT} calibration images: one in {HELD_OUT} is held "
-            "out to predict the drop",
-            hint="give more images with `--calibration`",
-        )
-    drop = found["dense_top1"] - found["pruned_top1"]
-    if drop > settings.max_drop:
-        raise GateError(
-            f"predicted top-1 falls by {100 * drop:.1f} points on {found['images']:.0f} held-out "
-            f"calibration images, more than `--max-drop` allows ({100 * settings.max_drop:.1f})",
-            hint="keep more, or choose another criterion; nothing was written",
-        )
-
-
 def _summary(
-    settings: PruneSection, chosen: Chosen, plan: Plan, images: Images, used: int
+    settings: PruneSection, done: Attempt, images: Images, used: int, seconds: float
 ) -> PruneSummary:
     return PruneSummary(
-        criterion=chosen.criterion,
+        criterion=settings.criterion,
         selection=settings.selection,
         compensation=settings.compensation,
         keep=settings.keep,
         topk=settings.topk,
         round_to=settings.round_to,
-        widths=plan.kept_widths,
-        dense_widths=plan.widths,
-        protected=chosen.protected,
+        widths=done.plan.kept_widths,
+        dense_widths=done.plan.widths,
+        protected=done.chosen.protected,
         calibration=replace(images.info(), images=used),
-        seconds=0.0,
-        plan_sha256=digest(plan),
-        warnings=chosen.warnings,
-        details=chosen.details,
+        seconds=seconds,
+        plan_sha256=digest(done.plan),
+        warnings=done.chosen.warnings,
+        predicted=done.predicted,
+        details=done.chosen.details,
     )
 
 

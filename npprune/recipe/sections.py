@@ -83,8 +83,26 @@ class PruneSection(Section):
     round_to: int = Field(16, ge=1)
     min_keep: int = Field(16, ge=1)
     calibration_images: int | None = Field(None, ge=1)
-    keep_head: bool = True
-    max_drop: float | None = Field(None, gt=0)
+    keep_head: bool = False  # with classes: all outputs stay
+    max_drop: float | None = Field(None, gt=0, le=100)  # points of top-1, predicted
+
+
+class HealSection(Section):
+    """A short distillation from the dense network. One of epochs and minutes says how long."""
+
+    epochs: int | None = Field(None, ge=1)
+    minutes: float | None = Field(None, gt=0)
+    lr: float = Field(3e-4, gt=0)
+    batch_size: int = Field(32, ge=1)  # images a step, over all processes
+    weight_decay: float = Field(0.01, ge=0)
+    temperature: float = Field(1.0, gt=0)
+    feature_weight: float = Field(0.0, ge=0)  # of the streams after each block
+    label_weight: float = Field(0.0, ge=0)  # of the cross-entropy with the labels
+    layerwise: bool = False  # each block's MLP on its own
+    augment: Literal["auto", "flips", "strong", "none"] = "auto"  # auto: by the length
+    precision: Literal["fp32", "bf16"] = "fp32"
+    patience: int = Field(3, ge=1)  # measurements in a row that may rise
+    unlabelled: str | None = None  # more images to train on; their labels are not read
 
 
 class EvaluateSection(Section):
@@ -97,18 +115,24 @@ class EvaluateSection(Section):
 class ExportSection(Section):
     """How it is shipped."""
 
+    format: Literal["onnx", "torch", "timm"] = "onnx"
     opset: int = Field(20, ge=17, le=23)
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = "dynamic"
+    with_preprocessing: bool = False
+    max_drop: float | None = Field(None, ge=0, le=100)  # points of top-1; None: 0.5 fp16, 1 int8
+    latency: bool = True
 
 
 class Recipe(Section):
-    """The whole line: discover -> plan -> prune -> evaluate -> export -> report."""
+    """The whole line: discover -> plan -> prune (-> heal) -> evaluate -> export -> report."""
 
     name: str  # also the name of the run's folders
     model: ModelSection
     data: DataSection = Field(default_factory=DataSection)
     discover: DiscoverSection | None = Field(default_factory=DiscoverSection)
     prune: PruneSection = Field(default_factory=PruneSection)
+    heal: HealSection | None = None
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     export: ExportSection | None = Field(default_factory=ExportSection)
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
