@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from test_core_statistics import data, in_batches, tiny_view
 from torch import Tensor, nn
 
 from npprune.core.criteria import CRITERIA, Context, path_prior, score
 from npprune.core.statistics import Statistics, collect_statistics
 from npprune.errors import UsageError
-from tests.test_core_statistics import data, in_batches, tiny_view
 
 NAMES = [
     "random", "magnitude", "activation", "variance", "variance-weight", "wanda", "taylor",

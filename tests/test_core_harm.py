@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from test_core_statistics import data, tiny_view
 from torch import nn
 
 from npprune.core.compensation import compensate
@@ -14,7 +15,6 @@ from npprune.core.metrics import divergence
 from npprune.core.statistics import collect_statistics
 from npprune.errors import UsageError
 from npprune.models.view import TimmView, make_view
-from tests.test_core_statistics import data, tiny_view
 
 
 def replacement(l: int, width: int) -> Replacement:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_core_harm import changed
+from test_core_statistics import data, in_batches, tiny_view
 from torch import Tensor
 
 from npprune.core.compensation import compensate
 from npprune.core.harm import Replacement
 from npprune.core.sequential import compensate_in_sequence
 from npprune.core.statistics import Moments, collect_statistics
-from tests.test_core_harm import changed
-from tests.test_core_statistics import data, in_batches, tiny_view
 
 KEEP = [[0, 3, 4, 9, 20], [1, 2, 5, 11, 12, 13], [0, 7, 8, 9, 23]]
 
