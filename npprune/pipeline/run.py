@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from npprune.errors import UsageError
+from npprune.pipeline import digits_network
 from npprune.pipeline.discover import discover
 from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import Emit, Event, ignore
@@ -38,6 +39,14 @@ def run_recipe(
             "`data.val` is needed: the images to evaluate on",
             hint="add it to the recipe, or `--set data.val=folder:PATH`",
         )
+    if recipe.model.name == digits_network.NAME:
+        if dry_run:
+            raise UsageError(
+                "a dry run opens the network, and this recipe's is trained by the run itself",
+                hint="leave `--dry-run` out: the demo takes a minute or two",
+            )
+        model = digits_network.digits_network(root, recipe.seed, emit)
+        recipe = recipe.model_copy(update={"model": model})
     source: Path | ModelSection = recipe.model
     common = {"device": recipe.device, "seed": recipe.seed, "emit": emit}
     if dry_run and recipe.discover is None:
