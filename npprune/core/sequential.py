@@ -8,8 +8,8 @@ the inputs that it will really see. The target of the regression is
                                        x' the pruned network's, with this block unpruned
 
 With beta = 0 the block gives what the dense `fc2` gives on the same input. With beta = 1 it also
-makes up for the error that the earlier blocks have left in the stream, as far as the kept units
-can explain it.
+makes up for all of the error that the earlier blocks have left in the stream, as far as the kept
+units can explain it: more than is good, since part of it is noise of the calibration images.
 
 Source: layer-wise reconstruction on the pruned network's own inputs as in SparseGPT (Frantar and
 Alistarh, 2023) and He et al. (ICCV 2017), who regress on the dense network's output.
@@ -29,6 +29,9 @@ from npprune.core.harm import Replacement, replaced
 from npprune.core.statistics import Moments
 from npprune.core.view import VitView
 
+BETA = 0.5
+"""Share of the earlier blocks' error in the target; between the two ends is best."""
+
 Choose = Callable[[int, Moments], Sequence[int]]
 """The neurons of block l that stay, given its moments on the network pruned so far."""
 
@@ -39,7 +42,7 @@ def compensate_in_sequence(
     batches: Sequence[Tensor],
     keep: Sequence[Sequence[int]] | Choose,
     *,
-    beta: float = 0.0,
+    beta: float = BETA,
     weights: Sequence[Tensor] | None = None,
     shrinkage: float = SHRINKAGE,
     on_block: Callable[[int, Compensated], None] | None = None,
