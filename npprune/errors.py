@@ -52,6 +52,10 @@ class ExportError(NpPruneError):
     """An exported file cannot be made, read or run."""
 
 
+class PeerError(NpPruneError):
+    """Another process of this torchrun failed or was killed. Never shown: that one says why."""
+
+
 class GateError(NpPruneError):
     """The work ran, and a gate it must pass failed: parity, budget, accuracy floor."""
 

@@ -217,6 +217,7 @@ class Latency:
     ratio: float  # pruned over dense, median of paired ratios
     ratio_low: float  # quartiles of the paired ratios
     ratio_high: float
+    precision: str = ""  # of both exported files; empty: float32
 
 
 # ---------------------------------------------------------------- stages
@@ -241,6 +242,9 @@ class DiscoverySummary:
     """Per block: (neuron, share of the images whose path holds it), most frequent first."""
     class_paths: dict[int, list[list[int]]] = field(default_factory=dict)
     """Per class: its most frequent neuron per block, then the next ones (blocks x topk)."""
+    timing: dict[str, float] = field(default_factory=dict)
+    """Of the last start that computed paths: its `images`, `seconds` and `processes`, and the
+    seconds of all processes in `reading`, `search` and `writing`."""
 
 
 @dataclass
@@ -306,6 +310,44 @@ class PruneSummary:
 
 
 @dataclass
+class HealPoint:
+    """One measurement on the held-out images while healing."""
+
+    step: int
+    seconds: float
+    divergence_nats: float  # mean KL(dense || healed) of the predictions
+    agreement: float  # share with the dense network's top-1
+    loss: float | None = None  # mean since the last measurement; None: before training
+    top1: float | None = None  # None: no labels
+
+
+@dataclass
+class HealSummary:
+    """How a pruned network was trained from the dense one, and what it brought."""
+
+    source: str  # the checkpoint that was healed, by name
+    method: str  # distillation | layer-wise
+    teacher_sha256: str
+    settings: dict[str, Any]
+    data: DataInfo
+    unlabelled: DataInfo | None
+    images: int  # trained on
+    held_out: int  # measured on, never trained on
+    augmentation: str
+    steps: int
+    epochs: float
+    processes: int
+    before: HealPoint
+    after: HealPoint
+    dense_top1: float | None  # on the held-out images; None: no labels
+    stopped: str  # why training ended
+    seconds: float  # everything: reading images, the teacher, training
+    images_per_second: float  # while training
+    curve: list[HealPoint] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
 class Evaluation:
     """Dense and pruned on the same images in one run."""
 
@@ -346,7 +388,7 @@ class ExportRecord(Document):
     kind: ClassVar[str] = "export"
 
     file: str  # file name
-    format: str  # onnx
+    format: str  # onnx | torch | timm
     precision: str  # fp32 | fp16 | int8
     opset: int
     bytes: int
@@ -358,6 +400,32 @@ class ExportRecord(Document):
     dense_bytes: int | None = None
     latency: list[Latency] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class BenchmarkRow:
+    """One timing, with what follows from it. Memory in bytes, None where it is not measured."""
+
+    latency: Latency
+    dense_images_per_second: float
+    pruned_images_per_second: float
+    dense_memory: int | None = None
+    pruned_memory: int | None = None
+    warning: str | None = None  # too noisy to tell
+
+
+@dataclass
+class Benchmark(Document):
+    """Two networks timed side by side."""
+
+    kind: ClassVar[str] = "benchmark"
+
+    dense: str
+    pruned: str
+    created: str
+    environment: Environment
+    rows: list[BenchmarkRow]
+    macs_ratio: float | None = None  # pruned over dense; None: not known
 
 
 @dataclass
@@ -389,7 +457,9 @@ class Variant:
     model: ModelInfo
     prune: PruneSummary
     evaluation: Evaluation | None = None
-    export: ExportRecord | None = None
+    export: ExportRecord | None = None  # the latest
+    more_exports: list[ExportRecord] = field(default_factory=list)  # other files, latest first
+    heal: HealSummary | None = None  # where it was trained after pruning
 
 
 @dataclass

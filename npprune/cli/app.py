@@ -15,9 +15,9 @@ from typing import Annotated
 import typer
 
 import npprune
-from npprune.cli import demo, discover, env, evaluate, export, prune, report, run
-from npprune.cli.console import drop, say, show_error
-from npprune.errors import NpPruneError
+from npprune.cli import bench, demo, discover, env, evaluate, export, predict, prune, report, run
+from npprune.cli.console import drop, rank, say, show_error
+from npprune.errors import NpPruneError, PeerError
 
 BUG = 70
 INTERRUPTED = 130
@@ -62,6 +62,8 @@ for _name, _module in (
     ("prune", prune),
     ("eval", evaluate),
     ("export", export),
+    ("bench", bench),
+    ("predict", predict),
     ("report", report),
     ("run", run),
     ("demo", demo),
@@ -91,6 +93,8 @@ def run_app(args: list[str] | None = None) -> int:
         return _interrupted()
     except SystemExit as exit_:  # shell completion ends this way
         return exit_.code if isinstance(exit_.code, int) else USAGE
+    except PeerError as error:
+        return error.exit_code
     except NpPruneError as error:
         show_error(error.message, error.hint)
         return error.exit_code
@@ -108,7 +112,8 @@ def run_app(args: list[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    say("", "interrupted; run the same command again to resume")
+    if rank() == 0:
+        say("", "interrupted; run the same command again to resume")
     return INTERRUPTED
 
 

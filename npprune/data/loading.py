@@ -6,7 +6,7 @@ how many processes decode: an unreadable image is simply missing from its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -50,6 +50,7 @@ def batches(
     skipped: list[str] | None = None,
     workers: int = 0,
     indices: Sequence[int] | None = None,
+    entries: Iterable[tuple[int, Sample]] | None = None,
 ) -> Iterator[Batch]:
     """The source's images, `batch_size` at a time, in order.
 
@@ -57,6 +58,7 @@ def batches(
         its id to `skipped`. A batch of which nothing could be read is not yielded.
     workers: processes that decode (a stream: threads); 0 decodes here. The batches are the same.
     indices: positions in `source.items`, in the order to read them; None: all.
+    entries: of a stream, positions and samples of the images to read; None: all.
 
     Raises:
         UnreadableImage: an image cannot be read and `on_bad` is "error"; names the file.
@@ -67,7 +69,8 @@ def batches(
     if source.items is None:
         if indices is not None:
             raise DataError(f"`{source.spec}` is a stream: its images have no positions")
-        groups = _stream(source, transform, batch_size, workers)
+        entries = enumerate(source.stream()) if entries is None else entries
+        groups = _stream(iter(entries), transform, batch_size, workers)
     else:
         positions = list(range(len(source.items))) if indices is None else list(indices)
         grid = [positions[i : i + batch_size] for i in range(0, len(positions), batch_size)]
@@ -134,13 +137,12 @@ def _mapped(
 
 
 def _stream(
-    source: ImageSource, transform: Transform, batch_size: int, workers: int
+    entries: Iterator[tuple[int, Sample]], transform: Transform, batch_size: int, workers: int
 ) -> Generator[list[Read], None, None]:
     def read(entry: tuple[int, Sample]) -> Read:
         position, (item, opener) = entry
         return (position, item, _read(opener, transform))
 
-    entries = enumerate(source.stream())
     if workers == 0:
         while chunk := list(islice(entries, batch_size)):
             yield [read(entry) for entry in chunk]

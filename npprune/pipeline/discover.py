@@ -7,17 +7,13 @@ on how many processes shared the work.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from npprune.core.methods import find_paths
 from npprune.core.metrics import mean_interval
@@ -32,10 +28,12 @@ from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.memory import halving, images_that_fit
-from npprune.pipeline.processes import Processes, processes
+from npprune.pipeline.processes import processes
+from npprune.pipeline.results import add_command
+from npprune.pipeline.shards import PARTS, Share
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import DiscoverySummary, Manifest, Result, digest, to_dict
-from npprune.store.paths import PathStore, PathTable, ShardData
+from npprune.store.paths import PathStore, PathTable
 from npprune.store.runs import RunFolder
 
 STAGE = "discover"
@@ -52,6 +50,7 @@ def discover(
     seed: int = 0,
     emit: Emit = ignore,
     dry_run: bool = False,
+    command: str = "",
 ) -> Result:
     """Find the paths of all images and store them in the run folder `out`.
 
@@ -63,46 +62,46 @@ def discover(
     """
     team = processes()
     where, reason = resolve_device(team.device(device))
-    network = open_network(model, where, emit, STAGE)
-    images = open_images(
-        data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit
-    )
-    view = make_view(network.model)
-    scope = view.scope if settings.scope == "auto" else settings.scope
-    view.tokens(scope)  # refuses a scope that the model does not have
-    if settings.topk > min(view.widths):
-        raise UsageError(
-            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
-            f"block, got {settings.topk}"
+
+    def open_all() -> tuple[Network, Images, _Search, Manifest]:
+        network = open_network(model, where, emit, STAGE)
+        images = open_images(
+            data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit
         )
-    manifest = _manifest(out.name, network, images, settings, scope, where, reason, seed)
+        search = _search(network, settings, seed, where, team.local_count, emit)
+        manifest = _manifest(out.name, network, images, settings, search.scope, where, reason, seed)
+        return network, images, search, manifest
+
+    network, images, search, manifest = team.together(open_all)
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
     if dry_run:
         return _result(manifest, network, images, None)
     recipe = Recipe(name=out.name, model=model, data=data, discover=settings, seed=seed)
-    folder, started = RunFolder(out), time.perf_counter()
-    with team.first(folder.lock()):
+    folder = RunFolder(out)
+    with contextlib.ExitStack() as held:
+        team.on_first(lambda: held.enter_context(folder.lock()))
         team.on_first(lambda: folder.create_or_resume(manifest, recipe_yaml(recipe)))
+        team.together(folder.read_manifest)  # on another machine: is the folder shared?
         store = PathStore(folder.paths_folder, manifest.settings_sha256)
-        search = _Search(view, settings, scope, seed, where, emit)
-        count = _compute(store, images, search, settings, team, emit)
-        team.wait()
-        table = store.read_all(count)
-        images.skipped = table.skipped
-        if len(table) == 0:
-            raise DataError("no image could be read", hint="the paths of all of them are above")
-        summary = _summary(table, settings, scope, images, time.perf_counter() - started)
-        result = _result(manifest, network, images, summary)
-        if folder.result_path.is_file():
-            earlier = folder.read_result()
-            result.variants, result.analyses = earlier.variants, earlier.analyses
-            if earlier.discovery is not None and not search.computed:
-                summary.seconds = earlier.discovery.seconds
-        team.on_first(lambda: folder.write_result(result))
-        team.on_first(
-            lambda: folder.append_event({"stage": STAGE, "images": len(table), "shards": count})
-        )
-    return result
+        share = Share(store, images, search, _per_shard(settings), team, emit)
+        count = share.compute()
+        timing = share.timing()
+
+        def finish() -> Result:
+            table = store.read_all(count)
+            images.skipped = table.skipped
+            if len(table) == 0:
+                raise DataError("no image could be read", hint="the warnings above name them")
+            summary = _summary(table, settings, search.scope, images, timing)
+            result = _result(manifest, network, images, summary)
+            _keep_earlier(folder, result)
+            add_command(result, command)
+            folder.write_result(result)
+            folder.append_event({"stage": STAGE, "images": len(table), **timing})
+            _say_timing(timing, len(table), table.skipped, emit)
+            return result
+
+        return team.on_first(finish)
 
 
 @dataclass
@@ -114,18 +113,26 @@ class _Search:
     scope: Any
     seed: int
     device: torch.device
+    processes: int  # that share this machine
     emit: Emit
     limit: int | None = None
-    computed: int = 0
 
-    def __call__(self, images: Tensor, labels: Tensor, position: int) -> PathBatch:
-        s = self.settings
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks and neurons per block of a path."""
+        return len(self.view.widths), self.settings.topk
+
+    def __call__(self, batch: Batch) -> PathBatch:
+        s, images, labels = self.settings, batch.images, batch.labels
         if self.limit is None:
             points = s.points or DEFAULT_POINTS[s.quadrature]
-            self.limit = images_that_fit(self.view, images[:1], points, s.memory, self.device)
+            self.limit = images_that_fit(
+                self.view, images[:1], points, s.memory, self.device, processes=self.processes
+            )
             if self.limit < s.batch_size:
-                self._say(self.limit, "memory")
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + position)
+                self._say("memory", self.limit)
+        # `random` draws by the place in the source: it does not matter who draws, or when.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch.positions[0])
 
         def paths(lo: int, hi: int) -> PathBatch:
             return find_paths(
@@ -143,86 +150,39 @@ class _Search:
 
         parts, limit = halving(paths, len(images), self.limit)
         if limit < self.limit:
-            self._say(limit, "out of memory")
+            self._say("out of memory", limit)
         self.limit = limit
-        self.computed += len(images)
         return PathBatch(
             torch.cat([p.neurons.cpu() for p in parts]), torch.cat([p.scores.cpu() for p in parts])
         )
 
-    def _say(self, limit: int, why: str) -> None:
-        self.emit(Event(STAGE, f"{why}: {limit} images at a time", level="warning"))
+    def _say(self, why: str, limit: int) -> None:
+        images = "1 image" if limit == 1 else f"{limit} images"
+        self.emit(Event(STAGE, f"{why}: {images} at a time", level="warning"))
 
 
-def _compute(
-    store: PathStore,
-    images: Images,
-    search: _Search,
+def _search(
+    network: Network,
     settings: DiscoverSection,
-    team: Processes,
+    seed: int,
+    device: torch.device,
+    processes: int,
     emit: Emit,
-) -> int:
-    """Compute the missing shards of this process; returns how many shards there are in all."""
-    done, count = 0, 0
-
-    def advance(n: int) -> None:
-        nonlocal done
-        done += n
-        emit(Event(STAGE, level="progress", done=done, total=images.source.length))
-
-    for i, batches in _shards(images, settings):
-        for missing in range(count, i):  # a stretch of a stream that could not be read at all
-            store.write_shard(missing, _shard([], images, search, advance))
-        count = i + 1
-        if store.done(i):
-            advance(len(store.read_shard(i).ids))
-        elif i % team.count == team.rank:
-            if (state := store.state(i)) != "absent":
-                emit(Event(STAGE, f"shard {i} is {state}: computed again", level="warning"))
-            store.write_shard(i, _shard(batches, images, search, advance))
-    return count
+) -> _Search:
+    view = make_view(network.model)
+    scope = view.scope if settings.scope == "auto" else settings.scope
+    view.tokens(scope)  # refuses a scope that the model does not have
+    if settings.topk > min(view.widths):
+        raise UsageError(
+            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
+            f"block, got {settings.topk}"
+        )
+    return _Search(view, settings, scope, seed, device, processes, emit)
 
 
-def _shards(images: Images, settings: DiscoverSection) -> Iterator[tuple[int, Iterable[Batch]]]:
-    """Shard numbers with their batches, read only when they are iterated."""
-    size = settings.batch_size
-    per_shard = max(1, settings.shard_size // size) * size
-    if images.source.items is None:
-        yield from groupby(images.batches(size), lambda batch: batch.positions[0] // per_shard)
-        return
-    total = len(images.source.items)
-    for i, start in enumerate(range(0, total, per_shard)):
-        yield i, images.batches(size, range(start, min(start + per_shard, total)))
-
-
-def _shard(
-    batches: Iterable[Batch], images: Images, search: _Search, advance: Callable[[int], None]
-) -> ShardData:
-    """The paths of one shard."""
-    blocks, topk = len(search.view.widths), search.settings.topk
-    before = len(images.skipped)
-    neurons, scores, labels = [np.zeros((0, blocks, topk), np.int64)], [np.zeros(0)], [_NONE]
-    ids: list[str] = []
-    positions: list[int] = []
-    for batch in batches:
-        found = search(batch.images, batch.labels, batch.positions[0])
-        neurons.append(found.neurons.numpy())
-        scores.append(found.scores.double().numpy())
-        labels.append(batch.labels.numpy())
-        ids += batch.ids
-        positions += batch.positions
-        advance(len(batch))
-    return ShardData(
-        np.concatenate(neurons),
-        np.concatenate(scores),
-        np.concatenate(labels),
-        ids,
-        positions,
-        images.skipped[before:],
-    )
-
-
-_NONE = np.zeros(0, np.int64)
+def _per_shard(settings: DiscoverSection) -> int:
+    """Images of a shard: whole batches."""
+    return max(1, settings.shard_size // settings.batch_size) * settings.batch_size
 
 
 def _manifest(
@@ -235,14 +195,17 @@ def _manifest(
     reason: str,
     seed: int,
 ) -> Manifest:
-    """The manifest of this run; its settings are what decides the bits of the paths."""
+    """The manifest of this run; its settings are what decides the bits of the paths.
+
+    `memory` is not among them: a run that was too large may go on with less.
+    """
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
         "scope": scope,
         "points": settings.points or DEFAULT_POINTS[settings.quadrature],
-        "shard_images": max(1, settings.shard_size // settings.batch_size) * settings.batch_size,
+        "shard_images": _per_shard(settings),
         "model": network.info.source.sha256,
-        "data": images.source.info().sha256 or images.source.spec,
+        "data": images.source.info().sha256 or _stream_settings(images),
         "preprocessing": to_dict(images.preprocessing),
         "on_bad_image": images.on_bad,
         "device": where.type,
@@ -260,8 +223,44 @@ def _manifest(
     )
 
 
+def _stream_settings(images: Images) -> dict[str, Any]:
+    """What decides the images of a stream, which are not known before it was read."""
+    fields = {"class_map", "classes", "images_per_class"}
+    return {"spec": images.source.spec, **images.section.model_dump(include=fields)}
+
+
+def _keep_earlier(folder: RunFolder, result: Result) -> None:
+    """Take over what later stages wrote, and the times where nothing was left to compute."""
+    if not folder.result_path.is_file():
+        return
+    earlier = folder.read_result()
+    result.variants, result.analyses = earlier.variants, earlier.analyses
+    result.commands = earlier.commands
+    if earlier.discovery and result.discovery and not result.discovery.timing["images"]:
+        result.discovery.seconds = earlier.discovery.seconds
+        result.discovery.timing = earlier.discovery.timing
+
+
+def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit: Emit) -> None:
+    """Where the time went, in one line."""
+    images, seconds = int(timing["images"]), timing["seconds"]
+    if images == 0:
+        words = f"{stored} images were found before: nothing to compute"
+    else:
+        whole = seconds * timing["processes"]
+        parts = ", ".join(f"{part} {timing[part] / whole:.0%}" for part in PARTS)
+        words = f"{images} images in {seconds:.1f} s ({images / seconds:.1f} images/s): {parts}"
+    if skipped:
+        words += f"; {len(skipped)} skipped"
+    emit(Event(STAGE, words))
+
+
 def _summary(
-    table: PathTable, settings: DiscoverSection, scope: str, images: Images, seconds: float
+    table: PathTable,
+    settings: DiscoverSection,
+    scope: str,
+    images: Images,
+    timing: dict[str, float],
 ) -> DiscoverySummary:
     return DiscoverySummary(
         method=settings.method,
@@ -273,7 +272,8 @@ def _summary(
         data=images.info(),
         images=len(table),
         classes=len(table.classes),
-        seconds=seconds,
+        seconds=timing["seconds"],
+        timing=timing,
         mean_score=mean_interval(torch.from_numpy(table.scores)),
         frequency=frequency(table.neurons, SHOWN),
         class_paths={

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from npprune.data.loading import Batch, batches
-from npprune.data.sources import ImageSource, open_source
+from npprune.data.sources import ImageSource, Sample, open_source
 from npprune.data.transforms import describe, make_transform, resolve
 from npprune.errors import UsageError
 from npprune.models.load import build, load
@@ -73,9 +73,15 @@ class Images:
     skipped: list[str] = field(default_factory=list)
 
     def batches(
-        self, batch_size: int | None = None, indices: Sequence[int] | None = None
+        self,
+        batch_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        entries: Iterable[tuple[int, Sample]] | None = None,
     ) -> Iterator[Batch]:
-        """Batches in order; what cannot be read is refused or collected in `skipped`."""
+        """Batches in order; what cannot be read is refused or collected in `skipped`.
+
+        `indices`: positions to read; `entries`: of a stream, positions and samples to read.
+        """
         before = len(self.skipped)
         for batch in batches(
             self.source,
@@ -85,6 +91,7 @@ class Images:
             skipped=self.skipped,
             workers=self.section.workers,
             indices=indices,
+            entries=entries,
         ):
             before = self._say_skipped(before)
             yield batch

@@ -13,12 +13,22 @@ from npprune.core.view import VitView
 
 T = TypeVar("T")
 SHARE = 0.5  # of the machine's memory, where no limit is given
+MESSAGES = ("out of memory", "can't allocate memory", "alloc_failed")  # MPS, CPU, cuBLAS
 
 
 def images_that_fit(
-    view: VitView, image: Tensor, points: int, gib: float | None, device: torch.device
+    view: VitView,
+    image: Tensor,
+    points: int,
+    gib: float | None,
+    device: torch.device,
+    *,
+    processes: int = 1,
 ) -> int:
-    """Images whose search fits into `gib` GiB (None: half of what the device has in all).
+    """Images whose search fits into `gib` GiB.
+
+    None: half of what the device has in all (not of what is free: the same machine cuts batches
+    the same way each time); on a CPU the `processes` of the machine share that.
 
     One image costs the stored activations of one forward pass for every point: about nine
     tensors of the block's width and two of its hidden width a token and block.
@@ -27,15 +37,12 @@ def images_that_fit(
         tokens = view.embed(image.to(device)).shape[1]
     per_token = sum(9 * view.fc2(l).out_features + 2 * h for l, h in enumerate(view.widths))
     item = next(view.model.parameters()).element_size()
-    if gib is None:
-        total = (
-            torch.cuda.get_device_properties(device).total_memory
-            if device.type == "cuda"
-            else psutil.virtual_memory().total
-        )
-        allowed = SHARE * total
-    else:
+    if gib is not None:
         allowed = gib * 2**30
+    elif device.type == "cuda":
+        allowed = SHARE * torch.cuda.get_device_properties(device).total_memory
+    else:
+        allowed = SHARE * psutil.virtual_memory().total / processes
     return max(1, int(allowed / (1.3 * item * points * tokens * per_token)))
 
 
@@ -52,16 +59,19 @@ def halving(work: Callable[[int, int], T], total: int, limit: int) -> tuple[list
         hi = min(lo + limit, total)
         try:
             parts.append(work(lo, hi))
+            lo = hi
+            continue
         except (RuntimeError, MemoryError) as err:
             if not _out_of_memory(err) or hi - lo == 1:
                 raise
-            limit = (hi - lo) // 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            continue
-        lo = hi
+        # Out here the error is gone, and with it the frames that held the failed attempt.
+        limit = (hi - lo) // 2
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     return parts, limit
 
 
 def _out_of_memory(err: BaseException) -> bool:
-    return isinstance(err, (torch.OutOfMemoryError, MemoryError)) or "can't allocate" in str(err)
+    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(message in str(err).lower() for message in MESSAGES)

@@ -1,19 +1,23 @@
 """One process or many: torchrun's ranks share the shards of a run.
 
 The files on disk are what they share; the process group (gloo) only makes them wait for each
-other. A rank that dies ends the run; the same command resumes it.
+other and agree on what failed. A rank that dies ends the run; the same command resumes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+
+from npprune.errors import NpPruneError, PeerError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,32 +27,78 @@ class Processes:
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1  # processes on this machine
 
     def device(self, asked: str) -> str:
-        """Each rank of a machine takes its own GPU, unless one was named."""
-        if self.count > 1 and asked in ("auto", "cuda"):
-            import torch
-
-            if torch.cuda.is_available():
-                return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        """Each rank of a machine takes its own GPU, unless one was named by its number."""
+        if self.count > 1 and asked in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return asked
 
-    def wait(self) -> None:
-        """Until all are here."""
+    def together(self, work: Callable[[], T]) -> T:
+        """All do the same work and wait for each other.
+
+        Raises:
+            NpPruneError: as `work` did, on the first rank where it failed.
+            PeerError: on the others, once all have ended.
+        """
+        if self.count == 1:
+            return work()
+        try:
+            result = work()
+        except NpPruneError:
+            if self._first(failed=True) == self.rank:
+                raise
+            raise PeerError(_FAILED) from None
+        if self._first(failed=False) is not None:
+            raise PeerError(_FAILED)
+        return result
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """Rank 0 works, the others wait and get its result. Errors as in `together`."""
+        if self.count == 1:
+            return work()
+        box: list[Any] = [None]
+
+        def put() -> None:
+            if self.rank == 0:
+                box[0] = work()
+
+        self.together(put)
+        _connected(lambda: dist.broadcast_object_list(box, src=0))
+        result: T = box[0]
+        return result
+
+    def sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over all processes."""
+        if self.count == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        _connected(lambda: dist.all_reduce(total))
+        return [float(v) for v in total]
+
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over all processes, in place on each of them."""
         if self.count > 1:
-            dist.barrier()
+            _connected(lambda: dist.all_reduce(tensor))
 
-    def on_first(self, work: Callable[[], object]) -> None:
-        """Rank 0 works, the others wait; its failure is everyone's end (torchrun sees to it)."""
-        if self.rank == 0:
-            work()
-        self.wait()
+    def _first(self, *, failed: bool) -> int | None:
+        """The lowest rank that failed, or None."""
+        flags = torch.zeros(self.count, dtype=torch.int64)
+        flags[self.rank] = failed
+        _connected(lambda: dist.all_reduce(flags))
+        return next((rank for rank, flag in enumerate(flags.tolist()) if flag), None)
 
-    @contextlib.contextmanager
-    def first(self, context: AbstractContextManager[None]) -> Iterator[None]:
-        """Rank 0 alone enters the context."""
-        with context if self.rank == 0 else contextlib.nullcontext():
-            yield
+
+_FAILED = "another process of this run failed"
+
+
+def _connected(exchange: Callable[[], object]) -> None:
+    """PeerError where a peer is not there any more."""
+    try:
+        exchange()
+    except RuntimeError as err:  # gloo: the connection was closed
+        raise PeerError("another process of this run ended early") from err
 
 
 def processes() -> Processes:
@@ -57,5 +107,7 @@ def processes() -> Processes:
     if count == 1 or not dist.is_available():
         return Processes()
     if not dist.is_initialized():
+        # Shards differ in how long they take: the first to end waits for the last.
         dist.init_process_group("gloo", timeout=timedelta(days=7))
-    return Processes(dist.get_rank(), count, int(os.environ.get("LOCAL_RANK", "0")))
+    local = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    return Processes(dist.get_rank(), count, *local)
