@@ -88,7 +88,7 @@ def compensate_in_sequence(
 
 
 class _Sums:
-    """Weighted sums of h h^T, h, |h|, e h^T and e over tokens, float64."""
+    """Weighted sums of h h^T, h, |h|, e h^T and e over tokens, kept in float64."""
 
     def __init__(self, h: int, d: int, with_error: bool) -> None:
         self.weight = 0.0
@@ -100,19 +100,18 @@ class _Sums:
 
     def add(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
         """Add h [b, t, h] and the error [b, t, d], tokens weighted by position [t]."""
-        rows = h.to(torch.float64)
-        w = torch.ones(h.shape[1], dtype=torch.float64) if weights is None else weights
-        w = w.to(rows)[None, :, None]
-        scaled = (w * rows).flatten(0, 1)
-        rows = rows.flatten(0, 1)
+        w = torch.ones(h.shape[1]) if weights is None else weights
+        w = w.to(h)[None, :, None]
+        rows, scaled = h.flatten(0, 1), (w * h).flatten(0, 1)
         self.weight += float(w.sum()) * len(h)
-        self.hidden += scaled.sum(0).cpu()
-        self.absolute += scaled.abs().sum(0).cpu()
-        self.gram += (rows.T @ scaled).cpu()
+        self.hidden += _sum(scaled)
+        self.absolute += _sum(scaled.abs())
+        # products of one batch in the model's precision, sums in float64: half the time, and the
+        # ridge is a thousand times the difference
+        self.gram += (rows.T @ scaled).cpu().to(torch.float64)
         if error is not None and self.error is not None and self.cross is not None:
-            e = error.to(torch.float64)
-            self.error += (w * e).sum((0, 1)).cpu()
-            self.cross += (e.flatten(0, 1).T @ scaled).cpu()
+            self.error += _sum((w * error).flatten(0, 1))
+            self.cross += (error.flatten(0, 1).T @ scaled).cpu().to(torch.float64)
 
     def finish(self, beta: float) -> tuple[Moments, Cross | None]:
         n = self.weight
@@ -124,6 +123,13 @@ class _Sums:
             return moments, None
         offset = self.error / n
         return moments, Cross(beta * offset, beta * (self.cross / n - torch.outer(offset, mean)))
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Column sums [n, k] -> [k], float64 on the CPU."""
+    if x.device.type == "mps":
+        x = x.cpu()
+    return x.sum(0, dtype=torch.float64).cpu()
 
 
 @contextmanager
