@@ -59,13 +59,13 @@ def command(
     ] = None,
     criterion: Annotated[
         str, option(CHOICE, "--criterion", "WORD", "ranks the neurons that no path names")
-    ] = "variance",
+    ] = "curvature-obs",
     selection: Annotated[
         str,
         choice(
             CHOICE, "--selection", "how blocks share the budget", "uniform", "global", "measured"
         ),
-    ] = "uniform",
+    ] = "measured",
     protect_paths: Annotated[
         bool,
         option(
@@ -86,7 +86,7 @@ def command(
             "least-squares",
             "sequential",
         ),
-    ] = "least-squares",
+    ] = "sequential",
     round_to: Annotated[int, option(CHOICE, "--round-to", "N", "widths are multiples of N")] = 16,
     min_keep: Annotated[
         int, option(CHOICE, "--min-keep", "N", "hidden units left in any block")

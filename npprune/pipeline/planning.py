@@ -20,7 +20,7 @@ from torch import Tensor
 from npprune.core.compensation import compensate
 from npprune.core.cost import Sizes, hidden_budget, neuron_price
 from npprune.core.criteria import CRITERIA, Context, score
-from npprune.core.harm import Replacement, measure_harm, predict
+from npprune.core.harm import Replacement, candidates_for, measure_harm
 from npprune.core.selection import Selection, select, widths_for
 from npprune.core.sequential import compensate_in_sequence
 from npprune.core.statistics import Moments, Statistics, collect_statistics
@@ -30,9 +30,9 @@ from npprune.pipeline.events import Emit, Event
 from npprune.recipe import PruneSection
 
 Batches = list[tuple[Tensor, Tensor]]
-HARM_IMAGES = 200
+HARM_IMAGES = 100
 HARM_STEPS = 8  # widths measured in a block: multiples of an eighth
-REMEASURED = 2  # times the harm is measured again around the widths just chosen
+SALIENCE = 0.5  # share of the token weighting by the squared loss gradient
 
 
 @dataclass
@@ -41,12 +41,14 @@ class Paths:
 
     union: per block, the neurons of every class's K most frequent, ascending.
     votes: per block [h], votes by rank, every class counting the same.
+    attribution: per block [h], summed scores of the paths through a neuron, likewise.
     """
 
     union: list[list[int]]
     votes: list[Tensor]
     classes: int
     topk: int
+    attribution: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -79,7 +81,11 @@ class Planner:
         self.seconds: dict[str, float] = {}
         criterion = CRITERIA[settings.criterion]
         with self._timed("statistics"):
-            self.stats = self._statistics({*criterion.needs, "moments"}, generator)
+            needs = {*criterion.needs, "moments"}
+            if "curvature" in needs:
+                needs.add("salience")
+            self.stats = self._statistics(needs, generator)
+        self.salience = SALIENCE if "salience" in needs else 0.0
         with self._timed("scores"):
             self.scores = score(
                 criterion.name,
@@ -87,12 +93,13 @@ class Planner:
                     second=[view.fc2(l) for l in range(len(view.widths))],
                     statistics=self.stats,
                     votes=paths.votes if paths is not None else None,
+                    attribution=paths.attribution if paths is not None else None,
                     protected=self.protected,
+                    salience=self.salience,
                     generator=generator,
                 ),
             )
-        self._dense: Tensor | None = None
-        self._first_harm: list[dict[int, float]] | None = None
+        self._harm: list[dict[int, float]] | None = None
         self._moments: dict[int, Moments] = {}
 
     def budget(self) -> float | None:
@@ -161,7 +168,7 @@ class Planner:
     def moments(self, l: int) -> Moments:
         """Mean and covariance of block l's hidden units."""
         if l not in self._moments:
-            self._moments[l] = self.stats.moments(l)
+            self._moments[l] = self.stats.moments(l, self.salience)
         return self._moments[l]
 
     def _select(self, budget: float, harm: Sequence[dict[int, float]] | None) -> Selection:
@@ -178,61 +185,28 @@ class Planner:
         )
 
     def _measured(self, budget: float) -> Selection:
-        """Widths by measured harm: each block alone first, then around the widths just chosen."""
-        images = self._few(HARM_IMAGES)
-        if self._dense is None:
-            self._dense = predict(self.view, images)
-        if self._first_harm is None:
+        """Widths by the measured harm of each block and width."""
+        if self._harm is None:
             with self._timed("harm"):
-                self._first_harm = self._harm(images, self._candidates(), None)
-        selection = self._select(budget, self._first_harm)
-        for _ in range(REMEASURED):
-            with self._timed("harm"):
-                others = dict(enumerate(self._compensate(selection.keep)[0]))
-                around = self._candidates(selection.widths)
-                harm = self._harm(images, around, others)
-            again = self._select(budget, harm)
-            if again.widths == selection.widths:
-                break
-            selection = again
-        return selection
+                self._harm = self._measure_harm()
+        return self._select(budget, self._harm)
 
-    def _harm(
-        self,
-        images: list[Tensor],
-        candidates: list[dict[int, Replacement]],
-        others: dict[int, Replacement] | None,
-    ) -> list[dict[int, float]]:
+    def _measure_harm(self) -> list[dict[int, float]]:
+        grid = []
+        for h in self.view.widths:
+            allowed = widths_for(h, self.settings.round_to, self.settings.min_keep)
+            steps = {_nearest(allowed, h * i / HARM_STEPS) for i in range(1, HARM_STEPS)}
+            grid.append(sorted(steps))
+        candidates = candidates_for(
+            self.view, self.moments, self.scores, grid, protected=self.protected
+        )
+
         def tell(l: int, row: dict[int, float]) -> None:
             self.emit(
                 Event("harm", level="progress", done=l + 1, total=len(candidates), unit="blocks")
             )
 
-        return measure_harm(
-            self.view, images, candidates, others=others, reference=self._dense, on_block=tell
-        )
-
-    def _candidates(self, around: Sequence[int] | None = None) -> list[dict[int, Replacement]]:
-        """Per block, a few widths with their compensated second layers."""
-        out = []
-        for l, h in enumerate(self.view.widths):
-            allowed = widths_for(h, self.settings.round_to, self.settings.min_keep)
-            grid = {_nearest(allowed, h * i / HARM_STEPS) for i in range(1, HARM_STEPS)}
-            grid.add(allowed[0])
-            if around is not None:
-                grid.add(around[l])
-            ranked = self.scores[l].argsort(descending=True, stable=True)
-            out.append({w: self._refit(l, sorted(ranked[:w].tolist())) for w in sorted(grid)})
-        return out
-
-    def _refit(self, l: int, keep: Sequence[int]) -> Replacement:
-        fc2 = self.view.fc2(l)
-        mode = self.settings.compensation
-        found = compensate(
-            self.moments(l), fc2.weight, fc2.bias, keep,
-            mode="least-squares" if mode == "sequential" else mode,
-        )  # fmt: skip
-        return Replacement(list(keep), found.weight, found.bias)
+        return measure_harm(self.view, self._few(HARM_IMAGES), candidates, on_block=tell)
 
     def _compensate(
         self, keep: Sequence[Sequence[int]]
@@ -250,7 +224,10 @@ class Planner:
                 )  # fmt: skip
 
             images = [x for x, _ in self._on_device(self.batches)]
-            layers = compensate_in_sequence(self.view, images, keep, on_block=tell)
+            weights = None
+            if self.salience:
+                weights = [self.stats.position_weights(l, self.salience) for l in range(len(keep))]
+            layers = compensate_in_sequence(self.view, images, keep, weights=weights, on_block=tell)
             return layers, lost, conditions
         layers, lost, conditions = [], [], []
         for l, kept in enumerate(keep):

@@ -76,9 +76,9 @@ class PruneSection(Section):
     keep: float | None = Field(None, gt=0, le=1)
     target_params: float | None = Field(None, gt=0)  # <= 1: share of dense; else a count
     target_macs: float | None = Field(None, gt=0)
-    criterion: str = "variance"
-    selection: str = "uniform"
-    compensation: Literal["none", "mean", "least-squares", "sequential"] = "least-squares"
+    criterion: str = "curvature-obs"
+    selection: str = "measured"
+    compensation: Literal["none", "mean", "least-squares", "sequential"] = "sequential"
     protect_paths: bool = True
     round_to: int = Field(16, ge=1)
     min_keep: int = Field(16, ge=1)
@@ -110,6 +110,32 @@ class EvaluateSection(Section):
 
     latency: bool = True
     batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 16])
+
+
+class EditSection(Section):
+    """The paper's experiments: neurons scaled at some tokens, nothing removed for real.
+
+    Lists are all combined with each other. None: the run's own method, its K, all blocks.
+    """
+
+    edit: Literal["remove", "enhance", "keep"] = "remove"
+    factor: float = 2.0  # of enhance
+    paths: list[Literal["image", "class", "predicted", "union"]] = Field(
+        default_factory=lambda: ["image"]  # type: ignore[arg-type]
+    )
+    methods: (
+        list[
+            Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
+        ]
+        | None
+    ) = None
+    topk: list[Annotated[int, Field(ge=1)]] | None = None
+    fraction: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=lambda: [1.0])
+    depth: list[Annotated[int, Field(ge=1)]] | None = None
+    scope: list[Literal["auto", "cls", "patch", "all"]] = Field(
+        default_factory=lambda: ["auto"]  # type: ignore[arg-type]
+    )
+    seeds: int = Field(1, ge=1)  # draws of a fraction below 1
 
 
 class ExportSection(Section):
