@@ -29,6 +29,7 @@ HINTS = {
     "--topk": "`1` is the strongest neuron of every block",
     "--target-params": "`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
     "--target-macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a thousand million",
+    "--target-latency": "`0.6` asks for 60 % of the dense latency, `4.5` for 4.5 milliseconds",
     "--crop-pct": "`0.9` crops the middle 90 % of the resized image's side",
     "--max-drop": "`1.0` allows top-1 to fall by one point, as predicted on held-out calibration images",
     "--points": "5 points of Gauss-Legendre are as good as 20 of left-Riemann",
@@ -153,7 +154,7 @@ def device(text: str) -> str:
 
 def one_budget(settings: PruneSection) -> None:
     """At most one of the budgets, and at least something that says how much stays."""
-    budgets = ("keep", "target_params", "target_macs")
+    budgets = ("keep", "target_params", "target_macs", "target_latency")
     given = [
         "`--" + name.replace("_", "-") + "`"
         for name in budgets
@@ -161,8 +162,8 @@ def one_budget(settings: PruneSection) -> None:
     ]
     if len(given) > 1:
         raise UsageError(
-            f"a budget is one of `--keep`, `--target-params` and `--target-macs`, "
-            f"got {' and '.join(given)}",
+            "a budget is one of `--keep`, `--target-params`, `--target-macs` and "
+            f"`--target-latency`, got {' and '.join(given)}",
             hint="leave all but one out",
         )
 

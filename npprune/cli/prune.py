@@ -23,7 +23,7 @@ Example: no paths, a network by its name
     --keep 0.5 --calibration folder:imagenet/train --out ckpt/vit_tiny_half
 """
 
-BUDGET = "Budget (one of keep, target-params, target-macs)"
+BUDGET = "Budget (one of keep, target-params, target-macs, target-latency)"
 CHOICE = "Which neurons stay"
 
 
@@ -43,6 +43,22 @@ def command(
     target_macs: Annotated[
         float | None,
         option(BUDGET, "--target-macs", "X", "MACs an image: a share up to 1, a count above"),
+    ] = None,
+    target_latency: Annotated[
+        float | None,
+        option(
+            BUDGET,
+            "--target-latency",
+            "X",
+            "in ONNX Runtime on this machine: a share of dense up to 1, milliseconds above",
+        ),
+    ] = None,
+    latency_batch: Annotated[
+        int, option(BUDGET, "--latency-batch", "N", "images at once while timing")
+    ] = 1,
+    latency_threads: Annotated[
+        int | None,
+        option(BUDGET, "--latency-threads", "N", "threads while timing \\[default: PyTorch's]"),
     ] = None,
     max_drop: Annotated[
         float | None,
@@ -140,6 +156,9 @@ def command(
         keep=keep,
         target_params=target_params,
         target_macs=target_macs,
+        target_latency=target_latency,
+        latency_batch=latency_batch,
+        latency_threads=latency_threads,
         criterion=criterion,
         selection=selection,
         compensation=compensation,

@@ -63,6 +63,7 @@ def select(
     votes: Sequence[Tensor] | None = None,
     round_to: int = 16,
     min_keep: int = 16,
+    tolerance: float = 0.01,
 ) -> Selection:
     """Keep sets from scores [h] per block (higher = keep), within a budget.
 
@@ -75,6 +76,7 @@ def select(
             ones with the fewest `votes` go, and a warning says how many.
         round_to: widths are multiples of this, or the block's full width.
         min_keep: the least width of a block.
+        tolerance: share of the budget that may be missed without a warning.
 
     Raises:
         UsageError: arguments that do not fit.
@@ -101,15 +103,15 @@ def select(
         widths = solve(filled, price, budget)
     keep, warnings = keep_sets(scores, widths, sets, votes)
     achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
-    if abs(achieved - budget) > 0.01 * budget:
+    if abs(achieved - budget) > tolerance * budget:
         warnings.append(
             f"the kept neurons cost {achieved:.6g} of a budget of {budget:.6g} "
             f"({achieved / budget - 1:+.1%}): widths are multiples of {round_to} "
             f"and at least {min_keep}"
         )
     cost = None
-    if harm is not None:
-        cost = sum(smooth(r, [w])[w] for r, w in zip(harm, widths, strict=True))
+    if harm is not None:  # `measured` has filled its table in
+        cost = sum(row[w] for row, w in zip(filled, widths, strict=True))
     return Selection(keep, float(budget), float(achieved), float(total), cost, warnings)
 
 
@@ -171,10 +173,7 @@ def solve(harm: Table, prices: Table, budget: float) -> list[int]:
     least = sum(min(p[w] for w in h) for h, p in zip(harm, prices, strict=True))
     slack = budget * (1 + 1e-12)
     if least > slack:
-        raise GateError(
-            f"the smallest widths allowed cost {least:.6g}, and the budget is {budget:.6g}",
-            hint="raise the budget, or lower min_keep",
-        )
+        raise _too_small(least, budget)
     price = torch.zeros(1, dtype=torch.float64)
     total = torch.zeros(1, dtype=torch.float64)
     steps: list[tuple[list[int], Tensor]] = []
@@ -326,15 +325,39 @@ def _floors(
 def _uniform(
     choices: Sequence[Sequence[int]], price: Table, budget: float, total: float
 ) -> list[int]:
-    """Every block at the same share of its width, rounded up to the widths allowed."""
+    """Every block at the same share of its width, rounded up to the widths allowed.
+
+    Where a table's prices do not grow evenly with the width, the largest share within the budget.
+    """
     share = budget / total
     if not 0 < share <= 1 + 1e-12:
         raise UsageError(f"the budget must be in (0, {total:.6g}], got {budget:.6g}")
-    out = []
-    for row in choices:
-        count = share * row[-1] - 1e-6
-        out.append(next((w for w in row if w >= count), row[-1]))
-    return out
+    if all(_even(p) for p in price):
+        return [_at_share(row, share) for row in choices]
+    for each in sorted({w / row[-1] for row in choices for w in row}, reverse=True):
+        widths = [_at_share(row, each) for row in choices]
+        cost = sum(p[w] for p, w in zip(price, widths, strict=True))
+        if cost <= budget * (1 + 1e-12):
+            return widths
+    raise _too_small(cost, budget)
+
+
+def _at_share(row: Sequence[int], share: float) -> int:
+    count = share * row[-1] - 1e-6
+    return next((w for w in row if w >= count), row[-1])
+
+
+def _even(price: Mapping[int, float]) -> bool:
+    """Whether a width's price is the same for each of its neurons."""
+    each = [p / w for w, p in price.items()]
+    return max(each) - min(each) <= 1e-9 * max(each)
+
+
+def _too_small(least: float, budget: float) -> GateError:
+    return GateError(
+        f"the smallest widths allowed cost {least:.6g}, and the budget is {budget:.6g}",
+        hint="raise the budget, or lower min_keep",
+    )
 
 
 def _check_protected(sets: Sequence[Sequence[int]], dense: Sequence[int]) -> None:

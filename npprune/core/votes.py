@@ -41,6 +41,28 @@ def class_votes(
     return votes(_of_class(neurons, labels, label), widths)
 
 
+def attribution(
+    neurons: ArrayLike, scores: ArrayLike, widths: Sequence[int]
+) -> list[NDArray[np.float64]]:
+    """Summed score of the paths that hold a neuron, at whatever rank: neurons [n, L, K], scores
+    [n], widths [L] -> per block an array [h]. ValueError as in `votes`."""
+    paths = _paths(neurons)
+    each = np.asarray(scores, np.float64)
+    if len(paths) != len(each) or paths.shape[1] != len(widths):
+        raise ValueError(
+            f"paths of {len(paths)} images and {paths.shape[1]} blocks, but {len(each)} scores "
+            f"and widths of {len(widths)}"
+        )
+    weights = np.repeat(each, paths.shape[2])
+    result = []
+    for block, width in enumerate(widths):
+        chosen = paths[:, block].reshape(-1)
+        if chosen.size and (chosen.min() < 0 or chosen.max() >= width):
+            raise ValueError(f"block {block}: neurons must lie in 0..{width - 1}")
+        result.append(np.bincount(chosen, weights=weights, minlength=width))
+    return result
+
+
 def top(block_votes: NDArray[np.float64], k: int) -> list[int]:
     """The k most voted neurons of a block, ties by lower index; fewer if fewer have a vote."""
     order = np.argsort(-block_votes, kind="stable")[:k]

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import time
 from collections.abc import Callable, Sequence
@@ -23,10 +24,11 @@ from npprune.core.criteria import CRITERIA, Context, score
 from npprune.core.harm import Replacement, candidates_for, measure_harm
 from npprune.core.selection import Selection, select, widths_for
 from npprune.core.sequential import compensate_in_sequence
-from npprune.core.statistics import Moments, Statistics, collect_statistics
+from npprune.core.statistics import Moments, Need, Statistics, collect_statistics
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 from npprune.pipeline.events import Emit, Event
+from npprune.pipeline.latency import LATENCY_TOLERANCE, LatencyTable
 from npprune.recipe import PruneSection
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -62,8 +64,22 @@ class Chosen:
     details: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
+class _Harm:
+    """The table of measured harm, once it is there; planners of one criterion share it."""
+
+    table: list[dict[int, float]] | None = None
+    seconds: float = 0.0
+
+
 class Planner:
-    """Everything about a network and its calibration images that does not depend on the budget."""
+    """Everything about a network and its calibration images that does not depend on the budget.
+
+    `latency`: the prices that `target_latency` needs. `like`: another planner of the same
+    network, images and seed; its statistics are taken over where they hold what this one needs.
+    """
+
+    stats: Statistics
 
     def __init__(
         self,
@@ -74,18 +90,24 @@ class Planner:
         sizes: Callable[[], Sizes],
         generator: torch.Generator,
         emit: Emit,
+        *,
+        latency: LatencyTable | None = None,
+        like: Planner | None = None,
     ) -> None:
         self.view, self.batches, self.settings, self.emit = view, batches, settings, emit
-        self.paths, self.sizes = paths, sizes
+        self.paths, self.sizes, self.latency = paths, sizes, latency
         self.protected = paths.union if paths is not None and settings.protect_paths else None
         self.seconds: dict[str, float] = {}
         criterion = CRITERIA[settings.criterion]
-        with self._timed("statistics"):
-            needs = {*criterion.needs, "moments"}
-            if "curvature" in needs:
-                needs.add("salience")
-            self.stats = self._statistics(needs, generator)
+        needs = needs_of(criterion.name)
         self.salience = SALIENCE if "salience" in needs else 0.0
+        self._moments: dict[int, Moments] = {}
+        if like is not None and set(like.stats.needs) == needs:
+            self.stats, self._moments = like.stats, like._moments
+            self.seconds["statistics"] = like.seconds["statistics"]
+        else:
+            with self._timed("statistics"):
+                self.stats = self._statistics(needs, generator)
         with self._timed("scores"):
             self.scores = score(
                 criterion.name,
@@ -99,8 +121,17 @@ class Planner:
                     generator=generator,
                 ),
             )
-        self._harm: list[dict[int, float]] | None = None
-        self._moments: dict[int, Moments] = {}
+        self._harm = _Harm()
+        self._shared = dict(self.seconds)
+
+    def retuned(self, settings: PruneSection) -> Planner:
+        """The same scores for another selection, compensation or budget.
+
+        Its `seconds` begin with those of the shared parts, as if it had done them itself.
+        """
+        other = copy.copy(self)
+        other.settings, other.seconds = settings, dict(self._shared)
+        return other
 
     def budget(self) -> float | None:
         """What the hidden units may cost, in units of `prices`; None where nothing was asked."""
@@ -111,12 +142,16 @@ class Planner:
             return hidden_budget(self.sizes(), s.target_params, "params")
         if s.target_macs is not None:
             return hidden_budget(self.sizes(), s.target_macs, "macs")
+        if s.target_latency is not None and self.latency is not None:
+            return self.latency.budget(s.target_latency)
         if s.topk is not None and self.paths is not None and s.max_drop is None:
             return float(sum(len(u) for u in self.paths.union))
         return None
 
-    def prices(self) -> list[float] | None:
-        """What one neuron costs in each block; None: they count 1."""
+    def prices(self) -> Sequence[dict[int, float] | float] | None:
+        """What one neuron (or each width) costs in each block; None: neurons count 1."""
+        if self.settings.target_latency is not None and self.latency is not None:
+            return self.latency.prices
         kind = (
             "params" if self.settings.target_params is not None
             else "macs" if self.settings.target_macs is not None
@@ -154,7 +189,7 @@ class Planner:
 
     # ------------------------------------------------------------ parts
 
-    def _statistics(self, needs: set[Any], generator: torch.Generator) -> Statistics:
+    def _statistics(self, needs: set[Need], generator: torch.Generator) -> Statistics:
         total = sum(len(y) for _, y in self.batches)
 
         def tell(stats: Statistics) -> None:
@@ -182,14 +217,17 @@ class Planner:
             votes=self.paths.votes if self.paths is not None else None,
             round_to=self.settings.round_to,
             min_keep=self.settings.min_keep,
+            tolerance=0.01 if self.settings.target_latency is None else LATENCY_TOLERANCE,
         )
 
     def _measured(self, budget: float) -> Selection:
         """Widths by the measured harm of each block and width."""
-        if self._harm is None:
-            with self._timed("harm"):
-                self._harm = self._measure_harm()
-        return self._select(budget, self._harm)
+        if self._harm.table is None:
+            start = time.perf_counter()
+            self._harm.table = self._measure_harm()
+            self._harm.seconds = round(time.perf_counter() - start, 3)
+        self.seconds["harm"] = self._harm.seconds
+        return self._select(budget, self._harm.table)
 
     def _measure_harm(self) -> list[dict[int, float]]:
         grid = []
@@ -283,6 +321,17 @@ class _Timer:
     def __exit__(self, *unused: object) -> None:
         spent = time.perf_counter() - self.start
         self.seconds[self.name] = round(self.seconds.get(self.name, 0.0) + spent, 3)
+
+
+def needs_of(criterion: str) -> set[Need]:
+    """The statistics that planning by a criterion reads."""
+    needs: set[Need] = {*CRITERIA[criterion].needs, "moments"}
+    return needs | {"salience"} if "curvature" in needs else needs
+
+
+def draws(criterion: str) -> bool:
+    """Whether the seed matters: a random order, or gradients in random directions."""
+    return criterion == "random" or needs_of(criterion) != {"moments"}
 
 
 def check_criterion(name: str, paths: bool) -> None:

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from npprune.core import metrics
 from npprune.core.view import VitView
-from npprune.core.votes import class_top, class_votes
-from npprune.errors import GateError, StoreError, UsageError
+from npprune.errors import GateError, UsageError
 from npprune.models.info import model_info, model_sizes, state
 from npprune.models.surgery import apply_plan, check_prunable, set_fc2
 from npprune.models.view import make_view
@@ -24,9 +23,11 @@ from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
-from npprune.pipeline.planning import Chosen, Paths, Planner, check_criterion
+from npprune.pipeline.latency import DenseTimer, LatencyTable, measure_table, outcome
+from npprune.pipeline.planning import Chosen, Planner, check_criterion
+from npprune.pipeline.prepare import HELD_OUT, Held, calibration_images, origin, read_paths
 from npprune.pipeline.results import add_command
-from npprune.recipe import DataSection, ModelSection, PruneSection, load_recipe
+from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import (
     CheckpointConfig,
     ClassInfo,
@@ -37,13 +38,10 @@ from npprune.records import (
     digest,
 )
 from npprune.store.checkpoints import write_checkpoint
-from npprune.store.paths import PathStore, PathTable
 from npprune.store.runs import RunFolder
 
 STAGE = "prune"
-CALIBRATION_IMAGES = 1000
 SEARCH_STEPS = 64
-HELD_OUT = 10  # one image of so many is not used for fitting, but for the prediction
 
 
 def prune(
@@ -71,7 +69,7 @@ def prune(
     """
     started = time.perf_counter()
     where, reason = resolve_device(device)
-    model, data, run = _origin(source, data)
+    model, data, run = origin(source, data)
     if settings.topk is None and settings.max_drop is None and not _has_budget(settings):
         raise UsageError(
             "a budget is needed: how much of the network stays",
@@ -96,22 +94,27 @@ def prune(
         on_bad="skip", stage=STAGE, emit=emit,
     )  # fmt: skip
     classes = images.source.selected if data.classes is not None else None
-    paths = _paths(run, network, classes, view, settings)
+    paths = read_paths(run, network, classes, view, settings.topk)
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
-    calibration, held_out = _calibration(images, settings, seed, emit)
+    calibration, held_out = calibration_images(images, settings.calibration_images, emit)
     generator = torch.Generator().manual_seed(seed)
     batches = list(calibration)
-    planner = Planner(
-        view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit
-    )
+    with ExitStack() as held:
+        timer, table = _latency(network, images, view, settings, held, emit)
+        planner = Planner(
+            view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit,
+            latency=table,
+        )  # fmt: skip
 
-    def attempt(budget: float) -> Attempt:
-        chosen = planner.at(budget)
-        plan = _plan(network, chosen, settings, classes, run, seed)
-        smaller = _pruned(network, plan, chosen)
-        return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
+        def attempt(budget: float) -> Attempt:
+            chosen = planner.at(budget)
+            plan = _plan(network, chosen, settings, classes, run, seed)
+            smaller = carried_out(network, plan, chosen)
+            return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
 
-    done = _within(attempt, planner, settings, emit)
+        done = _within(attempt, planner, settings, emit)
+        if timer is not None and table is not None and not dry_run:
+            _check_latency(done, timer, table, settings, emit)
     plan, smaller = done.plan, done.model
     used = len(calibration) + len(held_out)
     summary = _summary(settings, done, images, used, time.perf_counter() - started)
@@ -140,117 +143,49 @@ def prune(
     return variant
 
 
-def _origin(
-    source: Path | ModelSection, data: DataSection
-) -> tuple[ModelSection, DataSection, RunFolder | None]:
-    """The network, the images (a run's own where none were named) and the run."""
-    if isinstance(source, ModelSection):
-        return source, data, None
-    run = RunFolder(source)
-    run.read_manifest()
-    recipe = load_recipe(run.recipe_path)
-    given = data.model_dump(exclude_unset=True, exclude_none=True)
-    if "calibration" in given or "train" in given:
-        keep = ("class_map", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        base = {k: getattr(recipe.data, k) for k in keep}
-    else:
-        base = recipe.data.model_dump()
-    return recipe.model, DataSection(**{**base, **given}), run
-
-
 def _has_budget(settings: PruneSection) -> bool:
-    return any(v is not None for v in (settings.keep, settings.target_params, settings.target_macs))
+    s = settings
+    budgets = (s.keep, s.target_params, s.target_macs, s.target_latency)
+    return any(v is not None for v in budgets)
 
 
-def _paths(
-    run: RunFolder | None,
+def _latency(
     network: Network,
-    classes: list[int] | None,
+    images: Images,
     view: VitView,
     settings: PruneSection,
-) -> Paths | None:
-    """The neurons that the classes' paths vote for."""
-    if run is None:
-        return None
-    manifest = run.read_manifest()
-    if manifest.model.source.sha256 != network.info.source.sha256:
-        raise StoreError(
-            f"the paths of `{run.path}` are of weights {manifest.model.source.sha256[:12]}..., "
-            f"and the network has {network.info.source.sha256[:12]}...",
-            hint="discover again, or restore the weights",
+    held: ExitStack,
+    emit: Emit,
+) -> tuple[DenseTimer | None, LatencyTable | None]:
+    """The dense network ready to be timed, and the price list; None where no latency is asked."""
+    if settings.target_latency is None:
+        return None, None
+    timer = held.enter_context(
+        DenseTimer(
+            network.model, images.preprocessing,
+            batch=settings.latency_batch, threads=settings.latency_threads,
         )
-    store = PathStore(run.paths_folder, manifest.settings_sha256)
-    table = store.read_all(store.count())
-    wanted = table.classes if classes is None else [c for c in classes if c in table.classes]
-    missing = [] if classes is None else [c for c in classes if c not in table.classes]
-    if not wanted or missing:
-        raise UsageError(
-            f"`{run.path}` has no paths of class {(missing or [0])[0]}",
-            hint="discover them first, or choose among the classes it holds",
+    )  # fmt: skip
+    return timer, measure_table(timer, network.model, view.widths, settings, emit)
+
+
+def _check_latency(
+    done: Attempt, timer: DenseTimer, table: LatencyTable, settings: PruneSection, emit: Emit
+) -> None:
+    """Time what was made, and put it beside what was asked for."""
+    assert settings.target_latency is not None
+    measured = timer.beside(done.model)
+    record, warnings = outcome(table, settings.target_latency, done.plan.kept_widths, measured)
+    done.chosen.details["latency"] = record
+    done.chosen.warnings[:0] = warnings
+    emit(
+        Event(
+            STAGE,
+            f"latency {measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
+            f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
+            f"{measured.provider}",
         )
-    return _vote(table, wanted, view, settings.topk)
-
-
-def _vote(table: PathTable, wanted: Sequence[int], view: VitView, topk: int | None) -> Paths:
-    """Every class counts the same, however many images it has."""
-    count = topk or table.neurons.shape[2]
-    union: list[set[int]] = [set() for _ in view.widths]
-    votes = [torch.zeros(h, dtype=torch.float64) for h in view.widths]
-    for c in wanted:
-        images = int((table.labels == c).sum())
-        for l, best in enumerate(class_top(table.neurons, table.labels, c, count)):
-            union[l].update(best)
-        for l, v in enumerate(class_votes(table.neurons, table.labels, c, view.widths)):
-            votes[l] += torch.from_numpy(v) / images
-    return Paths([sorted(u) for u in union], votes, len(wanted), count)
-
-
-@dataclass
-class Held:
-    """Images kept in memory, in batches."""
-
-    images: list[Tensor]
-    labels: list[Tensor]
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(self.images, self.labels, strict=True))
-
-    def __len__(self) -> int:
-        return sum(len(y) for y in self.labels)
-
-
-def _calibration(
-    images: Images, settings: PruneSection, seed: int, emit: Emit
-) -> tuple[Held, Held]:
-    """The calibration images and those held out of them, evenly over the source's order."""
-    limit = settings.calibration_images or CALIBRATION_IMAGES
-    fit, held = Held([], []), Held([], [])
-    if images.source.items is None:
-        batches = images.batches()
-        total: int | None = limit
-        positions = None
-    else:
-        n = len(images.source.items)
-        positions = [i * n // min(n, limit) for i in range(min(n, limit))]
-        batches = images.batches(indices=positions)
-        total = len(positions)
-    seen = 0
-    for batch in batches:
-        x, y = batch.images[: limit - seen], batch.labels[: limit - seen]
-        out = torch.arange(seen, seen + len(y)) % HELD_OUT == HELD_OUT - 1
-        for part, mask in ((held, out), (fit, ~out)):
-            if bool(mask.any()):
-                part.images.append(x[mask])
-                part.labels.append(y[mask])
-        seen += len(y)
-        emit(Event("calibration", level="progress", done=seen, total=total))
-        if seen >= limit:
-            break
-    if len(fit) == 0:
-        raise UsageError(
-            f"no image of `{images.source.spec}` could be read", hint="give others to calibrate on"
-        )
-    return fit, held
+    )
 
 
 @dataclass
@@ -344,7 +279,7 @@ def _plan(
     )
 
 
-def _pruned(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module:
+def carried_out(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module:
     """The surgery, then the second layers that compensation found."""
     smaller = apply_plan(network.model, plan)
     like = next(smaller.parameters())

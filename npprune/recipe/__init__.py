@@ -11,10 +11,12 @@ from npprune.recipe.sections import (
     DiscoverSection,
     EvaluateSection,
     ExportSection,
+    HealSection,
     ModelSection,
     PruneSection,
     Recipe,
     Section,
+    StudySection,
 )
 
 __all__ = [
@@ -22,10 +24,12 @@ __all__ = [
     "DiscoverSection",
     "EvaluateSection",
     "ExportSection",
+    "HealSection",
     "ModelSection",
     "PruneSection",
     "Recipe",
     "Section",
+    "StudySection",
     "bounds",
     "load_recipe",
     "recipe_yaml",

@@ -76,6 +76,9 @@ class PruneSection(Section):
     keep: float | None = Field(None, gt=0, le=1)
     target_params: float | None = Field(None, gt=0)  # <= 1: share of dense; else a count
     target_macs: float | None = Field(None, gt=0)
+    target_latency: float | None = Field(None, gt=0)  # <= 1: share of dense; else milliseconds
+    latency_batch: int = Field(1, ge=1)  # images at once while timing
+    latency_threads: int | None = Field(None, ge=1)  # None: as many as PyTorch uses
     criterion: str = "curvature-obs"
     selection: str = "measured"
     compensation: Literal["none", "mean", "least-squares", "sequential"] = "sequential"
@@ -85,6 +88,38 @@ class PruneSection(Section):
     calibration_images: int | None = Field(None, ge=1)
     keep_head: bool = False  # with classes: all outputs stay
     max_drop: float | None = Field(None, gt=0, le=100)  # points of top-1, predicted
+
+
+class StudySection(Section):
+    """What is compared: every combination of the lists.
+
+    `protect` on or off: with or without the path neurons kept first; None: both, where there is
+    a run with paths.
+    """
+
+    criteria: list[str] | None = Field(None, min_length=1)  # None: all
+    compensations: list[Literal["none", "mean", "least-squares", "sequential"]] = Field(
+        default_factory=lambda: ["least-squares"],  # type: ignore[arg-type]
+        min_length=1,
+    )
+    selections: list[Literal["uniform", "global", "measured"]] = Field(
+        default_factory=lambda: ["uniform"],  # type: ignore[arg-type]
+        min_length=1,
+    )
+    keep: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        default_factory=lambda: [0.5], min_length=1
+    )
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
+        default_factory=lambda: [0], min_length=1
+    )
+    protect: list[Literal["on", "off"]] | None = Field(None, min_length=1)
+    topk: int | None = Field(None, ge=1)
+    round_to: int = Field(16, ge=1)
+    min_keep: int = Field(16, ge=1)
+    calibration_images: int | None = Field(None, ge=1)
+    latency: bool = False  # in ONNX Runtime, beside the dense network
+    latency_batch: int = Field(1, ge=1)
+    latency_threads: int | None = Field(None, ge=1)
 
 
 class HealSection(Section):

@@ -1,0 +1,185 @@
+"""A latency as the budget: the price list, what is chosen within it, and what is said after."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from npprune.core.selection import select, smooth, widths_for
+from npprune.errors import GateError, UsageError
+from npprune.export.widths import WidthLatency
+from npprune.models.info import model_info, state
+from npprune.models.load import create
+from npprune.pipeline import latency as timing
+from npprune.pipeline.latency import LatencyTable, build_table, outcome
+from npprune.pipeline.prune import prune
+from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.recipe import DataSection, ModelSection, PruneSection
+from npprune.records import CheckpointConfig, ClassInfo, Latency, ModelSource
+from npprune.store.checkpoints import read_config, write_checkpoint
+
+FIXED, LEVEL = 3.0, 1.25  # of the network below: what no width changes, and how much slower an
+# MLP is inside the network than alone
+WIDTHS = [64, 64, 48]
+ALONE = WidthLatency([16, 32, 64], [0.5, 0.9, 2.3], [0.0] * 3, 17, 32, 1, 2, "cpu")
+
+
+def pair(dense: float, pruned: float, spread: float = 0.0) -> Latency:
+    low, high = pruned / dense * (1 - spread), pruned / dense * (1 + spread)
+    return Latency("onnxruntime", "cpu", 1, 2, 10, dense, pruned, spread * dense, spread * pruned,
+                   pruned / dense, low, high)  # fmt: skip
+
+
+def true_ms(widths: Sequence[int]) -> float:
+    return FIXED + LEVEL * sum(ALONE.at(w) for w in widths)
+
+
+def a_table(target: float = 0.6, round_to: int = 8, min_keep: int = 8) -> LatencyTable:
+    allowed = [widths_for(h, round_to, min_keep) for h in WIDTHS]
+    return build_table(
+        ALONE, allowed, WIDTHS, target, lambda narrow: pair(true_ms(WIDTHS), true_ms(narrow))
+    )
+
+
+def test_the_level_of_the_prices_is_that_of_whole_networks() -> None:
+    table = a_table()
+    assert table.dense_ms == pytest.approx(true_ms(WIDTHS))
+    assert table.level == pytest.approx(LEVEL)
+    assert table.fixed_ms == pytest.approx(FIXED, rel=1e-3)
+    for widths in ([16, 16, 16], [64, 8, 40], WIDTHS):
+        assert table.fixed_ms + table.hidden_ms(widths) == pytest.approx(true_ms(widths), rel=1e-3)
+    assert table.warnings == []
+
+
+def test_a_share_up_to_one_and_milliseconds_above() -> None:
+    table = a_table()
+    dense = table.dense_ms
+    assert table.budget(0.7) == pytest.approx(0.7 * dense - table.fixed_ms)
+    assert table.budget(0.7 * dense) == pytest.approx(table.budget(0.7))
+    assert table.budget(10 * dense) == table.budget(1.0) == table.hidden_ms(WIDTHS)
+
+
+def test_a_target_below_what_remains_is_refused() -> None:
+    with pytest.raises(GateError, match="every block at its least width") as caught:
+        a_table().budget(0.1)
+    assert "--min-keep" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("target", [0.55, 0.7, 0.9])
+def test_measured_selection_within_a_latency_is_the_best_there_is(seed: int, target: float) -> None:
+    table = a_table(target)
+    g = torch.Generator().manual_seed(seed)
+    scores = [torch.rand(h, generator=g) for h in WIDTHS]
+    harm = [
+        {w: float(torch.rand(1, generator=g)) * 3 ** (-w / 16) for w in (16, 24, 32, 40)} | {h: 0.0}
+        for h in WIDTHS
+    ]
+    found = select(
+        scores, table.budget(target), method="measured", prices=table.prices, harm=harm,
+        round_to=8, min_keep=8,
+    )  # fmt: skip
+    choices = [list(row) for row in table.prices]
+    filled = [smooth(row, ws) for row, ws in zip(harm, choices, strict=True)]
+    within = [
+        widths for widths in itertools.product(*choices)
+        if table.hidden_ms(widths) <= table.budget(target) * (1 + 1e-12)
+    ]  # fmt: skip
+    best = min(sum(f[w] for f, w in zip(filled, widths, strict=True)) for widths in within)
+    assert found.harm == pytest.approx(best, rel=1e-12)
+    assert table.fixed_ms + table.hidden_ms(found.widths) <= target * table.dense_ms * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("target", [0.55, 0.7, 0.9, 1.0])
+def test_uniform_selection_takes_the_largest_share_within_the_latency(target: float) -> None:
+    table = a_table(target)
+    budget = table.budget(target)
+    scores = [torch.rand(h) for h in WIDTHS]
+    found = select(
+        scores, budget, method="uniform", prices=table.prices, round_to=8, min_keep=8
+    ).widths
+    assert table.hidden_ms(found) <= budget * (1 + 1e-9)
+    share = max(w / h for w, h in zip(found, WIDTHS, strict=True))
+    wider = [min(h, -(-(share * h + 1e-6) // 8) * 8) for h in WIDTHS]
+    if found != WIDTHS:
+        assert table.hidden_ms([int(w) for w in wider]) > budget or share == 1
+
+
+def test_noise_in_the_table_never_makes_a_wider_block_cheaper() -> None:
+    noisy = WidthLatency([16, 32, 64], [0.9, 0.5, 2.0], [0.0] * 3, 17, 32, 1, 2, "cpu")
+    table = build_table(noisy, [[16, 32, 48, 64]], [64], 0.5, lambda narrow: pair(4.0, 3.0))
+    assert sorted(table.prices[0].values()) == list(table.prices[0].values())
+
+
+def test_a_machine_on_which_narrower_is_not_faster_is_said_to_be_one() -> None:
+    table = build_table(ALONE, [[16, 32, 64]], [64], 0.5, lambda narrow: pair(4.0, 4.2))
+    assert table.level == 1.0
+    assert "narrower blocks are not faster" in table.warnings[0]
+
+
+def test_within_five_percent_nothing_is_said() -> None:
+    table = a_table()
+    widths = [32, 24, 24]
+    target = (table.fixed_ms + table.hidden_ms(widths)) / table.dense_ms
+    record, warnings = outcome(table, target, widths, pair(10.0, 10.0 * target * 1.03))
+    assert warnings == []
+    assert record["achieved_share"] == pytest.approx(target * 1.03)
+    assert record["measured"]["dense_ms"] == 10.0
+
+
+def test_what_is_missed_by_more_is_explained() -> None:
+    table = a_table()
+    widths = [32, 24, 24]
+    near = (table.fixed_ms + table.hidden_ms(widths)) / table.dense_ms
+    _, (said,) = outcome(table, near * 1.2, widths, pair(10.0, 10.0 * near))
+    assert "the widths allowed come no nearer than -16.7%" in said
+    _, (said,) = outcome(table, near, widths, pair(10.0, 11.5 * near))
+    assert "(+15.0%)" in said
+    assert "do not add up" in said
+    _, (said,) = outcome(table, near, widths, pair(10.0, 11.5 * near, spread=0.5))
+    assert "busy or noisy" in said
+
+
+def test_not_faster_than_dense_comes_first() -> None:
+    _, warnings = outcome(a_table(), 0.6, [32, 24, 24], pair(10.0, 10.5))
+    assert warnings[0].startswith("the pruned network is not faster than the dense one")
+
+
+def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = {**MODEL_ARGS, "depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 16}
+    model = create(ARCHITECTURE, args)
+    info = model_info(model, ModelSource(ARCHITECTURE, args))
+    dense = tmp_path / "dense"
+    write_checkpoint(
+        dense,
+        CheckpointConfig(
+            source=info.source, widths=info.widths, heads=info.heads, num_classes=10,
+            preprocessing=PREPROCESSING, classes=[ClassInfo(i, str(i)) for i in range(10)],
+            weights_sha256="",
+        ),
+        state(model),
+    )  # fmt: skip
+    monkeypatch.setattr(timing, "WIDTH_SECONDS", 0.02)
+    monkeypatch.setattr(timing, "PAIR_SECONDS", 0.2)
+    settings = PruneSection(
+        target_latency=0.7, latency_batch=32, latency_threads=1, criterion="magnitude",
+        selection="uniform", compensation="none", calibration_images=20,
+    )  # fmt: skip
+    data = DataSection(calibration="digits:calibration")
+    variant = prune(ModelSection(name=str(dense)), data, settings, tmp_path / "half")
+    record = read_config(tmp_path / "half").prune.details["latency"]
+    assert record["asked_share"] == 0.7
+    assert record["measured"]["batch"] == 32
+    assert sum(variant.prune.widths) < sum(variant.prune.dense_widths)
+    assert set(map(int, record["alone_ms"])) >= {16, 512}
+
+
+def test_one_budget() -> None:
+    from npprune.cli.flags import one_budget
+
+    with pytest.raises(UsageError, match="`--keep` and `--target-latency`"):
+        one_budget(PruneSection(keep=0.5, target_latency=0.5))
