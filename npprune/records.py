@@ -125,8 +125,10 @@ class ModelSource:
     architecture: str  # timm name
     model_args: dict[str, Any] = field(default_factory=dict)  # for timm.create_model
     checkpoint: str | None = None  # file as given; None: timm's hub weights
-    sha256: str = ""  # of the weights as loaded, see models.weights_sha256
+    sha256: str = ""  # of the weights as loaded, see models.weights_sha256; or UNKNOWN_WEIGHTS
 
+
+UNKNOWN_WEIGHTS = "unknown"  # of imported paths: equal to no network's hash
 
 @dataclass
 class ModelInfo:
@@ -507,13 +509,14 @@ class Series:
 class FigureData:
     """What a figure shows, not how: the report draws it."""
 
-    kind: Literal["scatter", "lines", "bars", "box", "heatmap"]
+    kind: Literal["scatter", "lines", "bars", "box", "heatmap", "strips"]
     series: list[Series] = field(default_factory=list)
     x_label: str = ""
     y_label: str = ""
     x_names: list[str] | None = None  # categories; the columns of a heatmap
     y_names: list[str] | None = None  # the rows of a heatmap
-    matrix: list[list[float | None]] | None = None  # heatmap, rows x columns
+    matrix: list[list[float | None]] | None = None  # heatmap, rows x columns; strips, widths
+    cells: list[list[str]] | None = None  # strips: the segments' names
     reference: dict[str, float] = field(default_factory=dict)  # horizontal lines by name
     front: bool = False  # scatter: join the points no other beats (smaller x, larger y)
     log_x: bool = False

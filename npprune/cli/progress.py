@@ -130,15 +130,16 @@ class Progress:
             self.meters[name] = meter
         meter.done, meter.total, meter.now = event.done, event.total, now
         finished = event.total is not None and event.done >= event.total
+        note = str(event.data.get("note", ""))
         if self.bars:
-            self._bar(name, meter, event.unit)
+            self._bar(name, meter, event.unit, note)
         elif not finished and self._due(meter):
             meter.shown, meter.shown_done = now, meter.done
             share = f" ({meter.done / meter.total:.0%})" if meter.total else ""
             words = f"{meter.counts()} {event.unit}{share}, {meter.pace(event.unit)}"
-            self._print(Text(f"{name}: {words.rstrip(', ')}"))
+            self._print(Text(f"{name}: {', '.join(filter(None, (words.rstrip(', '), note)))}"))
         if finished:
-            self._finish(name, meter, event.unit)
+            self._finish(name, meter, event.unit, note)
 
     @staticmethod
     def _due(meter: Meter) -> bool:
@@ -146,17 +147,17 @@ class Progress:
         step = (meter.done - meter.shown_done) / meter.total if meter.total else 0.0
         return waited >= QUIET_SECONDS or (waited >= LEAST_SECONDS and step >= QUIET_SHARE)
 
-    def _bar(self, name: str, meter: Meter, unit: str) -> None:
+    def _bar(self, name: str, meter: Meter, unit: str, note: str = "") -> None:
         assert self.bars is not None
         fields: dict[str, Any] = {
             "counts": f"{meter.counts()} {unit}",
-            "pace": meter.pace(unit),
+            "pace": ", ".join(filter(None, (meter.pace(unit), note))),
         }
         if name not in self.tasks:
             self.tasks[name] = self.bars.add_task(name, total=meter.total, **fields)
         self.bars.update(self.tasks[name], completed=meter.done, total=meter.total, **fields)
 
-    def _finish(self, name: str, meter: Meter, unit: str) -> None:
+    def _finish(self, name: str, meter: Meter, unit: str, note: str = "") -> None:
         """Replace the bar with one line that stays.
 
         It gives the rate and no time: the meter began with the first report, after some work.
@@ -165,5 +166,5 @@ class Progress:
             self.bars.remove_task(self.tasks.pop(name))
             self.bars.refresh()
         del self.meters[name]
-        pace = meter.pace(unit)
-        self._print(Text(f"{name}: {meter.done} {unit}" + (f", {pace}" if pace else "")))
+        words = (f"{meter.done} {unit}", meter.pace(unit), note)
+        self._print(Text(f"{name}: {', '.join(filter(None, words))}"))

@@ -299,7 +299,7 @@ def _class_folders(root: Path) -> dict[str, list[str]]:
             (c.name for c in children if c.is_dir() and not c.name.startswith((".", "__"))),
             key=lambda name: (natural_key(name), name),
         )
-        files = {name: sorted(_images(root, name)) for name in names}
+        files = {name: sorted(image_files(root, name)) for name in names}
     except OSError as err:
         raise DataError(f"cannot list `{err.filename or root}`: {err.strerror}") from err
     if any(files.values()):
@@ -321,7 +321,8 @@ def _class_folders(root: Path) -> dict[str, list[str]]:
     )
 
 
-def _images(root: Path, name: str) -> Iterator[str]:
+def image_files(root: Path, name: str) -> Iterator[str]:
+    """The image files below `root / name`, relative to `root`, in no order to rely on."""
     for folder, subfolders, files in os.walk(root / name, followlinks=True, onerror=_reraise):
         subfolders.sort()
         for file in files:

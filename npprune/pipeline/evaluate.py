@@ -78,11 +78,30 @@ def open_dense(
     device: torch.device,
     override: str | None,
     emit: Emit,
+    *,
+    any_weights: bool = False,
 ) -> Network:
     """The dense network that a checkpoint came from, its weights checked by hash.
 
     Raises:
         ModelError: its weights are not where they were, or are others.
+    """
+    section = dense_section(config, folder, override)
+    dense = open_network(section, device, emit, STAGE)
+    if dense.info.source.sha256 != config.source.sha256 and not any_weights:
+        raise ModelError(
+            f"`{folder}` was pruned from weights {config.source.sha256[:12]}..., and "
+            f"`{section.checkpoint or section.name}` has {dense.info.source.sha256[:12]}...",
+            hint="give the weights it came from with `--dense FILE`",
+        )
+    return dense
+
+
+def dense_section(config: CheckpointConfig, folder: Path, override: str | None) -> ModelSection:
+    """Where the dense network of a checkpoint is.
+
+    Raises:
+        ModelError: its weights are not there.
     """
     asked = dict(config.details.get("dense", {})) or {"name": config.source.architecture}
     if override is not None:
@@ -99,14 +118,7 @@ def open_dense(
             f"the dense weights of `{folder}` are not at `{section.checkpoint}`",
             hint="say where they are with `--dense FILE`",
         )
-    dense = open_network(section, device, emit, STAGE)
-    if dense.info.source.sha256 != config.source.sha256:
-        raise ModelError(
-            f"`{folder}` was pruned from weights {config.source.sha256[:12]}..., and "
-            f"`{section.checkpoint or section.name}` has {dense.info.source.sha256[:12]}...",
-            hint="give the weights it came from with `--dense FILE`",
-        )
-    return dense
+    return section
 
 
 def dense_reference(section: ModelSection, folder: Path) -> dict[str, object]:

@@ -1,0 +1,88 @@
+"""Images whose labels nobody needs: a folder in any order, and two sources read as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from npprune.data.images import EXTENSIONS, decode
+from npprune.data.labels import Labels
+from npprune.data.sources import ImageSource, Item, MapSource, Sample, image_files
+from npprune.errors import DataError
+from npprune.records import DataInfo
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+NO_LABEL = -1
+
+
+def open_unlabelled(spec: str) -> ImageSource:
+    """Every image below a folder, however it is arranged, each with the label -1.
+
+    Raises:
+        DataError: `spec` is no `folder:PATH`, or there are no images.
+    """
+    if not spec.startswith("folder:"):
+        raise DataError(
+            f"unlabelled images must be `folder:PATH`, got `{spec}`",
+            hint=f"did you mean `folder:{spec}`?" if Path(spec).is_dir() else None,
+        )
+    root = Path(spec.removeprefix("folder:")).expanduser()
+    if not root.is_dir():
+        what = "is a file, not a folder" if root.exists() else "does not exist"
+        raise DataError(f"image folder `{root}` {what}", hint="check the path")
+    try:
+        paths = sorted(image_files(root, "."))
+    except OSError as err:
+        raise DataError(f"cannot list `{err.filename or root}`: {err.strerror}") from err
+    if not paths:
+        raise DataError(
+            f"no images below `{root}`", hint=f"image files end in {', '.join(sorted(EXTENSIONS))}"
+        )
+    entries = ((path, NO_LABEL, partial(decode, root / path, str(root / path))) for path in paths)
+    source = MapSource(spec, Labels("none: they are not used", {}, []), entries)
+    source.selected = []
+    return source
+
+
+class Joined(ImageSource):
+    """A source and, after its images, those of another without their labels.
+
+    Raises:
+        DataError: one of them is a stream: its images have no positions.
+    """
+
+    def __init__(self, first: ImageSource, second: ImageSource) -> None:
+        for source in (first, second):
+            if source.items is None:
+                raise DataError(f"`{source.spec}` is a stream: it cannot be joined with another")
+        assert first.items is not None
+        assert second.items is not None
+        self.first, self.second = first, second
+        self.spec = f"{first.spec} + {second.spec}"
+        self.label_rule, self.classes = first.label_rule, first.classes
+        self.selected, self.notes = first.selected, [*first.notes, *second.notes]
+        self.items: list[Item] = [*first.items, *(Item(i.id, NO_LABEL) for i in second.items)]
+
+    @property
+    def length(self) -> int:
+        return len(self.items)
+
+    def load(self, i: int) -> Image.Image:
+        assert self.first.items is not None
+        n = len(self.first.items)
+        return self.first.load(i) if i < n else self.second.load(i - n)
+
+    def stream(self) -> Iterator[Sample]:
+        yield from self.first.stream()
+        for item, opener in self.second.stream():
+            yield Item(item.id, NO_LABEL), opener
+
+    def info(self, skipped: Sequence[str] = ()) -> DataInfo:
+        info = self.first.info()
+        info.spec, info.images = self.spec, len(self.items) - len(set(skipped))
+        info.skipped = list(skipped)
+        return info
