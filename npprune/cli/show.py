@@ -8,6 +8,7 @@ from pathlib import Path
 from npprune.cli.console import Output
 from npprune.records import (
     Accuracy,
+    Benchmark,
     ClassRow,
     DataInfo,
     Evaluation,
@@ -98,6 +99,42 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
         [("checkpoint", folder)],
         f"npprune eval {folder} --data folder:PATH",
     )
+
+
+def healed(output: Output, variant: Variant, folder: Path) -> None:
+    """What training brought, on images that were not trained on."""
+    output.document("variant", to_dict(variant))
+    summary = variant.heal
+    if summary is None:
+        output.line(f"dry run: nothing was trained or written; it would go to {folder}")
+        return
+    output.warn(summary.warnings)
+    before, after = summary.before, summary.after
+    rows = [
+        (
+            "divergence from dense, nats",
+            "0",
+            text.significant(before.divergence_nats),
+            text.significant(after.divergence_nats),
+        ),
+        ("same top-1 as dense", "", text.percent(before.agreement), text.percent(after.agreement)),
+    ]
+    if summary.dense_top1 is not None and before.top1 is not None and after.top1 is not None:
+        dense, pruned = text.percent(summary.dense_top1), text.percent(before.top1)
+        rows.append(("top-1", dense, pruned, text.percent(after.top1)))
+    title = f"On {text.plural(summary.held_out, 'image')} that were not trained on"
+    output.table(title, ("", "dense", "pruned", "healed"), rows)
+    facts = [
+        ("images", data(summary.data)),
+        ("training", f"{summary.method}, {summary.epochs:.3g} epochs, {summary.steps} steps"),
+        ("ended by", summary.stopped),
+        ("kept", f"the weights after step {after.step}"),
+        ("time", f"{text.seconds(summary.seconds)}, {summary.images_per_second:.3g} images/s"),
+    ]
+    if summary.unlabelled is not None:
+        facts.insert(1, ("unlabelled", text.data(summary.unlabelled)))
+    _facts(output, facts)
+    _end(output, [("checkpoint", folder)], f"npprune eval {folder} --data folder:PATH")
 
 
 def class_name(row: ClassRow) -> str:
@@ -194,8 +231,9 @@ def latency_row(row: Latency) -> tuple[str, str, str, str]:
 def exported(output: Output, record: ExportRecord, path: Path) -> None:
     """The file, and how well it agrees."""
     output.document("export", to_dict(record))
+    runs = f"ONNX Runtime ({record.provider})" if record.format == "onnx" else record.provider
     output.table(
-        f"ONNX Runtime ({record.provider}) against PyTorch",
+        f"{runs} against PyTorch",
         ("batch", "images", "relative logit error", "same top-1"),
         [
             (
@@ -210,18 +248,76 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
     if record.latency:
         output.line()
         output.table("Latency", ("", "dense", "pruned", "change"), map(latency_row, record.latency))
-    slow = [row for row in record.latency if row.ratio >= 1]
+    slow = [row for row in record.latency if row.ratio >= 1 and row.ratio_low >= 1]
     output.warn(f"not faster than dense on this machine: {text.where(row)}" for row in slow)
-    verdict = "passed" if record.passed else "failed"
-    facts = [("parity", f"{verdict}, at most {text.significant(record.tolerance)} is allowed")]
-    facts.append(("file", f"{record.format} opset {record.opset}, {record.precision}"))
+    candidates = record.details.get("candidates", [])
+    if candidates:
+        output.line()
+        output.table(
+            "Ways of quantising, on held-out images",
+            ("", "size", "top-1", "kept"),
+            [
+                (c["name"], text.size(c["bytes"]), text.percent(c["score"]), "*" * c["chosen"])
+                for c in candidates
+            ],
+        )
+    facts = [("parity", _verdict(record))]
+    opset = f" opset {record.opset}" if record.opset else ""
+    facts.append(("file", f"{record.format}{opset}, {record.precision}"))
+    if "provider_asked" in record.details:
+        asked, why = record.details["provider_asked"], record.details.get("provider_reason", "")
+        facts.append(("provider", f"{record.provider}, asked for {asked}: {why}"))
     facts.append(("size", text.size(record.bytes)))
     if record.dense_bytes:
         smaller = text.relative(record.bytes, record.dense_bytes)
         facts.append(("dense size", f"{text.size(record.dense_bytes)} ({smaller})"))
     _facts(output, facts)
     if record.passed:
-        _end(output, [("ONNX file", path)], None)
+        _end(output, [(text.FORMATS.get(record.format, record.format), path)], None)
+
+
+def _verdict(record: ExportRecord) -> str:
+    """Passed or failed, by what rule, and the accuracies where labels were known."""
+    said = ["passed" if record.passed else "failed"]
+    if record.tolerance >= 0:
+        said.append(f"at most {text.significant(record.tolerance)} is allowed")
+    before, after = record.details.get("torch_top1"), record.details.get("onnx_top1")
+    if before is not None and after is not None:
+        said.append(f"top-1 {text.percent(after)}, PyTorch {text.percent(before)}")
+    if record.details.get("max_drop") is not None:
+        said.append(f"at most {record.details['max_drop']:g} points lower is allowed")
+    return ", ".join(said)
+
+
+def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
+    """Two networks side by side."""
+    output.document("benchmark", to_dict(found))
+    rows = []
+    for row in found.rows:
+        t = row.latency
+        gain = [text.percent(found.macs_ratio / t.ratio, 0)] if found.macs_ratio else []
+        rows.append(
+            (
+                f"{text.where(t)}, {text.plural(t.threads, 'thread')}",
+                f"{text.milliseconds(t.dense_ms)} (± {text.milliseconds(t.dense_iqr_ms)})",
+                f"{text.milliseconds(t.pruned_ms)} (± {text.milliseconds(t.pruned_iqr_ms)})",
+                f"{text.fixed(t.ratio, 2)} ({t.ratio_low:.2f}–{t.ratio_high:.2f})",
+                *gain,
+                f"{text.fixed(row.pruned_images_per_second)} "
+                f"({text.fixed(row.dense_images_per_second)})",
+                f"{text.size(row.pruned_memory)} ({text.size(row.dense_memory)})"
+                if row.pruned_memory is not None
+                else text.DASH,
+            )
+        )
+    columns = ["timed in", "dense", "pruned", "ratio"]
+    columns += ["of MACs' gain"] if found.macs_ratio else []
+    columns += ["images/s (dense)", "memory (dense)"]
+    output.table(f"{found.pruned} beside {found.dense}: median (spread)", columns, rows)
+    if found.macs_ratio is not None:
+        _facts(output, [("MACs ratio", text.fixed(found.macs_ratio, 2))])
+    if folder is not None:
+        _end(output, [("JSON", folder / "bench.json"), ("plot", folder / "bench.svg")], None)
 
 
 def result(output: Output, found: Result, root: Path) -> None:

@@ -36,6 +36,7 @@ _RULES = {  # fields whose rule is not said by their type and bounds
     "data.mean": "a list of numbers, one per channel",
     "data.std": "a list of numbers, one per channel",
     "evaluate.batches": "a list of batch sizes, each at least 1",
+    "export.batch": "`dynamic` or a whole number of at least 1",
 }
 
 _KINDS = {  # by the first word of pydantic's error type

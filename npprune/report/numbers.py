@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from npprune.records import Accuracy, Latency, Result, Variant
+from npprune.records import Accuracy, ExportRecord, Latency, Result, Variant
 from npprune.report import text
 from npprune.report.document import Card, Cell, Table
 
@@ -60,13 +60,21 @@ def summary(result: Result) -> Summary:
 
 
 def latencies(variant: Variant) -> list[Latency]:
-    """All timings of a variant, ONNX Runtime first, by batch size; the export's own before the
-    evaluation's where both timed the same."""
-    timed: dict[tuple[str, str, int], Latency] = {}
-    for part in (variant.export, variant.evaluation):
+    """All timings of a variant, ONNX Runtime first, float32 first, by batch size; the export's own
+    before the evaluation's where both timed the same."""
+    timed: dict[tuple[str, str, str, int], Latency] = {}
+    for part in (variant.export, *variant.more_exports, variant.evaluation):
         for row in part.latency if part else []:
-            timed.setdefault((row.runtime, row.provider, row.batch), row)
-    return sorted(timed.values(), key=lambda t: (t.runtime != "onnxruntime", t.provider, t.batch))
+            timed.setdefault((row.runtime, row.provider, row.precision, row.batch), row)
+    return sorted(
+        timed.values(),
+        key=lambda t: (t.runtime != "onnxruntime", t.precision, t.provider, t.batch),
+    )
+
+
+def exports(variant: Variant) -> list[ExportRecord]:
+    """The files that a variant was exported to, the latest first."""
+    return ([variant.export] if variant.export else []) + variant.more_exports
 
 
 def key_latencies(variant: Variant) -> list[Latency]:
@@ -204,11 +212,10 @@ def _cost(result: Result, variant: Variant) -> list[Measure]:
                 ),
             )
         )
-    if variant.export:
-        a, b = variant.export.dense_bytes, variant.export.bytes
-        change = Cell(text.relative(b, a) if a else text.DASH)
-        label = f"ONNX file, {variant.export.precision}"
-        rows.append(Measure(label, Cell(text.size(a)), Cell(text.size(b)), change))
+    for x in exports(variant):
+        change = Cell(text.relative(x.bytes, x.dense_bytes) if x.dense_bytes else text.DASH)
+        sizes = Cell(text.size(x.dense_bytes)), Cell(text.size(x.bytes))
+        rows.append(Measure(text.export_file(x), *sizes, change))
     return rows
 
 
@@ -301,8 +308,9 @@ def warnings(result: Result) -> list[str]:
     lines = not_faster(result)
     for v in result.variants:
         name = text.clean(v.name)
-        if v.export and not v.export.passed:
-            lines.append(f"{name}: the ONNX file does not agree with PyTorch (parity failed).")
+        for x in exports(v):
+            if not x.passed:
+                lines.append(f"{name}: {x.file} does not agree with PyTorch (parity failed).")
         lines += [f"{name}: {w}" for w in v.prune.warnings]
         if v.evaluation is None:
             continue
@@ -367,5 +375,6 @@ def cards(result: Result) -> list[Card]:
     if v.export:
         a_bytes = v.export.dense_bytes
         change = text.relative(v.export.bytes, a_bytes) if a_bytes else ""
-        shown.append(Card("ONNX file", text.size(v.export.bytes), text.size(a_bytes), change))
+        name = text.FORMATS.get(v.export.format, v.export.format)
+        shown.append(Card(name, text.size(v.export.bytes), text.size(a_bytes), change))
     return shown

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from npprune.records import DataInfo, DiscoverySummary, PruneSummary, Result, Variant
-from npprune.report import text
+from npprune.report import numbers, text
 from npprune.report.document import Commands, Facts, Fold, Item, Paragraph, Section, Table, cells
 
 SKIPPED_LISTED = 200
@@ -159,8 +159,8 @@ def environment(result: Result) -> Section:
             pairs.append((f"weights sha256, {name}", v.model.source.sha256))
         if v.evaluation:
             pairs.append((f"evaluated on, {name}", v.evaluation.device))
-        if v.export:
-            pairs.append((f"{v.export.file} sha256, {name}", v.export.sha256))
+        for x in numbers.exports(v):
+            pairs.append((f"{x.file} sha256, {name}", x.sha256))
     return Section("environment", "Environment and hashes", [Facts(pairs)])
 
 

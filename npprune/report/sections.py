@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import PurePosixPath
+from typing import Any
 
-from npprune.records import ClassRow, DiscoverySummary, Evaluation, Latency, Result, Variant
+from npprune.records import (
+    ClassRow,
+    DiscoverySummary,
+    Evaluation,
+    ExportRecord,
+    Latency,
+    Result,
+    Variant,
+)
 from npprune.report import figures, numbers, provenance, text
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
@@ -167,8 +176,9 @@ def _cost(result: Result) -> Section:
         put("hidden units", i, sum(v.model.widths), sum(result.model.widths))
         for t in numbers.key_latencies(v):
             put(f"latency, {text.where(t)}", i, t.ratio, 1)
-        if v.export and v.export.dense_bytes:
-            put("ONNX file", i, v.export.bytes, v.export.dense_bytes)
+        for x in numbers.exports(v):
+            if x.dense_bytes:
+                put(text.export_file(x), i, x.bytes, x.dense_bytes)
     names = [text.clean(v.name) for v in result.variants]
     series = [(name, [row[i] for row in found.values()]) for i, name in enumerate(names)]
     table = Table(
@@ -197,29 +207,65 @@ def _speed(result: Result) -> Section:
                 )
             )
             continue
-        x = v.export
-        verdict = "passed" if x.passed else "FAILED"
-        section.items.append(
-            Table(
-                ["batch", "images", "largest relative logit error", "same top-1"],
-                [
-                    cells(
-                        str(p.batch),
-                        text.count(p.images),
-                        text.scientific(p.max_relative_error),
-                        text.percent(p.top1_agreement),
-                    )
-                    for p in x.parity
-                ],
-                caption=f"{name}: {x.file} ({x.precision}, opset {x.opset}, {text.size(x.bytes)}) "
-                f"in ONNX Runtime ({text.PROVIDERS.get(x.provider, x.provider)}) against PyTorch "
-                f"on real images, tolerance {text.scientific(x.tolerance, 0)}: {verdict}.",
-            )
-        )
+        for x in numbers.exports(v):
+            section.items.append(_parity(name, x))
+            if candidates := x.details.get("candidates"):
+                section.items.append(_candidates(name, x, candidates))
     rows = [(v, t) for v in result.variants for t in numbers.latencies(v)]
     if rows:
         section.items.append(_latency_table(result, rows))
     return section
+
+
+def _parity(name: str, x: ExportRecord) -> Table:
+    """How one file agrees with the network, and what it was run on."""
+    onnx = x.format == "onnx"
+    what = f"{x.precision}, opset {x.opset}" if onnx else text.FORMATS.get(x.format, x.format)
+    ran = text.PROVIDERS.get(x.provider, x.provider)
+    words = f"{name}: {x.file} ({what}, {text.size(x.bytes)}) "
+    words += f"in ONNX Runtime ({ran}" if onnx else f"read by {ran}"
+    asked = x.details.get("provider_asked")
+    if onnx:
+        words += f"; asked for: {asked})" if asked else ")"
+    words += " against PyTorch on real images, "
+    if x.tolerance >= 0:
+        words += f"tolerance {text.scientific(x.tolerance, 0)}: "
+    before, after = x.details.get("torch_top1"), x.details.get("onnx_top1")
+    if before is not None and after is not None:
+        allowed = x.details.get("max_drop")
+        limit = f", at most {text.fixed(allowed)} points lower allowed" if allowed else ""
+        words += f"top-1 {text.percent(after)}, PyTorch {text.percent(before)}{limit}: "
+    return Table(
+        ["batch", "images", "largest relative logit error", "same top-1"],
+        [
+            cells(
+                str(p.batch),
+                text.count(p.images),
+                text.scientific(p.max_relative_error),
+                text.percent(p.top1_agreement),
+            )
+            for p in x.parity
+        ],
+        caption=words + ("passed." if x.passed else "FAILED."),
+    )
+
+
+def _candidates(name: str, x: ExportRecord, candidates: list[dict[str, Any]]) -> Table:
+    """The ways of quantising that were tried."""
+    return Table(
+        ["way", "size", "top-1", "kept"],
+        [
+            cells(
+                str(c["name"]),
+                text.size(c["bytes"]),
+                text.percent(c["score"]),
+                "yes" if c["chosen"] else "",
+            )
+            for c in candidates
+        ],
+        caption=f"{name}: {x.file}, the ways of quantising compared on images that none of them "
+        "was calibrated on. Of equal accuracies the smaller file is kept.",
+    )
 
 
 def _latency_table(result: Result, rows: list[tuple[Variant, Latency]]) -> Table:

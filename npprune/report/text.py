@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from npprune.records import DataInfo, Latency, Mean, Preprocessing, Rate
+from npprune.records import DataInfo, ExportRecord, Latency, Mean, Preprocessing, Rate
 
 DASH = "–"
 MINUS = "−"
@@ -21,6 +21,7 @@ PROVIDERS = {
     "TensorrtExecutionProvider": "TensorRT",
     "CoreMLExecutionProvider": "Core ML",
 }
+FORMATS = {"onnx": "ONNX file", "torch": "torch archive", "timm": "timm checkpoint"}
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 
 
@@ -173,10 +174,21 @@ def clean(text: str) -> str:
 
 
 def where(latency: Latency) -> str:
-    """What a latency was timed on: `ONNX Runtime, CPU, batch 1`."""
-    runtime = RUNTIMES.get(latency.runtime, latency.runtime)
-    provider = PROVIDERS.get(latency.provider, latency.provider)
-    return f"{runtime}, {provider}, batch {latency.batch}"
+    """What a latency was timed on: `ONNX Runtime, CPU, batch 1`; with the precision of the files
+    where that is not float32."""
+    return f"{runtime(latency)}, batch {latency.batch}"
+
+
+def runtime(latency: Latency) -> str:
+    """`ONNX Runtime, CPU`, or `ONNX Runtime, CPU, int8`."""
+    name = RUNTIMES.get(latency.runtime, latency.runtime)
+    where = f"{name}, {PROVIDERS.get(latency.provider, latency.provider)}"
+    return f"{where}, {latency.precision}" if latency.precision else where
+
+
+def export_file(record: ExportRecord) -> str:
+    """What an export is called in a list of costs: `ONNX file, fp32`."""
+    return f"{FORMATS.get(record.format, record.format)}, {record.precision}"
 
 
 def preprocessing(p: Preprocessing) -> str:

@@ -1,0 +1,111 @@
+"""`npprune bench`: dense and pruned side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npprune.cli import flags, options, show
+from npprune.cli.console import Output
+from npprune.cli.options import RUN, argument, choice, option
+from npprune.errors import UsageError
+
+EXAMPLES = """\
+Example: a pruned network beside the dense one it came from
+
+  npprune bench ckpt/vit_tiny_half --batch 1,16,64 --threads 1,2
+
+Example: two exported files
+
+  npprune bench vit_tiny.onnx vit_tiny_half.onnx --provider cuda
+
+The two run in turn on noise images, so that what else the machine does hits both alike. Where \
+timings scatter too much to tell them apart, a warning says so.
+"""
+
+TIMING = "Timing"
+
+
+def command(
+    ctx: typer.Context,
+    sources: Annotated[
+        list[Path],
+        argument("CKPT | DENSE.onnx PRUNED.onnx", "a folder of npprune prune, or two files"),
+    ],
+    *,
+    runtime: Annotated[
+        str | None,
+        option(TIMING, "--runtime", "WORD,WORD", "\\[default: both; .onnx files: onnxruntime]"),
+    ] = None,
+    batch: Annotated[str, option(TIMING, "--batch", "N,N", "batch sizes")] = "1,16",
+    threads: Annotated[
+        str | None,
+        option(TIMING, "--threads", "N,N", "processor threads \\[default: PyTorch's own choice]"),
+    ] = None,
+    provider: Annotated[
+        str, choice(TIMING, "--provider", "what runs it", "auto", "cpu", "cuda", "tensorrt")
+    ] = "auto",
+    seconds: Annotated[
+        float, option(TIMING, "--seconds", "S", "for each pair; at least 10 runs of both")
+    ] = 2.0,
+    memory: Annotated[
+        bool, option(TIMING, "--memory/--no-memory", None, "measure peak memory as well")
+    ] = True,
+    dense: Annotated[
+        str | None, option(TIMING, "--dense", "FILE", "the dense weights, where they have moved")
+    ] = None,
+    out: Annotated[
+        Path | None, option(RUN, "--out", "FOLDER", "bench.json and the plot bench.svg")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Time a pruned network beside the dense one."""
+    runtimes = runtime.split(",") if runtime else []
+    for name in runtimes:
+        if name not in ("onnxruntime", "torch"):
+            raise UsageError(
+                f"`--runtime` must be `onnxruntime`, `torch` or both parted by a comma, "
+                f"got `{runtime}`"
+            )
+    if seconds <= 0:
+        raise UsageError(f"`--seconds` must be greater than 0, got `{seconds:g}`")
+    batches, counts = _positive("--batch", batch), _positive("--threads", threads)
+    flags.provider(provider)
+    flags.existing_file("--dense", dense)
+    files = all(path.suffix == ".onnx" for path in sources)
+    if len(sources) != (2 if files else 1):
+        raise UsageError(
+            "one checkpoint folder or two .onnx files are timed, got "
+            + " ".join(f"`{path}`" for path in sources)
+        )
+    if files and dense is not None:
+        raise UsageError("`--dense` goes with a checkpoint; the first of two files is dense")
+    folder = None if files else flags.checkpoint_folder(sources[0])
+
+    from npprune.pipeline.bench import BenchSettings, bench_checkpoint, bench_files
+
+    settings = BenchSettings(runtimes, batches or [1, 16], counts, seconds, provider, memory)
+    output = Output(as_json=as_json)
+    with output.working() as emit:
+        if folder is None:
+            found = bench_files(sources[0], sources[1], settings, out=out, emit=emit)
+        else:
+            found = bench_checkpoint(
+                folder,
+                settings,
+                dense_checkpoint=dense,
+                out=out,
+                emit=emit,
+                command=flags.command_line(ctx),
+            )
+    show.benchmark(output, found, out)
+
+
+def _positive(flag: str, given: str | None) -> list[int]:
+    """Whole numbers of at least 1 parted by commas; none where nothing was given."""
+    values = flags.numbers(flag, given, int) or []
+    if values and min(values) < 1:
+        raise UsageError(f"`{flag}` must be at least 1 each, got `{given}`")
+    return values

@@ -1,0 +1,183 @@
+"""`npprune predict`: labels and probabilities from an ONNX file alone."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+from npprune.cli import flags, options
+from npprune.cli.console import Output, drop
+from npprune.cli.options import argument, choice, option
+from npprune.errors import DataError, StoreError, UsageError
+
+if TYPE_CHECKING:
+    from npprune.export.predict import Prediction
+
+EXAMPLES = """\
+Example
+
+  npprune predict vit_tiny_half.onnx cat.jpg
+
+Example: a folder, as a table for other programs
+
+  npprune predict vit_tiny_half.onnx photos --topk 1 --on-bad-image skip --out photos.csv
+
+Classes and preprocessing are read from the file; PyTorch is not needed.
+"""
+
+PREDICTION = "Prediction"
+FORMATS = ("table", "csv", "json")
+
+
+def command(
+    model: Annotated[Path, argument("MODEL.onnx", "a file written by npprune export")],
+    images: Annotated[list[Path], argument("IMAGE_OR_FOLDER...", "folders are searched through")],
+    *,
+    topk: Annotated[int, option(PREDICTION, "--topk", "K", "likeliest classes of each image")] = 5,
+    batch: Annotated[int, option(PREDICTION, "--batch", "N", "images a run")] = 16,
+    provider: Annotated[
+        str, choice(PREDICTION, "--provider", "runs it", "auto", "cpu", "cuda", "tensorrt")
+    ] = "auto",
+    threads: Annotated[
+        int | None, option(PREDICTION, "--threads", "N", "\\[default: one a core]")
+    ] = None,
+    on_bad_image: Annotated[
+        str,
+        choice(PREDICTION, "--on-bad-image", "end there, or report and go on", "error", "skip"),
+    ] = "error",
+    format: Annotated[
+        str | None,
+        choice("Output", "--format", "\\[default: by the name of --out, else table]", *FORMATS),
+    ] = None,
+    out: Annotated[
+        Path | None, option("Output", "--out", "FILE", "\\[default: the terminal]")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Classify images with an exported file."""
+    shape = _format(format, out, as_json)
+    flags.provider(provider)
+    for flag, value in (("--topk", topk), ("--batch", batch), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise UsageError(f"`{flag}` must be at least 1, got `{value}`")
+    if on_bad_image not in ("error", "skip"):
+        raise UsageError(f"`--on-bad-image` must be one of `error`, `skip`, got `{on_bad_image}`")
+
+    from npprune.export.predict import predict
+
+    output = Output(as_json=shape != "table")
+    found = predict(
+        model,
+        images,
+        topk=topk,
+        batch=batch,
+        provider=provider,
+        threads=threads,
+        on_bad="skip" if on_bad_image == "skip" else "error",
+    )
+    seen = _Count()
+    first = next(found)  # what cannot start is said before anything is written
+    with _sink(out) as sink:
+        try:
+            WRITERS[shape](sink, seen.watch(chain([first], found), output), model)
+        except BrokenPipeError:
+            drop(sys.stdout)
+    if seen.bad == seen.images:
+        raise DataError(f"none of the {seen.images} images could be read")
+    if out is not None:
+        output.warn([f"{seen.bad} of {seen.images} images could not be read"] if seen.bad else [])
+        Output(as_json=as_json).line(f"{seen.images - seen.bad} predictions  {out}")
+
+
+def _format(given: str | None, out: Path | None, as_json: bool) -> str:
+    if as_json and given not in (None, "json"):
+        raise UsageError(f"`--json` means `--format json`, got `--format {given}` as well")
+    suffix = out.suffix.lower().removeprefix(".") if out is not None else ""
+    shape = given or ("json" if as_json else suffix if suffix in FORMATS else "table")
+    if shape not in FORMATS:
+        raise UsageError(f"`--format` must be one of `table`, `csv`, `json`, got `{shape}`")
+    return shape
+
+
+class _Count:
+    """How many images went by, and how many of them could not be read: those are said at once."""
+
+    def __init__(self) -> None:
+        self.images = self.bad = 0
+
+    def watch(self, found: Iterable[Prediction], output: Output) -> Iterator[Prediction]:
+        for prediction in found:
+            self.images += 1
+            if prediction.error is not None:
+                self.bad += 1
+                output.warn([prediction.error])
+            yield prediction
+
+
+@contextmanager
+def _sink(out: Path | None) -> Iterator[IO[str]]:
+    """The terminal, or a file that gets its name when it is complete."""
+    if out is None:
+        yield sys.stdout
+        sys.stdout.flush()
+        return
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            yield file
+        os.replace(temporary, out)
+    except OSError as err:
+        raise StoreError(f"cannot write `{out}`: {err.strerror}") from err
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- formats
+
+
+def _table(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:
+    """An image, then a class a line: nothing to align, so nothing has to be waited for."""
+    from npprune.report import text
+
+    for prediction in found:
+        sink.write(text.clean(prediction.image) + "\n")
+        if prediction.error is not None:
+            sink.write("   not readable\n")
+        for guess in prediction.guesses:
+            share = text.percent(guess.probability).rjust(9)
+            sink.write(f"{share}  {text.clean(guess.name)} ({guess.index})\n")
+
+
+def _csv(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:
+    """A line for each class of each image."""
+    rows = csv.writer(sink, lineterminator="\n")
+    rows.writerow(["image", "rank", "index", "name", "synset", "probability", "error"])
+    for p in found:
+        if p.error is not None:
+            rows.writerow([p.image, "", "", "", "", "", p.error])
+        for rank, g in enumerate(p.guesses, 1):
+            rows.writerow(
+                [p.image, rank, g.index, g.name, g.synset or "", f"{g.probability:.6g}", ""]
+            )
+
+
+def _json(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:
+    """One document, written image by image."""
+    from npprune.records import SCHEMA_VERSION
+
+    head = {"schema_version": SCHEMA_VERSION, "kind": "predictions", "model": str(model)}
+    sink.write(json.dumps(head)[:-1] + ', "predictions": [')
+    for i, prediction in enumerate(found):
+        sink.write((",\n  " if i else "\n  ") + json.dumps(asdict(prediction), allow_nan=False))
+    sink.write("\n]}\n")
+
+
+WRITERS = {"table": _table, "csv": _csv, "json": _json}
