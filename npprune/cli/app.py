@@ -15,7 +15,20 @@ from typing import Annotated
 import typer
 
 import npprune
-from npprune.cli import bench, demo, discover, env, evaluate, export, predict, prune, report, run
+from npprune.cli import (
+    analyze,
+    bench,
+    demo,
+    discover,
+    env,
+    evaluate,
+    export,
+    heal,
+    predict,
+    prune,
+    report,
+    run,
+)
 from npprune.cli.console import drop, rank, say, show_error
 from npprune.errors import NpPruneError, PeerError
 
@@ -61,9 +74,11 @@ for _name, _module in (
     ("discover", discover),
     ("prune", prune),
     ("eval", evaluate),
+    ("heal", heal),
     ("export", export),
     ("bench", bench),
     ("predict", predict),
+    ("analyze", analyze),
     ("report", report),
     ("run", run),
     ("demo", demo),

@@ -93,6 +93,11 @@ class Output:
         self.as_json = as_json
         self.quiet = rank() > 0
 
+    @property
+    def width(self) -> int:
+        """Columns of stdout."""
+        return _console(stderr=False).width
+
     @contextmanager
     def working(self) -> Iterator[Emit]:
         """While the work runs: an `Emit` that shows progress, and stdout kept for data."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from npprune.cli import edit as editing
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
-from npprune.cli.options import option
+from npprune.cli.options import IMAGES, option
 from npprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ Example
   npprune eval ckpt/vit_tiny_half --data folder:imagenet/val
 
 Numbers go to result.json of the run that the checkpoint belongs to, and from there to its report.
+
+Example: the paper's experiments on the paths of a run folder
+
+  npprune eval reports/vit_tiny --edit remove --methods all
+  npprune eval reports/vit_tiny --edit keep --paths class,predicted --topk 1,5,10
 """
 
 MEASURE = "Measurement"
@@ -41,7 +47,20 @@ def command(
         str | None,
         option(MEASURE, "--dense", "FILE", "the dense weights, where they have moved"),
     ] = None,
-    data: options.Data,
+    edit: editing.Edit = None,
+    paths: editing.Paths = None,
+    methods: editing.Methods = None,
+    topk: editing.Topk = None,
+    factor: editing.Factor = None,
+    fraction: editing.Fraction = None,
+    depth: editing.Depth = None,
+    scope: editing.Tokens = None,
+    seeds: editing.Seeds = None,
+    name: editing.Name = None,
+    data: Annotated[
+        str | None,
+        option(IMAGES, "--data", "SOURCE", "as for discover; --edit: else the run's own images"),
+    ] = None,
     class_map: options.ClassMap = None,
     classes: options.Classes = None,
     images_per_class: options.ImagesPerClass = None,
@@ -60,6 +79,14 @@ def command(
     """Measure a pruned network against its dense one: accuracy, probabilities, latency."""
     from npprune.recipe import EvaluateSection
 
+    if edit is not None:
+        editing.run_edit(ctx, checkpoint, flags.device(device), as_json)
+        return
+    editing.refuse_without_edit(ctx.params)
+    if data is None:
+        raise UsageError(
+            "`--data` is needed: the images to evaluate on", hint="e.g. `--data folder:PATH`"
+        )
     sizes = flags.numbers("--batches", batches, int)
     if sizes is not None and min(sizes) < 1:
         raise UsageError(f"`--batches` must be at least 1 each, got `{batches}`")

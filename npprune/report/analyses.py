@@ -40,12 +40,39 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     """Columns that hold a text anywhere at the left are words."""
     width = max([len(columns), *(len(r) for r in rows)])
     header = [*columns, *[""] * (width - len(columns))]
-    body = [[Cell(text.significant(v)) for v in row] for row in rows]
-    body = [row + [Cell("")] * (width - len(row)) for row in body]
+    full = [[*row, *[None] * (width - len(row))] for row in rows]
     words = 0
     while rows and words < width and any(isinstance(r[words], str) for r in rows if words < len(r)):
         words += 1
-    return Table(list(header), body, text=max(words, 1))
+    header, body = folded(header, full)
+    for row, given in zip(body, rows, strict=True):
+        if len(given) < width:  # nothing there, not even a dash
+            row[len(given) :] = [Cell("")] * (len(row) - len(given))
+    return Table(header, body, text=max(words, 1))
+
+
+def folded(
+    columns: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> tuple[list[str], list[list[Cell]]]:
+    """Columns `from` and `to` behind a value become the interval in its cell."""
+    header: list[str] = []
+    places: list[tuple[int, bool]] = []
+    i = 0
+    while i < len(columns):
+        interval = list(columns[i + 1 : i + 3]) == ["from", "to"]
+        header.append(columns[i])
+        places.append((i, interval))
+        i += 3 if interval else 1
+    body = []
+    for row in rows:
+        cells = []
+        for i, interval in places:
+            detail = ""
+            if interval and row[i + 1] is not None and row[i + 2] is not None:
+                detail = f"{text.significant(row[i + 1])} to {text.significant(row[i + 2])}"
+            cells.append(Cell(text.significant(row[i]), detail))
+        body.append(cells)
+    return header, body
 
 
 def _figure_table(data: FigureData) -> Table:
@@ -53,6 +80,13 @@ def _figure_table(data: FigureData) -> Table:
     if data.kind == "heatmap":
         columns = data.x_names or []
         return _table(["", *columns], [[n, *r] for n, r in _named_rows(data)])
+    if data.kind == "strips":
+        most = max((len(row) for row in data.matrix or []), default=0)
+        named = [
+            [name, *(f"{n}: {text.significant(v)}" for n, v in zip(cells, values, strict=False))]
+            for (name, values), cells in zip(_named_rows(data), data.cells or [], strict=False)
+        ]
+        return _table(["", *(f"{i + 1}." for i in range(most))], named or [[""]])
     if data.kind == "box":
         rows: list[Sequence[Any]] = []
         for s in data.series:
@@ -163,4 +197,4 @@ def five_numbers(values: Sequence[float]) -> list[float]:
     return [float(q) for q in np.percentile(np.asarray(values, dtype=np.float64), QUANTILES)]
 
 
-__all__ = ["five_numbers", "learning_curve", "pareto", "section"]
+__all__ = ["five_numbers", "folded", "learning_curve", "pareto", "section"]

@@ -1,4 +1,4 @@
-"""Draws the data of an analysis: points, curves, bars, boxes, heat maps."""
+"""Draws the data of an analysis: points, curves, bars, boxes, heat maps, strips."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Any
 
 from npprune.records import FigureData, Series
 from npprune.report import text
-from npprune.report.svg import ACCENT, DENSE, INK, MUTED, ON_ACCENT, SERIES, WIDTH, picture
+from npprune.report.svg import (
+    ACCENT,
+    DENSE,
+    INK,
+    MUTED,
+    ON_ACCENT,
+    PAPER,
+    SERIES,
+    WIDTH,
+    picture,
+)
 
 MARKERS = "osD^vPX*"
 LABELS_DRAWN = 30  # single points with names
@@ -26,6 +36,9 @@ def draw(data: FigureData, alt: str, name: str) -> str:
             alt=alt,
             name=name,
         )
+    if data.kind == "strips":
+        height = 0.9 + 0.3 * len(data.matrix or [])
+        return picture(lambda f: _strips(f, data), width=WIDTH, height=height, alt=alt, name=name)
     return picture(lambda f: _axes(f, data), width=WIDTH, height=4.0, alt=alt, name=name)
 
 
@@ -196,6 +209,35 @@ def _names(ax: Any, data: FigureData) -> None:
             [text.clip(n, 18) for n in data.x_names],
             **({"rotation": 40, "ha": "right"} if long else {}),
         )
+
+
+def _strips(figure: Any, data: FigureData) -> None:
+    """A row of segments for each category: wide where frequent, named, the first one darkest."""
+    ax = figure.add_subplot()
+    rows, names = data.matrix or [], data.cells or []
+    widest = max((sum(v or 0 for v in row) for row in rows), default=1.0)
+    for i, row in enumerate(rows):
+        start = 0.0
+        for j, value in enumerate(row):
+            width = value or 0.0
+            ax.barh(
+                -i, width, 0.78, left=start, color=ACCENT, alpha=max(0.85 - 0.12 * j, 0.12),
+                edgecolor=PAPER, linewidth=0.8,
+            )  # fmt: skip
+            name = names[i][j] if i < len(names) and j < len(names[i]) else ""
+            if width > 0.011 * widest * (len(name) + 1):
+                ax.text(
+                    start + width / 2, -i, name, ha="center", va="center", fontsize=7.5,
+                    color=ON_ACCENT if j < 2 else INK, in_layout=False,
+                )  # fmt: skip
+            start += width
+    ax.set_xlim(0, max(100.0, widest))
+    ax.set_ylim(-max(len(rows), 1) + 0.4, 0.6)
+    labels = [text.clip(n, 28) for n in data.y_names or []]
+    ax.set_yticks([-i for i in range(len(labels))], labels, fontsize=8)
+    ax.set_xlabel(text.clean(data.x_label))
+    ax.tick_params(length=0)
+    ax.spines["left"].set_visible(False)
 
 
 def _heatmap(figure: Any, data: FigureData) -> None:
