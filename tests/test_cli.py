@@ -40,7 +40,7 @@ from npprune.records import (
     to_json,
 )
 
-VERBS = ("discover", "prune", "eval", "export", "report", "run", "demo", "env")
+VERBS = ("discover", "prune", "heal", "eval", "export", "report", "run", "demo", "env")
 
 
 def program(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -10,6 +10,7 @@ import typer
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, choice, option, required
+from npprune.errors import UsageError
 
 EXAMPLES = """\
 Example: keep half of the hidden units, the paths' neurons first
@@ -141,6 +142,12 @@ def command(
     num_heads: options.NumHeads = None,
     img_size: options.ImgSize = None,
     num_classes: options.NumClasses = None,
+    heal: Annotated[
+        int | None,
+        option(
+            RUN, "--heal", "EPOCHS", "train it from the dense network, into FOLDER_healed, as well"
+        ),
+    ] = None,
     out: Annotated[Path, required(RUN, "--out", "FOLDER", "the checkpoint folder, e.g. ckpt/NAME")],
     device: options.Device = "auto",
     seed: options.Seed = 0,
@@ -148,8 +155,10 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Remove hidden units for real and write the smaller network as a checkpoint folder."""
-    from npprune.recipe import PruneSection
+    from npprune.recipe import HealSection, PruneSection
 
+    if heal is not None and heal < 1:
+        raise UsageError(f"`--heal` must be at least 1 epoch, got `{heal}`")
     settings = flags.section(
         PruneSection,
         topk=topk,
@@ -190,4 +199,17 @@ def command(
             dry_run=dry_run,
             command=flags.command_line(ctx),
         )
-    show.pruned(output, variant, folder, dry_run=dry_run)
+    healing = heal is not None and not dry_run
+    if not (healing and as_json):  # one document: the healed network's tells of the pruning, too
+        show.pruned(output, variant, folder, dry_run=dry_run)
+    if not healing:
+        return
+
+    from npprune.pipeline.heal import heal_pruned
+
+    with output.working() as emit:
+        healed, variant = heal_pruned(
+            folder, HealSection(epochs=heal), device=chosen, seed=seed_value, emit=emit
+        )
+    output.line()
+    show.healed(output, variant, healed)

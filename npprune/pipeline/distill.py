@@ -345,7 +345,8 @@ class Distillation:
         if now.best is None or point.divergence_nats < now.best.divergence_nats:
             now.best, self.best_weights = point, weights(self.average)
         if now.rises >= self.settings.patience and not now.stopped:
-            now.stopped = f"held-out divergence rose {now.rises} times in a row"
+            times = "once" if now.rises == 1 else f"{now.rises} times in a row"
+            now.stopped = f"held-out divergence that rose {times}"
         self.processes.on_first(self._save)
 
     def _save(self) -> None:

@@ -37,7 +37,7 @@ from npprune.records import (
     to_dict,
 )
 from npprune.report.analyses import learning_curve
-from npprune.store.checkpoints import is_checkpoint, write_checkpoint
+from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoint
 from npprune.store.runs import RunFolder, read_plan
 from npprune.store.training import TrainingFolder
 
@@ -135,6 +135,32 @@ def heal(
         peers.on_first(folder.remove)
     emit(Event(STAGE, f"wrote {out}"))
     return variant
+
+
+def heal_pruned(
+    checkpoint: Path,
+    settings: HealSection,
+    *,
+    data: DataSection | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    emit: Emit = ignore,
+    command: str = "",
+) -> tuple[Path, Variant]:
+    """Heal right after pruning: into `<checkpoint>_healed`, on the images of `data`, or else
+    those that the checkpoint was calibrated on."""
+    if data is None:
+        details = read_config(checkpoint).details["data"]
+        data = DataSection(**{**details, "train": details["calibration"]})
+    out = healed_folder(checkpoint)
+    return out, heal(
+        checkpoint, data, settings, out, device=device, seed=seed, emit=emit, command=command
+    )
+
+
+def healed_folder(checkpoint: Path) -> Path:
+    """Where the healed network goes that belongs to a pruned one."""
+    return checkpoint.with_name(f"{checkpoint.name}_healed")
 
 
 # ---------------------------------------------------------------- before

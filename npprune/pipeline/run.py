@@ -10,6 +10,7 @@ from npprune.pipeline.discover import discover
 from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export import export_checkpoint
+from npprune.pipeline.heal import heal_pruned
 from npprune.pipeline.prune import prune
 from npprune.pipeline.results import render_report
 from npprune.recipe import ModelSection, Recipe
@@ -25,9 +26,10 @@ def run_recipe(
     dry_run: bool = False,
     command: str = "",
 ) -> Result:
-    """discover -> prune -> evaluate -> export -> report, below `root`.
+    """discover -> prune (-> heal) -> evaluate -> export -> report, below `root`.
 
-    Writes `reports/<name>/` and `ckpt/<name>/`. Running again resumes: paths that were found
+    Writes `reports/<name>/` and `ckpt/<name>/`; with a `heal` section `ckpt/<name>_healed/` too,
+    which is then what is exported. Running again resumes: paths that were found
     before are kept.
 
     Raises:
@@ -62,8 +64,13 @@ def run_recipe(
     emit(Event("prune", f"recipe {recipe.name}"))
     prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
     evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+    shipped = checkpoint
+    if recipe.heal is not None:
+        data = recipe.data if recipe.data.train or recipe.data.calibration else None
+        shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, **common)  # type: ignore[arg-type]
+        evaluate(shipped, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
     if recipe.export is not None:
-        export_checkpoint(checkpoint, recipe.data, recipe.export, emit=emit)
+        export_checkpoint(shipped, recipe.data, recipe.export, emit=emit)
     home = run if recipe.discover is not None else checkpoint
     render_report(home)
     return RunFolder(home).read_result()
