@@ -92,6 +92,7 @@ def _record(path: Path, parity: Parity, precision: str, opset: int) -> ExportRec
         "torch_top1": parity.torch_top1,
         "onnx_top1": parity.onnx_top1,
         "provider_reason": parity.reason,
+        "providers": parity.providers,
         "files": [f.name for f in files],
     }
     return ExportRecord(

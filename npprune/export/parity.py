@@ -55,6 +55,7 @@ class Parity:
     failures: list[str] = field(default_factory=list)
     torch_top1: float | None = None
     onnx_top1: float | None = None
+    providers: list[str] = field(default_factory=list)  # as the session reports them
 
 
 def check_parity(
@@ -104,8 +105,9 @@ def check_parity(
                 f"{100 * top1:.2f} %, at most {gate.max_drop:g} are allowed"
             )
     return Parity(
-        rows, not failures, gate, session.provider, session.reason, failures, reference, top1
-    )
+        rows, not failures, gate, session.provider, session.reason, failures, reference, top1,
+        session.providers,
+    )  # fmt: skip
 
 
 def top1_score(

@@ -30,6 +30,7 @@ from npprune.pipeline.results import add_command, run_of
 from npprune.records import Analysis, Benchmark, BenchmarkRow, FigureData, Series
 from npprune.report import text
 from npprune.report.drawing import draw
+from npprune.report.svg import standalone
 from npprune.store import atomic
 
 STAGE = "bench"
@@ -181,9 +182,10 @@ def analysis(found: Benchmark) -> Analysis:
         reference["MACs"] = found.macs_ratio
     figure = FigureData(
         "bars",
-        [Series("latency ratio", [row.latency.ratio for row in found.rows])],
-        y_label="pruned over dense",
-        x_names=[_short(row) for row in found.rows],
+        _ratios(found),
+        x_label="batch, threads",
+        y_label="latency, pruned over dense",
+        x_names=_places(found),
         reference=reference,
     )
     words = (
@@ -197,6 +199,21 @@ def analysis(found: Benchmark) -> Analysis:
     return Analysis(f"Speed of {found.pruned} beside {found.dense}", words, columns, table, figure)
 
 
+def _places(found: Benchmark) -> list[str]:
+    return list(dict.fromkeys(f"{r.latency.batch}, {r.latency.threads}" for r in found.rows))
+
+
+def _ratios(found: Benchmark) -> list[Series]:
+    """A row of bars for each runtime, over the batch sizes and thread counts."""
+    places = _places(found)
+    rows: dict[str, list[float | None]] = {}
+    for row in found.rows:
+        t = row.latency
+        values = rows.setdefault(text.runtime(t), [None] * len(places))
+        values[places.index(f"{t.batch}, {t.threads}")] = t.ratio
+    return [Series(name, values) for name, values in rows.items()]
+
+
 def write_benchmark(folder: Path, found: Benchmark) -> None:
     """`bench.json` and the plot, `bench.svg`, into a folder."""
     if folder.exists() and not folder.is_dir():
@@ -205,7 +222,7 @@ def write_benchmark(folder: Path, found: Benchmark) -> None:
     assert shown.figure is not None
     atomic.make_folder(folder)
     atomic.write_json(folder / "bench.json", found)
-    atomic.write_text(folder / "bench.svg", draw(shown.figure, shown.title, "bench"))
+    atomic.write_text(folder / "bench.svg", standalone(draw(shown.figure, shown.title, "bench")))
 
 
 # ---------------------------------------------------------------- the two runtimes

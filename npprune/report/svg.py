@@ -85,6 +85,15 @@ def picture(
     return _inline(out.getvalue(), alt, name)
 
 
+def standalone(svg: str) -> str:
+    """A picture made for a page as a file of its own: with fixed colours, on white."""
+    colours = {name: colour for colour, name in _VARIABLES.items()}
+    svg = re.sub(r"var\(--([a-z0-9-]+)\)", lambda m: colours[m[1]], svg)
+    return svg.replace(
+        "<svg ", '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" ', 1
+    ).replace('style="', 'style="background:#ffffff;', 1)
+
+
 def _inline(text: str, alt: str, name: str) -> str:
     """A standalone SVG file as an element of a page."""
     text = text[text.index("<svg") :]
