@@ -39,7 +39,7 @@ from npprune.store.training import TrainingFolder
 STAGE = "heal"
 CLIP = 1.0  # of the gradient's norm
 MAY_RISE = 0.25  # of the training, in which the divergence may rise
-MEASURED_AT_LEAST = 8  # times in a training
+MEASURED_AT_LEAST = 4  # times in a training
 MEASURED_EVERY = 1000  # steps, at most
 TABLE_BYTES = 512 * 2**20  # the teacher's predictions are kept up to this size
 TABLE_EPOCHS = 3  # and from this length on: each image has two of them
