@@ -28,6 +28,7 @@ from npprune.cli import (
     prune,
     report,
     run,
+    study,
 )
 from npprune.cli.console import drop, rank, say, show_error
 from npprune.errors import NpPruneError, PeerError
@@ -79,6 +80,7 @@ for _name, _module in (
     ("bench", bench),
     ("predict", predict),
     ("analyze", analyze),
+    ("study", study),
     ("report", report),
     ("run", run),
     ("demo", demo),

@@ -64,7 +64,8 @@ def _usage_error(cls: type[Section], err: ValidationError) -> UsageError:
         hint = f"did you mean `{near[0]}`?" if near else hint
     else:
         limits = bounds(cls, field)
-        rule = f"must be {limits}" if limits else first["msg"].lower()
+        said = first["msg"].lower().replace("input should", "must")
+        rule = f"must be {limits}" if limits else said
     return UsageError(f"`{flag}` {rule}, got `{value}`", hint=hint)
 
 
@@ -140,6 +141,16 @@ def numbers(flag: str, text: str | None, kind: Callable[[str], float] = float) -
     except ValueError as err:
         what = "whole numbers" if kind is int else "numbers"
         raise UsageError(f"`{flag}` must be {what} parted by commas, got `{text}`") from err
+
+
+def words(flag: str, text: str | None) -> list[str] | None:
+    """Words parted by commas, each once."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"`{flag}` must not hold an empty entry, got `{text}`")
+    return list(dict.fromkeys(parts))
 
 
 def device(text: str) -> str:

@@ -268,6 +268,8 @@ def headline(result: Result) -> list[str]:
             f"{text.plural(found.classes, 'class', 'classes')} through {name}: {each} in each of "
             f"its {blocks} blocks. Nothing has been pruned yet."
         ]
+    if "study" in result.analyses:
+        return [f"Ways to prune {name} ({blocks} blocks), compared on the same images."]
     return [f"{name}, {blocks} blocks. Nothing has been discovered or pruned yet."]
 
 

@@ -100,7 +100,8 @@ def _not_evaluated(result: Result) -> list[Item]:
 def _accuracy(result: Result) -> Section:
     section = Section("numbers", "Dense and pruned")
     if not result.variants:
-        section.items = [_no_variant(result)]
+        study = "study" in result.analyses and result.discovery is None  # has no networks to list
+        section.items = [] if study else [_no_variant(result)]
         return section
     section.items.append(numbers.comparison(result))
     if done := _evaluated(result):
