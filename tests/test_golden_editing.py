@@ -9,8 +9,10 @@ import torch
 from test_golden import images, lines
 
 import npprune
+from npprune.cli import app
 from npprune.core.editing import edited_logits, members, path_factors, stack
 from npprune.models.view import make_view
+from npprune.pipeline.found import open_found
 
 pytestmark = pytest.mark.golden
 
@@ -34,3 +36,27 @@ def test_removed_and_doubled_paths(shared_golden: Path, paths: str) -> None:
         expected = torch.tensor([row[edit][0] for row in probability])
         torch.testing.assert_close(p, expected, rtol=1e-4, atol=0)
         assert logits.argmax(-1).tolist() == [int(row[edit][0]) for row in predicted]
+
+
+@pytest.mark.parametrize("kind", ["vit", "mae"])
+def test_the_command_line_has_the_released_programs_settings(
+    shared_golden: Path, tmp_path: Path, kind: str
+) -> None:
+    """From the files on disk to stored paths, by flags alone: equal neurons and scores."""
+    run, classes = tmp_path / "run", tmp_path / "classes.txt"
+    classes.write_text("airplane\ncat\n")
+    weights = shared_golden / kind / ("weights.npz" if kind == "vit" else "weights.pth")
+    more = [] if kind == "vit" else ["--num-heads", "3", "--released-head"]
+    args = [
+        "discover", "auto", "--checkpoint", str(weights), "--data",
+        f"folder:{shared_golden / 'images'}", "--class-map", str(classes), "--quadrature",
+        "left-riemann", "--preprocessing", "released", "--img-size", "96", "--out", str(run), *more,
+    ]  # fmt: skip
+    assert app.run_app(args) == 0
+    table = open_found(run).table
+    for label in (0, 1):
+        rows, own = lines(shared_golden, f"{kind}/neuron_path", label), table.where(label)
+        assert own.neurons[..., 0].tolist() == [row["ja"][0] for row in rows]
+        scores = [float(torch.tensor(row["ja_score"]).flatten()[0]) for row in rows]
+        factor = 1.0 if kind == "vit" else 1 / 196
+        assert own.scores * factor == pytest.approx(scores, rel=1e-4)

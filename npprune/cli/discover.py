@@ -93,6 +93,7 @@ def command(
     on_bad_image: options.OnBadImage = None,
     batch_size: options.BatchSize = None,
     workers: options.Workers = None,
+    preprocessing: options.Preprocessing = None,
     mean: options.Mean = None,
     std: options.Std = None,
     interpolation: options.Interpolation = None,
@@ -102,6 +103,7 @@ def command(
     checkpoint: options.Checkpoint = None,
     num_heads: options.NumHeads = None,
     img_size: options.ImgSize = None,
+    released_head: options.ReleasedHead = False,
     num_classes: options.NumClasses = None,
     out: Annotated[
         Path | None,

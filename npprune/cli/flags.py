@@ -34,6 +34,7 @@ HINTS = {
     "--max-drop": "`1.0` allows top-1 to fall by one point, as predicted on held-out calibration images",
     "--points": "5 points of Gauss-Legendre are as good as 20 of left-Riemann",
 }
+MODEL_FLAGS = ("checkpoint", "num_classes", "img_size", "num_heads", "released_head")
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 
 
@@ -83,7 +84,7 @@ def model_section(name: str, flags: Mapping[str, Any]) -> ModelSection:
     return section(
         ModelSection,
         name=name,
-        **{key: flags.get(key) for key in ("checkpoint", "num_classes", "img_size", "num_heads")},
+        **{key: flags.get(key) for key in MODEL_FLAGS},
     )
 
 
@@ -93,7 +94,7 @@ def data_section(flags: Mapping[str, Any], **source: str | None) -> DataSection:
 
     plain = ("class_map", "images_per_class", "on_bad_image", "batch_size", "workers")
     values: dict[str, Any] = {key: flags.get(key) for key in plain}
-    values |= {key: flags.get(key) for key in ("interpolation", "crop_pct")}
+    values |= {key: flags.get(key) for key in ("preprocessing", "interpolation", "crop_pct")}
     values["crop_mode"] = crop_mode(flags.get("crop_mode"), bool(flags.get("no_crop")))
     for key in ("mean", "std"):
         values[key] = numbers(f"--{key}", flags.get(key))

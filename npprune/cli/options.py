@@ -56,6 +56,12 @@ ImgSize = Annotated[
     int | None,
     option(MODEL, "--img-size", "PIXELS", "input side; position embeddings are resampled"),
 ]
+ReleasedHead = Annotated[
+    bool,
+    option(
+        MODEL, "--released-head", None, "normalise MAE's pooled tokens twice, as the paper's code"
+    ),
+]
 NumClasses = Annotated[int | None, option(MODEL, "--num-classes", "N", "outputs of the classifier")]
 CheckpointFolder = Annotated[Path, argument("CHECKPOINT", "a folder written by npprune prune")]
 RunFolder = Annotated[Path, argument("RUN", "a run folder, or its result.json")]
@@ -92,6 +98,12 @@ Workers = Annotated[
 
 # ---------------------------------------------------------------- preprocessing
 
+Preprocessing = Annotated[
+    str | None,
+    choice(
+        PREPROCESSING, "--preprocessing", "released: the paper's code's own", "model", "released"
+    ),
+]
 Mean = Annotated[
     str | None, option(PREPROCESSING, "--mean", "R,G,B", "subtracted from pixels in 0 to 1")
 ]

@@ -50,6 +50,22 @@ def make_transform(preprocessing: Preprocessing) -> Transform:
     return transform  # type: ignore[no-any-return]
 
 
+def released(base: Preprocessing) -> Preprocessing:
+    """As the paper's released program prepares images, at the network's input size.
+
+    Resized straight to it (bilinear, no crop), normalised with ImageNet's mean and deviation,
+    whatever the network was trained with.
+    """
+    return replace(
+        base,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        interpolation="bilinear",
+        crop_pct=1.0,
+        crop_mode="squash",
+    )
+
+
 def resolve(
     base: Preprocessing,
     *,

@@ -343,8 +343,8 @@ def _strips(found: Found, rows: np.ndarray, name: str, *, named: bool) -> Analys
     preferred = [block[0][0] for block in frequency(neurons, 1)]
     held = (neurons == np.array(preferred)[:, None]).any(2).sum(1)
     order = np.lexsort((found.table.ids[rows], -held))
-    most = order[:IMAGES_SHOWN]
-    least = order[max(IMAGES_SHOWN, len(order) - IMAGES_SHOWN) :][::-1]
+    most = [i for i in order[:IMAGES_SHOWN] if held[i]]
+    least = [i for i in order[::-1][:IMAGES_SHOWN] if held[i] < len(preferred) and i not in most]
     listed: list[Row] = [
         [which, str(found.table.ids[rows[i]]), int(held[i]), float(found.table.scores[rows[i]])]
         for which, group in (("follows", most), ("leaves", least))

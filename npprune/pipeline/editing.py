@@ -30,7 +30,7 @@ from npprune.pipeline.device import resolve_device
 from npprune.pipeline.editing_tables import Cell, Measured, analysis
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.found import Found, divide, open_found, paths_of, record
-from npprune.pipeline.inputs import Images, Network, open_images, open_network
+from npprune.pipeline.inputs import PREPROCESSING, Images, Network, open_images, open_network
 from npprune.recipe import DataSection
 from npprune.recipe.sections import EditSection
 from npprune.records import Analysis
@@ -207,6 +207,9 @@ def _material(
         voting = {m: _rows(table, take) for m, table in of_classes.items()}
         positions = found.table.positions[hold].tolist()
         return _Material(images, positions, of_classes, voting, notes=notes)
+    given = data.model_dump(exclude_unset=True, exclude_none=True)
+    same = {k: getattr(found.recipe.data, k) for k in ("class_map", *PREPROCESSING)}
+    data = DataSection(**{**same, **given})  # prepared as the run's images were
     images = _open(data, data.val, network, emit)
     of_images: dict[str, PathTable] = {}
     if "image" in settings.paths:

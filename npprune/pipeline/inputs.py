@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from npprune.data.loading import Batch, batches
 from npprune.data.sources import ImageSource, Sample, open_source
-from npprune.data.transforms import describe, make_transform, resolve
+from npprune.data.transforms import describe, make_transform, released, resolve
 from npprune.errors import UsageError
 from npprune.models.load import build, load
+from npprune.models.released import released_head
 from npprune.pipeline.events import Emit, Event
 from npprune.recipe import DataSection, ModelSection
 from npprune.records import CheckpointConfig, ClassInfo, DataInfo, ModelInfo, Preprocessing
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
 
+PREPROCESSING = ("preprocessing", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Fields of a data section that say how images are prepared."""
 OnBad = Literal["error", "skip"]
 
 
@@ -45,6 +48,9 @@ def open_network(section: ModelSection, device: torch.device, emit: Emit, stage:
     )
     for note in loaded.notes:
         emit(Event(stage, note))
+    if section.released_head:
+        emit(Event(stage, "head: pooled tokens are normalised twice, as the released program does"))
+        return Network(released_head(loaded.model).to(device), loaded.info)
     return Network(loaded.model.to(device), loaded.info)
 
 
@@ -127,8 +133,9 @@ def open_images(
         raise UsageError(
             f"`{flag}` is needed: the images to {stage} on", hint=f"e.g. `{flag} folder:PATH`"
         )
+    base = preprocessing or network.preprocessing
     pre = resolve(
-        preprocessing or network.preprocessing,
+        released(base) if section.preprocessing == "released" else base,
         mean=section.mean,
         std=section.std,
         interpolation=section.interpolation,

@@ -13,7 +13,7 @@ from npprune.core.view import VitView
 from npprune.core.votes import attribution, class_top, class_votes
 from npprune.errors import StoreError, UsageError
 from npprune.pipeline.events import Emit, Event
-from npprune.pipeline.inputs import Images, Network
+from npprune.pipeline.inputs import PREPROCESSING, Images, Network
 from npprune.pipeline.planning import Paths
 from npprune.recipe import DataSection, ModelSection, load_recipe
 from npprune.store.paths import PathStore, PathTable
@@ -38,11 +38,12 @@ def origin(
     recipe = load_recipe(run.recipe_path)
     given = data.model_dump(exclude_unset=True, exclude_none=True)
     if "calibration" in given or "train" in given:
-        keep = ("class_map", "mean", "std", "interpolation", "crop_pct", "crop_mode")
-        base = {k: getattr(recipe.data, k) for k in keep}
+        base = {k: getattr(recipe.data, k) for k in ("class_map", *PREPROCESSING)}
     else:
         base = recipe.data.model_dump()
-    return recipe.model, DataSection(**{**base, **given}), run
+    # paths may be those of the released program's head; what is pruned is the network itself
+    model = recipe.model.model_copy(update={"released_head": False})
+    return model, DataSection(**{**base, **given}), run
 
 
 def read_paths(

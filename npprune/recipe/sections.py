@@ -31,6 +31,7 @@ class ModelSection(Section):
     num_classes: int | None = Field(None, ge=1)
     img_size: int | None = Field(None, ge=1)
     num_heads: int | None = Field(None, ge=1)
+    released_head: bool = False  # MAE as the paper's released program runs it: normalised twice
 
 
 class DataSection(Section):
@@ -45,7 +46,9 @@ class DataSection(Section):
     on_bad_image: Literal["error", "skip"] | None = None  # None: each stage's own default
     batch_size: int = Field(32, ge=1)
     workers: int = Field(0, ge=0)
-    # preprocessing: None takes the model's own
+    # released: as the paper's program, resized straight and normalised as ImageNet
+    preprocessing: Literal["model", "released"] = "model"
+    # what differs from it; None takes it as it is
     mean: list[float] | None = None
     std: list[float] | None = None
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] | None = None
