@@ -15,7 +15,7 @@ from npprune.export.widths import WidthLatency
 from npprune.models.info import model_info, state
 from npprune.models.load import create
 from npprune.pipeline import latency as timing
-from npprune.pipeline.latency import LatencyTable, build_table, outcome
+from npprune.pipeline.latency import LatencyTable, build_table, correct, outcome
 from npprune.pipeline.prune import prune
 from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
 from npprune.recipe import DataSection, ModelSection, PruneSection
@@ -38,10 +38,11 @@ def true_ms(widths: Sequence[int]) -> float:
     return FIXED + LEVEL * sum(ALONE.at(w) for w in widths)
 
 
-def a_table(target: float = 0.6, round_to: int = 8, min_keep: int = 8) -> LatencyTable:
-    allowed = [widths_for(h, round_to, min_keep) for h in WIDTHS]
+def a_table(error: float = 1.0) -> LatencyTable:
+    """The price list of that network; `error`: on the first whole network timed."""
+    allowed = [widths_for(h, 8, 8) for h in WIDTHS]
     return build_table(
-        ALONE, allowed, WIDTHS, target, lambda narrow: pair(true_ms(WIDTHS), true_ms(narrow))
+        ALONE, allowed, WIDTHS, lambda narrow: pair(true_ms(WIDTHS), error * true_ms(narrow))
     )
 
 
@@ -72,7 +73,7 @@ def test_a_target_below_what_remains_is_refused() -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("target", [0.55, 0.7, 0.9])
 def test_measured_selection_within_a_latency_is_the_best_there_is(seed: int, target: float) -> None:
-    table = a_table(target)
+    table = a_table()
     g = torch.Generator().manual_seed(seed)
     scores = [torch.rand(h, generator=g) for h in WIDTHS]
     harm = [
@@ -96,7 +97,7 @@ def test_measured_selection_within_a_latency_is_the_best_there_is(seed: int, tar
 
 @pytest.mark.parametrize("target", [0.55, 0.7, 0.9, 1.0])
 def test_uniform_selection_takes_the_largest_share_within_the_latency(target: float) -> None:
-    table = a_table(target)
+    table = a_table()
     budget = table.budget(target)
     scores = [torch.rand(h) for h in WIDTHS]
     found = select(
@@ -109,14 +110,37 @@ def test_uniform_selection_takes_the_largest_share_within_the_latency(target: fl
         assert table.hidden_ms([int(w) for w in wider]) > budget or share == 1
 
 
+@pytest.mark.parametrize("error", [0.8, 1.2])
+def test_a_wrong_level_is_corrected_at_the_widths_chosen(error: float) -> None:
+    table = a_table(error)
+    assert abs(table.level / LEVEL - 1) > 0.1
+    scores = [torch.rand(h) for h in WIDTHS]
+
+    def widths_at(budget: float) -> list[int]:
+        return select(scores, budget, prices=table.prices, round_to=8, min_keep=8).widths
+
+    timed = []
+
+    def whole(widths: Sequence[int]) -> Latency:
+        timed.append(list(widths))
+        return pair(true_ms(WIDTHS), true_ms(widths))
+
+    correct(table, 0.75, widths_at, whole)
+    assert table.level == pytest.approx(LEVEL)
+    assert len(timed) == 2
+    assert true_ms(widths_at(table.budget(0.75))) <= 0.75 * true_ms(WIDTHS) * (1 + 1e-3)
+    correct(table, 0.75, widths_at, whole)  # nothing is left to correct
+    assert len(timed) == 3
+
+
 def test_noise_in_the_table_never_makes_a_wider_block_cheaper() -> None:
     noisy = WidthLatency([16, 32, 64], [0.9, 0.5, 2.0], [0.0] * 3, 17, 32, 1, 2, "cpu")
-    table = build_table(noisy, [[16, 32, 48, 64]], [64], 0.5, lambda narrow: pair(4.0, 3.0))
+    table = build_table(noisy, [[16, 32, 48, 64]], [64], lambda narrow: pair(4.0, 3.0))
     assert sorted(table.prices[0].values()) == list(table.prices[0].values())
 
 
 def test_a_machine_on_which_narrower_is_not_faster_is_said_to_be_one() -> None:
-    table = build_table(ALONE, [[16, 32, 64]], [64], 0.5, lambda narrow: pair(4.0, 4.2))
+    table = build_table(ALONE, [[16, 32, 64]], [64], lambda narrow: pair(4.0, 4.2))
     assert table.level == 1.0
     assert "narrower blocks are not faster" in table.warnings[0]
 

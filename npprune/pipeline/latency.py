@@ -3,6 +3,7 @@
 One block's MLP is timed alone at several widths: that gives the shape of the price list. Timed
 alone its weights stay in the cache, so the level comes from whole networks: the dense one and one
 of narrower blocks, exported and timed in turn. What is left of the dense time is not prunable.
+Then the widths that the budget leads to are timed as a network too, and the level corrected.
 """
 
 from __future__ import annotations
@@ -31,9 +32,12 @@ from npprune.records import Latency, Plan, Preprocessing, to_dict
 
 STAGE = "latency"
 LATENCY_TOLERANCE = 0.05  # of the latency asked for
+FIRST_SHARE = 0.4  # of all widths, in the network that gives the level first
+CORRECTIONS = 2  # of the level, at most
+CLOSE = 0.02  # foreseen and measured latency need no correction
 WIDTHS = 8  # timed between the least and the full one
 WIDTH_SECONDS = 0.5  # for each of them, at least
-PAIR_SECONDS = 2.0  # for two whole networks, at least
+PAIR_SECONDS = 3.0  # for two whole networks, at least
 STEPS = 10_000  # prices are multiples of this part of the dense latency: the solver stays exact
 
 
@@ -83,9 +87,12 @@ class DenseTimer:
 
 @dataclass
 class LatencyTable:
-    """Milliseconds of each block's MLP at each width it may take, inside the whole network."""
+    """Milliseconds of each block's MLP at each width it may take.
 
-    prices: list[dict[int, float]]  # per block
+    `prices`: per block, inside the whole network, which is what a budget buys.
+    """
+
+    alone: list[dict[int, float]]  # per block, timed alone
     dense_ms: float  # the whole dense network, one batch
     dense_widths: list[int]
     batch: int = 1
@@ -94,6 +101,34 @@ class LatencyTable:
     level: float = 1.0  # milliseconds inside the network over those alone
     alone_ms: dict[int, float] = field(default_factory=dict)  # as timed, width -> milliseconds
     warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._price()
+
+    def _price(self) -> None:
+        unit = self.dense_ms / STEPS
+        self.prices = [
+            {w: max(1, round(self.level * ms / unit)) * unit for w, ms in row.items()}
+            for row in self.alone
+        ]
+
+    def set_level(self, widths: Sequence[int], pair: Latency) -> None:
+        """The level at which the table foresees what `pair` measured at these widths."""
+        dense = sum(row[w] for row, w in zip(self.alone, self.dense_widths, strict=True))
+        narrow = sum(row[w] for row, w in zip(self.alone, widths, strict=True))
+        saved = self.dense_ms * (1 - pair.ratio)
+        if saved > 0 and dense > narrow:
+            self.level = saved / (dense - narrow)
+            self._price()
+            return
+        self.warnings.append(
+            f"a network of widths {min(widths)} to {max(widths)} took {pair.ratio:.2f} x the "
+            "dense latency: on this machine, at this batch size, narrower blocks are not faster"
+        )
+
+    def foreseen_ms(self, widths: Sequence[int]) -> float:
+        """The whole network at these widths."""
+        return self.fixed_ms + self.hidden_ms(widths)
 
     @property
     def fixed_ms(self) -> float:
@@ -126,74 +161,123 @@ class LatencyTable:
         return min(goal - self.fixed_ms, self.hidden_ms(self.dense_widths))
 
 
-def measure_table(
-    timer: DenseTimer,
-    model: nn.Module,
-    widths: Sequence[int],
-    settings: PruneSection,
-    emit: Emit,
-) -> LatencyTable:
-    """Time one MLP at several widths, and two whole networks to know the level.
+class LatencyTarget:
+    """A latency asked for: its price list, and the runtime it is timed on. A context."""
 
-    Raises:
-        ModelError: the network's sizes cannot be read.
-    """
-    sizes = model_sizes(model)
-    allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
-    emit(Event(STAGE, f"timing a block's MLP at several widths, batch {timer.batch}"))
-    alone = measure_width_latency(
-        sizes.width,
-        _grid(sorted({w for row in allowed for w in row})),
-        tokens=sizes.tokens,
-        batch=timer.batch,
-        threads=timer.threads,
-        provider=timer.provider,
-        min_seconds=WIDTH_SECONDS,
-    )
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        widths: Sequence[int],
+        settings: PruneSection,
+        emit: Emit,
+    ) -> None:
+        """Time one MLP at several widths, and two whole networks to know the level."""
+        self.model, self.dense_widths, self.emit = model, list(widths), emit
+        self.target = settings.target_latency or 1.0
+        sizes = model_sizes(model)
+        allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
+        self.timer = DenseTimer(
+            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
+        )
+        try:
+            emit(Event(STAGE, f"timing a block's MLP at several widths, batch {self.timer.batch}"))
+            alone = measure_width_latency(
+                sizes.width,
+                _grid(sorted({w for row in allowed for w in row})),
+                tokens=sizes.tokens,
+                batch=self.timer.batch,
+                threads=self.timer.threads,
+                provider=self.timer.provider,
+                min_seconds=WIDTH_SECONDS,
+            )
+            self.table = build_table(alone, allowed, widths, self._at)
+        except BaseException:
+            self.timer.__exit__(None, None, None)
+            raise
 
-    def whole(narrow: Sequence[int]) -> Latency:
-        emit(Event(STAGE, "timing whole networks"))
-        plan = Plan(keep=[list(range(w)) for w in narrow], widths=list(widths))
-        return timer.beside(apply_plan(model, plan))
+    def __enter__(self) -> LatencyTarget:
+        return self
 
-    return build_table(alone, allowed, widths, settings.target_latency or 1.0, whole)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.timer.__exit__(kind, error, trace)
+
+    def correct(self, widths_at: Callable[[float], list[int]]) -> None:
+        """See `correct`."""
+        correct(self.table, self.target, widths_at, self._at)
+
+    def check(self, model: nn.Module, widths: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+        """Time what was made; see `outcome`."""
+        measured = self.timer.beside(model)
+        record, warnings = outcome(self.table, self.target, widths, measured)
+        self.emit(
+            Event(
+                STAGE,
+                f"{measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
+                f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
+                f"{measured.provider}",
+            )
+        )
+        return record, warnings
+
+    def _at(self, widths: Sequence[int]) -> Latency:
+        """The network with its blocks at other widths; which neurons stay does not matter."""
+        said = f"timing a network of widths {min(widths)} to {max(widths)} beside the dense one"
+        self.emit(Event(STAGE, said))
+        plan = Plan(keep=[list(range(w)) for w in widths], widths=self.dense_widths)
+        return self.timer.beside(apply_plan(self.model, plan))
 
 
 def build_table(
     alone: WidthLatency,
     allowed: Sequence[Sequence[int]],
     widths: Sequence[int],
-    target: float,
     whole: Callable[[Sequence[int]], Latency],
 ) -> LatencyTable:
     """Prices from the MLP timed alone, at the level of the whole network.
 
-    `whole(narrow)` times the dense network and one with every block at `narrow` in turn. The
-    narrow one is near the target, so that what is foreseen there is nearly what was measured.
+    `whole(widths)` times the dense network and one of other widths in turn.
     """
     rows = [_rising({w: alone.at(w) for w in row}) for row in allowed]
-    table = LatencyTable(rows, 0.0, list(widths), alone.batch, alone.threads, alone.provider)
-    table.alone_ms = dict(zip(alone.widths, alone.ms, strict=True))
-    dense = table.hidden_ms(widths)
-    share = min(max(target, 0.25), 0.75) if target <= 1 else 0.5
-    narrow = [_nearest(row, share * h) for row, h in zip(allowed, widths, strict=True)]
+    narrow = [_nearest(row, FIRST_SHARE * h) for row, h in zip(allowed, widths, strict=True)]
     pair = whole(narrow)
-    table.dense_ms = pair.dense_ms
-    saved, foreseen = pair.dense_ms * (1 - pair.ratio), dense - table.hidden_ms(narrow)
-    if saved > 0 and foreseen > 0:
-        table.level = saved / foreseen
-    else:
-        table.warnings.append(
-            f"the network at widths {min(narrow)} to {max(narrow)} took {pair.ratio:.2f} x the "
-            "dense latency: on this machine, at this batch size, narrower blocks are not faster"
-        )
+    table = LatencyTable(
+        rows, pair.dense_ms, list(widths), alone.batch, alone.threads, alone.provider
+    )
+    table.alone_ms = dict(zip(alone.widths, alone.ms, strict=True))
+    table.set_level(narrow, pair)
     if (noisy := noise_warning(pair)) is not None:
         table.warnings.append(noisy)
-    unit = table.dense_ms / STEPS
-    table.prices = [
-        {w: max(1, round(table.level * ms / unit)) * unit for w, ms in row.items()} for row in rows
-    ]
     return table
+
+
+def correct(
+    table: LatencyTable,
+    target: float,
+    widths_at: Callable[[float], list[int]],
+    whole: Callable[[Sequence[int]], Latency],
+) -> None:
+    """Set the level anew from the widths that the budget leads to, until they are as foreseen.
+
+    `widths_at(budget)`: the widths that selection takes.
+
+    Raises:
+        GateError: the target cannot be reached.
+    """
+    for _ in range(CORRECTIONS):
+        widths = widths_at(table.budget(target))
+        if list(widths) == table.dense_widths:
+            return
+        pair = whole(widths)
+        foreseen = table.foreseen_ms(widths) / table.dense_ms
+        if abs(pair.ratio / foreseen - 1) <= CLOSE:
+            return
+        table.set_level(widths, pair)
 
 
 def outcome(
@@ -203,7 +287,7 @@ def outcome(
 
     `latency`: the pruned network beside the dense one.
     """
-    foreseen = table.fixed_ms + table.hidden_ms(widths)
+    foreseen = table.foreseen_ms(widths)
     share = target <= 1
     asked = target if share else target / latency.dense_ms
     measured = latency.ratio if share else latency.pruned_ms / latency.dense_ms

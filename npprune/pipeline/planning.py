@@ -162,12 +162,15 @@ class Planner:
         sizes = self.sizes()
         return [float(neuron_price(sizes, l, kind)) for l in range(len(self.view.widths))]  # type: ignore[arg-type]
 
+    def select(self, budget: float) -> Selection:
+        """The kept neurons of every block within the budget."""
+        if self.settings.selection == "measured":
+            return self._measured(budget)
+        return self._select(budget, None)
+
     def at(self, budget: float) -> Chosen:
         """The kept neurons of every block within the budget, and their compensation."""
-        if self.settings.selection == "measured":
-            selection = self._measured(budget)
-        else:
-            selection = self._select(budget, None)
+        selection = self.select(budget)
         with self._timed("compensation"):
             layers, lost, conditions = self._compensate(selection.keep)
         kept_paths = [

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from npprune.core import metrics
-from npprune.core.view import VitView
 from npprune.errors import GateError, UsageError
 from npprune.models.info import model_info, model_sizes, state
 from npprune.models.surgery import apply_plan, check_prunable, set_fc2
@@ -23,7 +22,7 @@ from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
-from npprune.pipeline.latency import DenseTimer, LatencyTable, measure_table, outcome
+from npprune.pipeline.latency import LatencyTarget
 from npprune.pipeline.planning import Chosen, Planner, check_criterion
 from npprune.pipeline.prepare import HELD_OUT, Held, calibration_images, origin, read_paths
 from npprune.pipeline.results import add_command
@@ -100,11 +99,17 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     batches = list(calibration)
     with ExitStack() as held:
-        timer, table = _latency(network, images, view, settings, held, emit)
+        latency = None
+        if settings.target_latency is not None:
+            latency = held.enter_context(
+                LatencyTarget(network.model, images.preprocessing, view.widths, settings, emit)
+            )
         planner = Planner(
             view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit,
-            latency=table,
+            latency=latency.table if latency is not None else None,
         )  # fmt: skip
+        if latency is not None:
+            latency.correct(lambda budget: planner.select(budget).widths)
 
         def attempt(budget: float) -> Attempt:
             chosen = planner.at(budget)
@@ -113,8 +118,10 @@ def prune(
             return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
 
         done = _within(attempt, planner, settings, emit)
-        if timer is not None and table is not None and not dry_run:
-            _check_latency(done, timer, table, settings, emit)
+        if latency is not None and not dry_run:
+            record, warnings = latency.check(done.model, done.plan.kept_widths)
+            done.chosen.details["latency"] = record
+            done.chosen.warnings[:0] = warnings
     plan, smaller = done.plan, done.model
     used = len(calibration) + len(held_out)
     summary = _summary(settings, done, images, used, time.perf_counter() - started)
@@ -147,45 +154,6 @@ def _has_budget(settings: PruneSection) -> bool:
     s = settings
     budgets = (s.keep, s.target_params, s.target_macs, s.target_latency)
     return any(v is not None for v in budgets)
-
-
-def _latency(
-    network: Network,
-    images: Images,
-    view: VitView,
-    settings: PruneSection,
-    held: ExitStack,
-    emit: Emit,
-) -> tuple[DenseTimer | None, LatencyTable | None]:
-    """The dense network ready to be timed, and the price list; None where no latency is asked."""
-    if settings.target_latency is None:
-        return None, None
-    timer = held.enter_context(
-        DenseTimer(
-            network.model, images.preprocessing,
-            batch=settings.latency_batch, threads=settings.latency_threads,
-        )
-    )  # fmt: skip
-    return timer, measure_table(timer, network.model, view.widths, settings, emit)
-
-
-def _check_latency(
-    done: Attempt, timer: DenseTimer, table: LatencyTable, settings: PruneSection, emit: Emit
-) -> None:
-    """Time what was made, and put it beside what was asked for."""
-    assert settings.target_latency is not None
-    measured = timer.beside(done.model)
-    record, warnings = outcome(table, settings.target_latency, done.plan.kept_widths, measured)
-    done.chosen.details["latency"] = record
-    done.chosen.warnings[:0] = warnings
-    emit(
-        Event(
-            STAGE,
-            f"latency {measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
-            f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
-            f"{measured.provider}",
-        )
-    )
 
 
 @dataclass
