@@ -29,7 +29,8 @@ from npprune.pipeline.events import Event
 from npprune.pipeline.found import divide, open_found
 from npprune.pipeline.inputs import open_images, open_network
 from npprune.pipeline.results import render_report
-from npprune.recipe import DataSection, DiscoverSection, ModelSection
+from npprune.pipeline.run import run_recipe
+from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, load_recipe
 from npprune.recipe.sections import EditSection
 from npprune.records import Analysis, Plan
 from npprune.store.runs import RunFolder
@@ -364,6 +365,34 @@ def test_pictures_name_followers_and_leavers(run: Path) -> None:
 
 
 # ---------------------------------------------------------------- command line and report
+
+
+def test_a_recipe_may_end_with_the_paths(world: Path, tmp_path: Path) -> None:
+    recipe = Recipe(
+        name="paths_only",
+        model=ModelSection(name=str(world / "dense")),
+        data=DataSection(train=f"folder:{world / 'images'}"),
+        discover=DiscoverSection(points=1),
+        prune=None,
+    )
+    result = run_recipe(recipe, root=tmp_path)
+    assert result.discovery is not None
+    assert result.variants == []
+    assert (tmp_path / "reports" / "paths_only" / "report.html").is_file()
+    assert not (tmp_path / "ckpt").exists()
+    with pytest.raises(UsageError, match="needs `discover` or `prune`"):
+        run_recipe(recipe.model_copy(update={"discover": None}), root=tmp_path)
+
+
+def test_the_papers_recipes_end_with_the_paths() -> None:
+    for name, scope in (("vit_b16", "cls"), ("vit_b32", "cls"), ("vit_l32", "cls"),
+                        ("mae_b16", "patch")):  # fmt: skip
+        recipe = load_recipe(f"paper_{name}", ["data.preprocessing=released"])
+        assert recipe.prune is None
+        assert recipe.discover is not None
+        assert (recipe.discover.points, recipe.discover.quadrature) == (20, "left-riemann")
+        assert recipe.discover.scope == scope
+        assert recipe.data.images_per_class == 50
 
 
 @pytest.fixture

@@ -30,13 +30,18 @@ def run_recipe(
 
     Writes `reports/<name>/` and `ckpt/<name>/`; with a `heal` section `ckpt/<name>_healed/` too,
     which is then what is exported. Running again resumes: paths that were found
-    before are kept.
+    before are kept. With `prune: null` it ends with the paths and their report.
 
     Raises:
         NpPruneError: what a stage raises; GateError where a gate failed.
     """
     run, checkpoint = root / "reports" / recipe.name, root / "ckpt" / recipe.name
-    if recipe.data.val is None:
+    if recipe.prune is None and recipe.discover is None:
+        raise UsageError(
+            "a recipe needs `discover` or `prune`, and both are null",
+            hint="`--set discover.topk=1` finds paths",
+        )
+    if recipe.data.val is None and recipe.prune is not None:
         raise UsageError(
             "`data.val` is needed: the images to evaluate on",
             hint="add it to the recipe, or `--set data.val=folder:PATH`",
@@ -61,6 +66,10 @@ def run_recipe(
         if dry_run:
             return found
         source = run
+        if recipe.prune is None:
+            render_report(run)
+            return RunFolder(run).read_result()
+    assert recipe.prune is not None
     emit(Event("prune", f"recipe {recipe.name}"))
     prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
     evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)

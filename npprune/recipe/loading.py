@@ -60,7 +60,7 @@ def _check(recipe: Recipe, places: dict[Place, str]) -> None:
             f"({place_of(places, ('name',))})",
             hint="no `/`, and no `.` or blank in front",
         )
-    budgets = [b for b in _BUDGETS if getattr(recipe.prune, b) is not None]
+    budgets = [b for b in _BUDGETS if getattr(recipe.prune, b, None) is not None]
     if len(budgets) > 1:
         raise RecipeError(
             f"`prune` takes one budget, got `{budgets[0]}` and `{budgets[1]}`"

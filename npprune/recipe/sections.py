@@ -195,7 +195,7 @@ class Recipe(Section):
     model: ModelSection
     data: DataSection = Field(default_factory=DataSection)
     discover: DiscoverSection | None = Field(default_factory=DiscoverSection)
-    prune: PruneSection = Field(default_factory=PruneSection)
+    prune: PruneSection | None = Field(default_factory=PruneSection)  # None: paths only
     heal: HealSection | None = None
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     export: ExportSection | None = Field(default_factory=ExportSection)
