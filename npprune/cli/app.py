@@ -24,6 +24,7 @@ from npprune.cli import (
     evaluate,
     export,
     heal,
+    paths,
     predict,
     prune,
     report,
@@ -74,8 +75,8 @@ def _root(
 for _name, _module in (
     ("discover", discover),
     ("prune", prune),
-    ("eval", evaluate),
     ("heal", heal),
+    ("eval", evaluate),
     ("export", export),
     ("bench", bench),
     ("predict", predict),
@@ -87,6 +88,7 @@ for _name, _module in (
     ("env", env),
 ):
     app.command(_name, epilog=_module.EXAMPLES)(_module.command)
+app.add_typer(paths.app, name="paths")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.inputs import PREPROCESSING, Images, Network
 from npprune.pipeline.planning import Paths
 from npprune.recipe import DataSection, ModelSection, load_recipe
+from npprune.records import UNKNOWN_WEIGHTS
 from npprune.store.paths import PathStore, PathTable
 from npprune.store.runs import RunFolder
 

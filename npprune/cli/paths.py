@@ -1,0 +1,124 @@
+"""`npprune paths`: the paper's files from a run folder, and a run folder from the paper's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from npprune.cli import flags, options
+from npprune.cli.console import Output
+from npprune.cli.options import RUN, argument, choice, option, required
+from npprune.errors import UsageError
+from npprune.report import text
+
+FILES = "Files"
+
+EXAMPLES = """\
+Examples
+
+  npprune paths export reports/vit_base --out neuron_path \\
+    --baseline reports/vit_base_activation
+
+  npprune paths import neuron_path vit_base_patch16_224 --out reports/paper
+
+The files are named imgnet_all-LABEL.rlt.jsonl, as those of the paper's released program.
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    help="Exchange paths with the paper's own files.",
+)
+
+
+@app.command("export", epilog=EXAMPLES)
+def export_command(
+    run: Annotated[Path, argument("RUN", "a run folder of npprune discover")],
+    *,
+    out: Annotated[Path, required(RUN, "--out", "FOLDER", "where the files go, one a class")],
+    baseline: Annotated[
+        Path | None,
+        option(FILES, "--baseline", "RUN", "of method activation: `base` and `base_score`"),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        choice(
+            FILES,
+            "--layout",
+            "a line is a class or an image \\[default: as the paper's]",
+            "batch",
+            "image",
+        ),
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Write a run's paths as the paper's files: for its notebooks.
+
+    Scores are the joint attribution scores themselves; for average-pooled networks the paper's
+    program divides them by 196.
+    """
+    if layout not in (None, "batch", "image"):
+        raise UsageError(f"`--layout` must be one of `batch`, `image`, got `{layout}`")
+    flags.out_folder(out)
+
+    from npprune.pipeline.released import export_released
+
+    output = Output(as_json=as_json)
+    with output.working():
+        files = export_released(run, out, baseline=baseline, layout=layout)  # type: ignore[arg-type]
+    output.files([("files", f"{len(files)} in {out}"), ("first", str(files[0]))])
+    output.document("paths", {"folder": str(out), "files": [path.name for path in files]})
+
+
+@app.command("import", epilog=EXAMPLES)
+def import_command(
+    ctx: typer.Context,
+    files: Annotated[Path, argument("FOLDER", "with imgnet_all-LABEL.rlt.jsonl")],
+    model: options.Model,
+    *,
+    checkpoint: options.Checkpoint = None,
+    num_heads: options.NumHeads = None,
+    img_size: options.ImgSize = None,
+    num_classes: options.NumClasses = None,
+    baseline: Annotated[
+        bool,
+        option(FILES, "--baseline", None, "take the Activation baseline's paths, `base`"),
+    ] = False,
+    out: Annotated[Path, required(RUN, "--out", "FOLDER", "the run folder, e.g. reports/NAME")],
+    as_json: options.Json = False,
+) -> None:
+    """Make a run folder of the paper's files, to report and analyze.
+
+    The files do not say of which weights they are. Without --checkpoint MODEL is the architecture
+    alone (nothing is downloaded), and `npprune prune` refuses the run. Results of edits hold
+    predictions, not scores of paths, and are refused.
+    """
+    network = flags.model_section(model, ctx.params)
+    folder = flags.out_folder(out)
+
+    from npprune.pipeline.released import import_released
+
+    output = Output(as_json=as_json)
+    with output.working() as emit:
+        result = import_released(
+            files, network, folder,
+            baseline=baseline, emit=emit, command=flags.command_line(ctx),
+        )  # fmt: skip
+    from npprune.records import UNKNOWN_WEIGHTS, to_dict
+
+    output.document("result", to_dict(result))
+    found, known = result.discovery, result.model.source.sha256
+    assert found is not None
+    output.files(
+        [
+            ("model", result.model.source.architecture),
+            ("weights", known if known == UNKNOWN_WEIGHTS else f"sha256 {known[:12]}..."),
+            ("images", text.data(found.data)),
+            ("method", found.method),
+            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
+            ("run folder", str(folder)),
+        ]
+    )
+    output.line(f"\nnext: npprune report {folder}")

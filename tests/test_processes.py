@@ -1,0 +1,229 @@
+"""Several processes on one run: the same bits as one, one message where it fails, resumable."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from discovering import COUNTS, World, make_world
+
+from npprune.cli import app
+from npprune.pipeline import discover as stage
+from npprune.pipeline.processes import Processes
+from npprune.records import Manifest, from_json
+from npprune.store.runs import RunFolder
+
+FORK = multiprocessing.get_context("fork")
+PATIENCE = 60.0  # seconds; what hangs is a failure
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+def command(world: World, *more: str, out: str = "run") -> list[str]:
+    return [
+        "discover", "auto", "--checkpoint", str(world.root / "w.safetensors"), "--num-heads", "3",
+        "--data", f"folder:{world.images}", "--topk", "2", "--batch-size", "4",
+        "--shard-size", "8", "--device", "cpu", "--out", str(world.root / out), *more,
+    ]  # fmt: skip
+
+
+class Team:
+    """Processes as torchrun starts them, without its start-up time; texts go to files."""
+
+    def __init__(self, root: Path, args: list[str], count: int = 2) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.root = root
+        self.ranks = [
+            FORK.Process(target=self._rank, args=(args, rank, count, port)) for rank in range(count)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def _rank(self, args: list[str], rank: int, count: int, port: int) -> None:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        os.environ.update({name: str(value) for name, value in values.items()})
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        sys.stdout = open(self.root / f"out{rank}", "w")  # noqa: SIM115
+        sys.stderr = open(self.root / f"err{rank}", "w")  # noqa: SIM115
+        code = app.run_app(args)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def end(self) -> list[int | None]:
+        """The exit codes; a rank that hangs is a failure."""
+        for process in self.ranks:
+            process.join(PATIENCE)
+        hung = [process for process in self.ranks if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung
+        return [process.exitcode for process in self.ranks]
+
+    def text(self, name: str) -> str:
+        return (self.root / name).read_text()
+
+
+def test_two_processes_give_the_bits_of_one(world: World) -> None:
+    world.discover("one")
+    (world.images / "class_1" / "notes.txt").write_text("not an image")
+    team = Team(world.root, command(world, "--json"))
+    assert team.end() == [0, 0], team.text("err0") + team.text("err1")
+    assert world.files() == world.files("one")
+    result = json.loads(team.text("out0"))
+    assert result["discovery"]["images"] == sum(COUNTS)
+    assert result["discovery"]["timing"]["images"] == sum(COUNTS)
+    assert result["discovery"]["timing"]["processes"] == 2
+    assert team.text("out1") == team.text("err1") == ""  # only rank 0 talks
+    one, two = (
+        from_json(Manifest, RunFolder(world.root / name).manifest_path.read_text())
+        for name in ("one", "run")
+    )
+    assert one.settings_sha256 == two.settings_sha256
+
+
+def test_more_processes_than_shards(world: World) -> None:
+    world.discover("one", shard_size=64)
+    team = Team(world.root, command(world, "--shard-size", "64"), count=3)
+    assert team.end() == [0, 0, 0], team.text("err0")
+    assert world.files() == world.files("one")
+
+
+def test_one_of_two_killed_ends_both_and_the_same_command_resumes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.discover("one")
+    find = stage.find_paths
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return find(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "find_paths", slow)
+        team = Team(world.root, command(world))
+        first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
+        deadline = time.monotonic() + PATIENCE
+        while not first.is_file() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        team.ranks[1].kill()
+        assert team.end() == [2, -9]
+    assert "bug" not in team.text("err0")
+    partial = world.files()
+    assert "00001.json" in partial
+    assert "00003.json" not in partial
+    team = Team(world.root, command(world))
+    assert team.end() == [0, 0], team.text("err0")
+    assert world.files() == world.files("one")
+
+
+@pytest.mark.parametrize("holder", [True, False])
+def test_what_rank_0_finds_wrong_ends_all_with_one_message(world: World, holder: bool) -> None:
+    folder = RunFolder(world.root / "run")
+    started = time.monotonic()
+    if holder:
+        with folder.lock():
+            team = Team(world.root, command(world))
+            codes = team.end()
+        message = "is in use by process"
+    else:
+        world.discover(topk=1)
+        team = Team(world.root, command(world))
+        codes = team.end()
+        message = "belongs to a run of other settings: `topk`: 1 -> 2"
+    assert codes == [2, 2]
+    assert time.monotonic() - started < 30
+    assert team.text("err0").count("error: ") == 1
+    assert message in team.text("err0")
+    assert team.text("err1") == ""
+
+
+def test_what_every_rank_finds_wrong_is_said_once(world: World) -> None:
+    team = Team(world.root, command(world, "--topk", "4000"))
+    assert team.end() == [2, 2]
+    assert "error: `--topk` must be at most 48" in team.text("err0")
+    assert team.text("err1") == ""
+
+
+def test_what_only_rank_1_finds_wrong_is_said_by_it(world: World) -> None:
+    (world.images / "class_1" / "5.png").write_bytes(b"not an image")  # in shard 1
+    team = Team(world.root, command(world, "--on-bad-image", "error"))
+    assert team.end() == [2, 2]
+    assert "[rank 1] error: " in team.text("err1")
+    assert "class_1/5.png" in team.text("err1")
+    assert "error: " not in team.text("err0")
+
+
+def test_one_process_alone_waits_for_nobody() -> None:
+    alone = Processes()
+    assert alone.on_first(lambda: 3) == alone.together(lambda: 3) == 3
+    assert alone.sums([1.0, 2.0]) == [1.0, 2.0]
+    assert alone.device("auto") == "auto"
+
+
+# ---------------------------------------------------------------- torchrun itself
+
+
+def torchrun(world: World, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "npprune",
+        *command(world, *more),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun(world: World) -> None:
+    world.discover("one")
+    done = finish(world, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["discovery"]["images"] == sum(COUNTS)
+    assert world.files() == world.files("one")
+    before = world.files()
+    done = finish(world, "--batch-size", "8")
+    assert done.returncode != 0
+    assert done.stderr.count("error: `") == 1
+    assert world.files() == before
+
+
+@pytest.mark.slow
+def test_torchrun_with_one_process_killed(world: World) -> None:
+    slow = ("--points", "128")
+    world.discover("one", points=128)
+    job = subprocess.Popen(torchrun(world, *slow), stderr=subprocess.PIPE, text=True)
+    first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
+    deadline = time.monotonic() + PATIENCE
+    while not first.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = psutil.Process(job.pid).children()
+    victim = next(p for p in children if p.environ().get("RANK") == "1")
+    victim.suspend()  # until a second job was refused
+    second = finish(world, *slow)
+    assert second.returncode != 0
+    assert second.stderr.count("is in use by process") == 1
+    victim.kill()
+    _, said = job.communicate(timeout=PATIENCE)
+    assert job.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said
+    assert "bug" not in said
+    assert len(world.files()) < len(world.files("one"))
+    assert finish(world, *slow).returncode == 0
+    assert world.files() == world.files("one")
+
+
+def finish(world: World, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(torchrun(world, *more), capture_output=True, text=True, timeout=180)
