@@ -183,15 +183,13 @@ class _Walk:
     def probability(self, x: Tensor, l: int) -> Tensor:
         """p [mb] of each row's own label, from the stream before block l."""
         for block in range(l, self.last + 1):
-            x = self.view.block(block, x, given=self.unread(block, x))
+            x = self.view.block(block, x, cls_only=self.cls_only(block))
         p = self.view.head(x).softmax(-1)
         return p.gather(1, self.labels.repeat(self.m)[:, None])[:, 0]
 
-    def unread(self, l: int, x: Tensor) -> tuple[slice, Tensor] | None:
+    def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
-        if l < self.last or self.view.scope != "cls":
-            return None
-        return slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
+        return l == self.last and self.view.scope == "cls"
 
     def settled(self, l: int, w: Tensor, chosen: Tensor) -> Tensor:
         """The MLP's output [mb, s, d] with the chosen units at alpha * w, the others at w."""
@@ -251,7 +249,7 @@ class _TangentWalk(_Walk):
         self.at = l
 
         def block(x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.view.block_and_attention(l, x, given=self.unread(l, x))
+            return self.view.block_and_attention(l, x, cls_only=self.cls_only(l))
 
         with torch.no_grad():
             if self.dx is None:

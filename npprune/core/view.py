@@ -49,17 +49,25 @@ class VitView(Protocol):
         ...
 
     def block(
-        self, l: int, x: Tensor, *, edit: HiddenEdit | None = None, given: Given | None = None
+        self,
+        l: int,
+        x: Tensor,
+        *,
+        edit: HiddenEdit | None = None,
+        given: Given | None = None,
+        cls_only: bool = False,
     ) -> Tensor:
         """Block l on the stream [b, t, d].
 
         `edit` maps the hidden activations before `fc2` sees them. `given` is (tokens, output
-        [b, s, d]): the MLP's output at those tokens, which is then not computed there.
+        [b, s, d]): the MLP's output at those tokens, which is then not computed there. With
+        `cls_only` just the class token of the result counts, and only its query and MLP are
+        computed: right for the last block under class-token pooling.
         """
         ...
 
     def block_and_attention(
-        self, l: int, x: Tensor, *, given: Given | None = None
+        self, l: int, x: Tensor, *, given: Given | None = None, cls_only: bool = False
     ) -> tuple[Tensor, Tensor]:
         """As `block`, and the output of the block's attention module [b, t, d] beside it."""
         ...

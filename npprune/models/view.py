@@ -8,11 +8,13 @@ masks). A hook on `fc2`'s input reads and edits the neurons.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from npprune.core.view import Given, HiddenEdit, Scope
 from npprune.errors import ModelError
@@ -79,16 +81,25 @@ class TimmView:
             )
 
     def block(
-        self, l: int, x: Tensor, *, edit: HiddenEdit | None = None, given: Given | None = None
+        self,
+        l: int,
+        x: Tensor,
+        *,
+        edit: HiddenEdit | None = None,
+        given: Given | None = None,
+        cls_only: bool = False,
     ) -> Tensor:
         if not self._calls:
             raise RuntimeError("call `embed` first: it records what the blocks are called with")
         args, kwargs = self._calls[l]
-        with self._edited(l, edit), self._given(l, given):
+        if cls_only:
+            given = slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
+        one_query = _FirstQueryOnly() if cls_only else nullcontext()
+        with self._edited(l, edit), self._given(l, given), one_query:
             return self.blocks[l](x, *args, **kwargs)  # type: ignore[no-any-return]
 
     def block_and_attention(
-        self, l: int, x: Tensor, *, given: Given | None = None
+        self, l: int, x: Tensor, *, given: Given | None = None, cls_only: bool = False
     ) -> tuple[Tensor, Tensor]:
         seen: list[Tensor] = []
 
@@ -97,7 +108,7 @@ class TimmView:
 
         handle = self.blocks[l].attn.register_forward_hook(keep)
         try:
-            y = self.block(l, x, given=given)
+            y = self.block(l, x, given=given, cls_only=cls_only)
         finally:
             handle.remove()
         return y, seen[0]
@@ -145,6 +156,22 @@ class TimmView:
 
         with _replaced(mlp, "forward", forward):
             yield
+
+
+class _FirstQueryOnly(TorchFunctionMode):
+    """Attention answers the first token alone; the others get zeros. With a mask: all."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention or len(args) != 3 or kwargs.get("is_causal"):
+            return func(*args, **kwargs)
+        q, k, v = args
+        if kwargs.get("attn_mask") is not None:
+            return func(q, k, v, **kwargs)
+        first = func(q[:, :, :1], k, v, **kwargs)
+        return torch.cat([first, first.new_zeros(1, 1, 1, 1).expand(*v[:, :, 1:].shape)], 2)
 
 
 def make_view(model: nn.Module) -> TimmView:
