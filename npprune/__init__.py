@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from npprune._version import __version__
 
 __all__ = ["PathBatch", "Plan", "__version__", "apply_plan", "discover_paths", "load_model"]
 

@@ -130,6 +130,7 @@ class ModelSource:
 
 UNKNOWN_WEIGHTS = "unknown"  # of imported paths: equal to no network's hash
 
+
 @dataclass
 class ModelInfo:
     """What a network is and what it costs. MACs: multiply-accumulates of one image."""

@@ -31,7 +31,7 @@ HINTS = {
     "--target-macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a thousand million",
     "--target-latency": "`0.6` asks for 60 % of the dense latency, `4.5` for 4.5 milliseconds",
     "--crop-pct": "`0.9` crops the middle 90 % of the resized image's side",
-    "--max-drop": "`1.0` allows top-1 to fall by one point, as predicted on held-out calibration images",
+    "--max-drop": "`1.0` allows top-1 to fall by one point, as predicted on held-out images",
     "--points": "5 points of Gauss-Legendre are as good as 20 of left-Riemann",
 }
 MODEL_FLAGS = ("checkpoint", "num_classes", "img_size", "num_heads", "released_head")

@@ -59,7 +59,8 @@ def attribution(
         chosen = paths[:, block].reshape(-1)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= width):
             raise ValueError(f"block {block}: neurons must lie in 0..{width - 1}")
-        result.append(np.bincount(chosen, weights=weights, minlength=width))
+        summed = np.bincount(chosen, weights=weights, minlength=width)
+        result.append(summed.astype(np.float64))
     return result
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from npprune import __version__
+from npprune._version import __version__
 from npprune.errors import ExportError
 from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, tidy
 from npprune.records import ClassInfo, Preprocessing, to_dict

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from npprune import __version__
+from npprune._version import __version__
 from npprune.errors import DeviceError
 from npprune.records import Environment
 
