@@ -160,6 +160,13 @@ def create(name: str, args: dict[str, Any], **timm_options: Any) -> nn.Module:
             ) from err
 
 
+def load_timm_folder(folder: Path) -> nn.Module:
+    """The network that timm reads from a folder in its own format (`local-dir:`), in evaluation
+    mode, leaving the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+
+
 def _load_auto(
     path: Path, num_classes: int | None, size: tuple[int, int] | None, num_heads: int | None
 ) -> Loaded:

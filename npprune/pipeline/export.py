@@ -29,6 +29,7 @@ from npprune.export.parity import (
 )
 from npprune.export.session import Session
 from npprune.export.staging import publish, sha256, staging
+from npprune.models.load import load_timm_folder
 from npprune.pipeline.evaluate import open_dense
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export_images import ExportImages, read_images, whole_batches
@@ -298,15 +299,13 @@ def _int8_needs(
 
 def _write_timm(subject: _Subject, target: Path) -> ExportRecord:
     """timm's own checkpoint folder, read back by timm and compared before it is moved there."""
-    import timm
-
     network, images = subject.network, subject.read.images
     gate = Gate()
     info = replace(network.info, preprocessing=subject.preprocessing)
     with staging(target) as folder:
         made = folder / "made"
         to_timm(network.model, info, subject.classes, made)
-        loaded = timm.create_model(f"local-dir:{made}", pretrained=True)
+        loaded = load_timm_folder(made)
         expected, found = (torch_logits(m, images) for m in (network.model, loaded))
         rows = [compare_logits(len(images), found, expected)]
         said = failures_of(rows, gate)
