@@ -22,7 +22,7 @@ from pathlib import Path
 def steps(run: str, methods: str, thin: bool) -> list[tuple[str, list[str]]]:
     """(key of the section that a command adds, the command)."""
     k, p, depth = (
-        ("1,10", "0.5,1", "3,12") if thin else ("1,5,10,20,50", "0.1,0.3,0.5,1", "3,6,9,12")
+        ("1,10,50", "0.5,1", "3,12") if thin else ("1,5,10,20,50", "0.1,0.3,0.5,1", "3,6,9,12")
     )
     edit = ["eval", run, "--edit"]
     own = ["--methods", methods]

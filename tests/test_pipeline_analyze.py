@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -450,3 +451,19 @@ def test_wrong_commands_are_told_why(
 ) -> None:
     assert app.run_app([str(world / "run") if a == "RUN" else a for a in args]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = Path(__file__).resolve().parents[1] / "examples" / "paper.ipynb"
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), str(notebook), "exec"), names)
+    out = capsys.readouterr().out
+    for title in ("Joint attribution scores", "Removing", "Keeping only", "Preferred path: 8"):
+        assert title in out
+    assert (tmp_path / "reports" / "paper_digits" / "report.html").is_file()
