@@ -120,6 +120,8 @@ def test_smoothing_takes_noise_out_and_keeps_a_true_parabola() -> None:
     values = [smoothed[w] for w in sorted(smoothed)]
     assert values == sorted(values, reverse=True)
     assert smoothed[96] == 0.0
+    toward = selection.smooth({**{w: true[w] for w in (16, 32, 48, 64)}, 80: 0.0}, [64, 72, 80])
+    assert toward == pytest.approx({64: true[64], 72: true[64] / 2, 80: 0.0})
 
     def wrong(row: dict[int, float]) -> float:
         return sum(math.log(row[w] / true[w]) ** 2 for w in true)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import io
-import multiprocessing
 import random
+import sys
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from discovering import COUNTS, World, make_world
+from discovering import (
+    COUNTS,
+    FORK,
+    World,
+    discover_slowly,
+    large_search,
+    make_world,
+    measure_peaks,
+)
 
 from npprune.data.labels import Labels
 from npprune.data.sources import StreamSource, open_source
@@ -69,22 +76,12 @@ def test_other_shard_sizes_give_the_same_table(world: World) -> None:
         assert list(a.ids) == list(other.ids)
 
 
-def test_sigkill_at_any_moment_then_the_same_bits(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigkill_at_any_moment_then_the_same_bits(world: World) -> None:
     world.discover("whole")
-    find = stage.find_paths
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.1)
-        return find(*args, **kwargs)
-
-    monkeypatch.setattr(stage, "find_paths", slow)
     rng, paths, killed = random.Random(1), world.root / "run" / "paths", 0
-    fork = multiprocessing.get_context("fork")
     for _ in range(8):
         before = stamps(paths)
-        process = fork.Process(target=world.discover)
+        process = FORK.Process(target=discover_slowly, args=(world, 0.1))
         process.start()
         process.join(rng.uniform(0.1, 0.8))
         process.kill()
@@ -342,6 +339,12 @@ def test_out_of_memory_halves_the_images_at_a_time_said_once(
     np.testing.assert_allclose(table.scores, whole.scores, rtol=1e-4, atol=1e-6)
 
 
+def test_the_command_is_remembered_once(world: World) -> None:
+    for _ in range(2):
+        result = world.discover(command="npprune discover x")
+    assert result.commands == ["npprune discover x"]
+
+
 def test_a_memory_limit_is_kept_and_said(world: World) -> None:
     world.discover("whole")
     world.discover(memory=1e-6)
@@ -362,6 +365,20 @@ def test_other_errors_and_one_image_too_large_are_not_hidden() -> None:
         memory.halving(fails(MemoryError()), 8, 8)
     with pytest.raises(RuntimeError, match="can't allocate"):
         memory.halving(fails(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 8, 8)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process's memory")
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: str) -> None:
+    answer = FORK.SimpleQueue()
+    process = FORK.Process(target=measure_peaks, args=(scope, answer))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
+    measured = answer.get()
+    view, images, _ = large_search()
+    fit = memory.images_that_fit(view, images[:1], 5, 8.0, torch.device("cpu"))
+    assert 0.2 < measured / (11 * 8.0 / fit) < 1
 
 
 def test_where_the_time_went(world: World) -> None:

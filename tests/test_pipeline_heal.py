@@ -595,7 +595,7 @@ def test_a_loss_that_is_no_number_ends_with_a_reason(
 
     monkeypatch.setattr(healing, "divergence_at", broken)
     out = half_network.with_name("healed")
-    with pytest.raises(GateError, match="the loss became nan at step 3 of 24") as err:
+    with pytest.raises(GateError, match="the loss became nan at step 4 of 24") as err:
         heal(half_network, DATA, short(), out)
     assert err.value.hint is not None
     assert "a smaller `--lr` than 0.002" in err.value.hint

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from discovering import COUNTS, World, make_world
+from discovering import COUNTS, FORK, World, make_world, run_rank
 
-from npprune.cli import app
-from npprune.pipeline import discover as stage
 from npprune.pipeline.processes import Processes
 from npprune.records import Manifest, from_json
 from npprune.store.runs import RunFolder
 
-FORK = multiprocessing.get_context("fork")
 PATIENCE = 60.0  # seconds; what hangs is a failure
 
 
@@ -42,27 +36,17 @@ def command(world: World, *more: str, out: str = "run") -> list[str]:
 class Team:
     """Processes as torchrun starts them, without its start-up time; texts go to files."""
 
-    def __init__(self, root: Path, args: list[str], count: int = 2) -> None:
+    def __init__(self, root: Path, args: list[str], count: int = 2, pause: float = 0.0) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.root = root
         self.ranks = [
-            FORK.Process(target=self._rank, args=(args, rank, count, port)) for rank in range(count)
+            FORK.Process(target=run_rank, args=(root, args, rank, count, port, pause))
+            for rank in range(count)
         ]
         for process in self.ranks:
             process.start()
-
-    def _rank(self, args: list[str], rank: int, count: int, port: int) -> None:
-        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        os.environ.update({name: str(value) for name, value in values.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-        sys.stdout = open(self.root / f"out{rank}", "w")  # noqa: SIM115
-        sys.stderr = open(self.root / f"err{rank}", "w")  # noqa: SIM115
-        code = app.run_app(args)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
     def end(self) -> list[int | None]:
         """The exit codes; a rank that hangs is a failure."""
@@ -103,25 +87,15 @@ def test_more_processes_than_shards(world: World) -> None:
     assert world.files() == world.files("one")
 
 
-def test_one_of_two_killed_ends_both_and_the_same_command_resumes(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_of_two_killed_ends_both_and_the_same_command_resumes(world: World) -> None:
     world.discover("one")
-    find = stage.find_paths
-
-    def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.3)
-        return find(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(stage, "find_paths", slow)
-        team = Team(world.root, command(world))
-        first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
-        deadline = time.monotonic() + PATIENCE
-        while not first.is_file() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        team.ranks[1].kill()
-        assert team.end() == [2, -9]
+    team = Team(world.root, command(world), pause=0.3)
+    first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
+    deadline = time.monotonic() + PATIENCE
+    while not first.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    team.ranks[1].kill()
+    assert team.end() == [2, -9]
     assert "bug" not in team.text("err0")
     partial = world.files()
     assert "00001.json" in partial

@@ -141,5 +141,6 @@ def command(
         result = discover(
             network, images, settings, folder,
             device=chosen, seed=start, emit=emit, dry_run=dry_run,
+            command=flags.command_line(ctx),
         )  # fmt: skip
     show.discovery(output, result, folder, dry_run=dry_run)

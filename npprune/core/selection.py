@@ -239,23 +239,30 @@ def smooth(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
 
     Harm measured on a hundred images carries noise, and an exact solver exploits it. The least
     squares fit of log harm by a quadratic in the width takes most of it out; where it would rise
-    with the width it is held level. A width measured at 0 (the full one) stays 0. With fewer than
-    four positive entries: `interpolate`.
+    with the width it is held level. Towards a width of no harm (the full one) a straight line
+    leads on from the widest other one measured: a step there would reward leaving whole blocks
+    alone. With fewer than four positive entries: `interpolate`.
     """
     known = [w for w in sorted(row) if row[w] > 0]
     if len(known) < 4:
         return interpolate(row, widths)
     span = max(row)
-    zero = {w for w in row if row[w] == 0}
+    zero = [w for w in row if row[w] == 0 and w > known[-1]]
     x = torch.tensor([[1.0, w / span, (w / span) ** 2] for w in known], dtype=torch.float64)
     y = torch.tensor([[math.log(row[w])] for w in known], dtype=torch.float64)
     fit = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
+
+    def parabola(w: int) -> float:
+        return math.exp(fit[0] + fit[1] * w / span + fit[2] * (w / span) ** 2)
+
+    last, level = known[-1], parabola(known[-1])
     out, worst = {}, 0.0
     for w in sorted(widths, reverse=True):
-        at = w / span
-        if w not in zero:
-            worst = max(worst, math.exp(fit[0] + fit[1] * at + fit[2] * at * at))
-        out[w] = 0.0 if w in zero else worst
+        value = parabola(w)
+        if w > last and zero:
+            value = level * max(0.0, min(zero) - w) / (min(zero) - last)
+        worst = max(worst, value)
+        out[w] = worst
     return out
 
 
