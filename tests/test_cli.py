@@ -421,6 +421,7 @@ def test_discover(stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert out == Path("reports/vit_test")
     emit = called.kwargs.pop("emit")
     assert callable(emit)
+    assert called.kwargs.pop("command").startswith("npprune discover vit_test.orig ")
     assert called.kwargs == {"device": "cuda:1", "seed": 9, "dry_run": False}
     shown, talk = capsys.readouterr()
     assert "1.23 M parameters" in shown
