@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
+AUTO_AUGMENT = "rand-m9-mstd0.5-mmax9-inc1"  # above 9, posterising would leave no bits
 AREA = (0.25, 1.0)  # of the random crop
 _POSITION = "npprune position"
 
