@@ -1,6 +1,8 @@
 """Discovery against the released program's way, timed in one run on the same model and images.
 
     python benchmarks/discovery.py --checkpoint W.safetensors --data folder:imagenet/train
+    python benchmarks/discovery.py --checkpoint W.safetensors --data ... --scope patch
+    python benchmarks/discovery.py --linear 50,400 --img-size 64    # time an image by their number
 
 The reference reruns the whole network for every block, with all quadrature points and images as
 one batch, and walks the graph back once for every layer of the path: the cost profile of the
@@ -16,11 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -99,14 +103,15 @@ def settings(view: VitView, scope: Scope) -> dict[str, Search]:
 
 def load_inputs(args: argparse.Namespace) -> tuple[VitView, Tensor, Tensor]:
     if args.checkpoint is None:
-        model = create(args.model, {"num_classes": 1000})
+        size_of = {} if args.img_size is None else {"img_size": args.img_size}
+        model = create(args.model, {"num_classes": 1000, **size_of})
         view = make_view(model)
         size = model.patch_embed.img_size  # type: ignore[union-attr]
         g = torch.Generator().manual_seed(0)
         images = torch.randn(args.images, 3, *size, generator=g)  # type: ignore[misc]
         labels = torch.randint(0, 1000, (args.images,), generator=g)
     else:
-        loaded = load(args.model, checkpoint=args.checkpoint)
+        loaded = load(args.model, checkpoint=args.checkpoint, img_size=args.img_size)
         view = make_view(loaded.model)
         source = open_source(args.data, num_classes=loaded.info.num_classes)
         assert source.items is not None
@@ -140,15 +145,43 @@ def peak(args: argparse.Namespace, name: str | None) -> float:
     return float(json.loads(out.splitlines()[-1])["peak_mib"])
 
 
+def resident_peak() -> float:
+    """The most MiB this process ever held. Linux's own counter starts anew with the program;
+    `getrusage` would begin with what the parent held."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 def one(args: argparse.Namespace) -> None:
     view, images, labels = load_inputs(args)
     scope = args.scope or view.scope
     if args.one:
         settings(view, scope)[args.one](images[: args.batch], labels[: args.batch])
-    mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    mib = resident_peak()
     if images.is_cuda:
         mib = torch.cuda.max_memory_allocated() / 2**20
     print(json.dumps({"peak_mib": mib}))
+
+
+def linear(args: argparse.Namespace) -> None:
+    """Seconds an image of the default setting, for a few and for many images, in turn."""
+    few, many = (int(n) for n in args.linear.split(","))
+    args.images = many
+    view, images, labels = load_inputs(args)
+    search = ours(view, args.scope or view.scope, "gauss-legendre", 5)
+    timed(search, images[: args.batch], labels[: args.batch], args.batch)
+    ratios = []
+    for _ in range(args.rounds):
+        short, _ = timed(search, images[:few], labels[:few], args.batch)
+        long, _ = timed(search, images, labels, args.batch)
+        ratios.append((long / many) / (short / few))
+        print(f"{few} images: {short / few:.4f} s each; {many}: {long / many:.4f} s each")
+    ratios.sort()
+    print(f"ratio {ratios[len(ratios) // 2]:.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})")
 
 
 def main() -> None:
@@ -161,10 +194,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scope", choices=["cls", "patch", "all"])
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--linear", metavar="FEW,MANY", help="only: time an image by their number")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one is not None:
         one(args)
+        return
+    if args.linear is not None:
+        linear(args)
         return
     view, images, labels = load_inputs(args)
     scope: Scope = args.scope or view.scope

@@ -204,6 +204,20 @@ def test_an_empty_class_folder_and_too_many_neurons_are_refused(world: World) ->
     assert not (world.root / "run").exists()
 
 
+@pytest.mark.parametrize("method", ["neuron-path", "influence-pattern", "knowledge-neuron"])
+@pytest.mark.parametrize("scope", ["cls", "patch"])
+def test_the_number_of_threads_changes_nothing(world: World, method: str, scope: str) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            # batches of 3: products of 3 and 15 rows, and one image left over
+            world.discover(f"by{threads}", method=method, scope=scope, batch_size=3, shard_size=9)
+    finally:
+        torch.set_num_threads(before)
+    assert world.files("by1") == world.files("by2") == world.files("by3")
+
+
 def test_workers_change_nothing(world: World) -> None:
     (world.images / "class_1" / "5.png").write_bytes(b"")
     world.discover()

@@ -159,11 +159,7 @@ class TimmView:
 
 
 class _FirstQueryOnly(TorchFunctionMode):
-    """Attention answers the first token alone; the others get zeros. With a mask: all.
-
-    A few queries are asked, not one: for fewer than four the CPU's kernel divides each sum among
-    its threads, and the result would depend on how many there are.
-    """
+    """Attention answers the first token alone; the others get zeros. With a mask: all."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -174,7 +170,7 @@ class _FirstQueryOnly(TorchFunctionMode):
         q, k, v = args
         if kwargs.get("attn_mask") is not None:
             return func(q, k, v, **kwargs)
-        first = func(q[:, :, :8], k, v, **kwargs)[:, :, :1]
+        first = func(q[:, :, :1], k, v, **kwargs)
         return torch.cat([first, first.new_zeros(1, 1, 1, 1).expand(*v[:, :, 1:].shape)], 2)
 
 

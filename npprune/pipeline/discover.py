@@ -31,6 +31,7 @@ from npprune.pipeline.memory import halving, images_that_fit
 from npprune.pipeline.processes import processes
 from npprune.pipeline.results import add_command
 from npprune.pipeline.shards import PARTS, Share
+from npprune.pipeline.steady import steady
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import DiscoverySummary, Manifest, Result, digest, to_dict
 from npprune.store.paths import PathStore, PathTable
@@ -148,7 +149,8 @@ class _Search:
                 generator=generator,
             )
 
-        parts, limit = halving(paths, len(images), self.limit)
+        with steady(self.device):
+            parts, limit = halving(paths, len(images), self.limit)
         if limit < self.limit:
             self._say("out of memory", limit)
         self.limit = limit
