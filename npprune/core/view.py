@@ -72,6 +72,10 @@ class VitView(Protocol):
         """As `block`, and the output of the block's attention module [b, t, d] beside it."""
         ...
 
+    def attention(self, l: int, x: Tensor) -> Tensor:
+        """The output of block l's attention module alone, [b, t, d]; its MLP is not computed."""
+        ...
+
     def tail(self, l: int, x: Tensor, attention: Tensor, *, given: Given | None = None) -> Tensor:
         """Block l with its attention's output given: what remains acts on each token alone,
         so x and attention may hold any subset [b, t', d] of the tokens."""

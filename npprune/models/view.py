@@ -113,6 +113,10 @@ class TimmView:
             handle.remove()
         return y, seen[0]
 
+    def attention(self, l: int, x: Tensor) -> Tensor:
+        nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
+        return self.block_and_attention(l, x, given=(slice(None), nothing))[1]
+
     def tail(self, l: int, x: Tensor, attention: Tensor, *, given: Given | None = None) -> Tensor:
         def attended(*args: Any, **kwargs: Any) -> Tensor:
             return attention
