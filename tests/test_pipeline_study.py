@@ -20,6 +20,7 @@ from npprune.pipeline import study as module
 from npprune.pipeline.discover import discover
 from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import Event
+from npprune.pipeline.heal import heal_pruned
 from npprune.pipeline.prepare import _vote
 from npprune.pipeline.prune import prune
 from npprune.pipeline.study import study
@@ -37,6 +38,7 @@ from npprune.recipe import (
     DataSection,
     DiscoverSection,
     EvaluateSection,
+    HealSection,
     ModelSection,
     PruneSection,
     StudySection,
@@ -175,6 +177,35 @@ def test_a_row_is_what_prune_and_eval_would_give(
     assert row.change == found.top1_change
     assert (row.macs, row.params) == (variant.model.macs, variant.model.params)
     assert row.correct.count("1") == row.top1.correct
+
+
+def test_a_healed_row_is_what_prune_heal_and_eval_would_give(world: Path, tmp_path: Path) -> None:
+    settings = StudySection(criteria=["variance"], keep=[0.25], seeds=[5], heal=2)
+    result = study(dense_of(world), DATA, settings, tmp_path / "study")
+    (row,) = rows_of(tmp_path / "study").values()
+    prune(
+        dense_of(world), DATA,
+        PruneSection(
+            keep=0.25, criterion="variance", selection="uniform", compensation="least-squares"
+        ),
+        tmp_path / "own", seed=5,
+    )  # fmt: skip
+    healed, variant = heal_pruned(tmp_path / "own", HealSection(epochs=2), seed=5)
+    assert variant.heal is not None
+    assert variant.heal.after.step > 0  # else the weights would be as before
+    found = evaluate(healed, DATA, EvaluateSection(latency=False))
+    assert row.healed == found.pruned.top1
+    assert row.healed_correct != row.correct
+    assert row.healed_correct.count("1") == row.healed.correct
+    assert row.healing_seconds > 0
+    assert not list((tmp_path / "study" / "rows").glob("*.partial"))
+    table = result.analyses["study"]
+    cells = dict(zip(table.columns, table.rows[0], strict=True))
+    assert cells["healed, %"] == round(100 * row.healed.value, 2)
+    assert "no training" not in table.text
+    other = settings.model_copy(update={"heal": None})
+    with pytest.raises(StoreError, match="heal"):
+        study(dense_of(world), DATA, other, tmp_path / "study")
 
 
 def test_finished_rows_are_never_computed_again(
@@ -354,6 +385,17 @@ def test_seeds_are_averaged_and_their_spread_shown() -> None:
     assert named[0]["±, seeds"] is None
     assert named[1]["to best, points"] == -37.5
     assert named[0]["to dense, points"] == -25.0
+
+
+def test_what_healing_gains_is_paired_over_images() -> None:
+    rows = [a_row("variance", [1, 0, 0, 0]), a_row("wanda", [1, 1, 1, 0])]
+    rows[0].healed_correct, rows[0].healed, rows[0].healing_seconds = "1110", rows[1].top1, 3.0
+    table = table_of(rows)["study"]
+    healed = {r[1]: dict(zip(table.columns[-7:], r[-7:], strict=True)) for r in table.rows}
+    assert healed["variance"]["healed, %"] == 75.0
+    assert healed["variance"]["gain, points"] == 50.0
+    assert healed["variance"]["healing, s"] == 3.0
+    assert set(healed["wanda"].values()) == {None}  # from before healing was asked for
 
 
 def test_differences_are_paired_over_images() -> None:

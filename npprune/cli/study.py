@@ -31,7 +31,7 @@ COMPARED = "Compared (lists are parted by commas, and all combined)"
 SHARED = "The same in all rows"
 SHOWN = (  # columns that fit a terminal; the report has all
     "seed", "top-1, %", "to best, points", "KL, nats", "MACs, %", "latency, %", "seconds",
-    "difference, points",
+    "healed, %", "difference, points",
 )  # fmt: skip
 
 
@@ -74,6 +74,10 @@ def command(
     min_keep: Annotated[
         int, option(SHARED, "--min-keep", "N", "hidden units left in any block")
     ] = 16,
+    heal: Annotated[
+        int | None,
+        option(SHARED, "--heal", "EPOCHS", "train every row as well, as npprune heal does"),
+    ] = None,
     latency: Annotated[
         bool,
         option(SHARED, "--latency/--no-latency", None, "time every row in ONNX Runtime"),
@@ -131,6 +135,7 @@ def command(
         round_to=round_to,
         min_keep=min_keep,
         calibration_images=calibration_images,
+        heal=heal,
         latency=latency,
         latency_batch=latency_batch,
         latency_threads=latency_threads,

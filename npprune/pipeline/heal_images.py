@@ -14,7 +14,7 @@ from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.inputs import Images, open_images
 from npprune.pipeline.pool import Files, Memory, Pool, read
 from npprune.pipeline.processes import Processes
-from npprune.pipeline.teacher import MEASURE_BATCH, Held, Teacher
+from npprune.pipeline.teacher import Held, Teacher, logits_of
 from npprune.recipe import DataSection, HealSection
 from npprune.records import CheckpointConfig, ModelInfo
 
@@ -80,11 +80,14 @@ def split(images: Images) -> tuple[list[int] | None, list[int] | None]:
         return None, None
     first = images.source.first if isinstance(images.source, Joined) else images.source
     assert first.items is not None
-    return _every_tenth(len(images.source.items), len(first.items), images.source.spec)
+    return every_tenth(len(images.source.items), len(first.items), images.source.spec)
 
 
-def _every_tenth(n: int, of_first: int, spec: str) -> tuple[list[int], list[int]]:
-    """Only the first source's images are held out: it is what the network is for."""
+def every_tenth(n: int, of_first: int, spec: str) -> tuple[list[int], list[int]]:
+    """Positions of n images to train on, and to hold out.
+
+    Only the first source's images are held out: it is what the network is for.
+    """
     if of_first < 2:
         raise DataError(
             f"`{spec}` has one image: healing trains on some and is measured on others",
@@ -120,7 +123,7 @@ def read_training_images(
             )
         pixels, labels, found = everything
         labels = _to_outputs(labels, outputs)
-        chosen, other = _every_tenth(len(found), len(found), images.source.spec)
+        chosen, other = every_tenth(len(found), len(found), images.source.spec)
         pool = Memory(pixels[chosen], labels[chosen], images.preprocessing, flips=flips, seed=seed)
         memory = Memory(pixels[other], labels[other], images.preprocessing, flips=False, seed=seed)
         return pool, _held(memory, teacher, device)
@@ -152,6 +155,4 @@ def _to_outputs(labels: torch.Tensor, outputs: list[int] | None) -> torch.Tensor
 
 
 def _held(memory: Memory, teacher: Teacher, device: torch.device) -> Held:
-    parts = torch.arange(memory.count).split(MEASURE_BATCH)
-    logits = [teacher.chosen_logits(memory.images(p).to(device)).cpu() for p in parts]
-    return Held(memory, torch.cat(logits))
+    return Held(memory, logits_of(teacher, memory, device))

@@ -32,6 +32,7 @@ from npprune.pipeline.planning import Batches, Paths, Planner, needs_of
 from npprune.pipeline.prepare import CALIBRATION_IMAGES, calibration_images, origin, read_paths
 from npprune.pipeline.prune import carried_out
 from npprune.pipeline.results import add_command, render_report
+from npprune.pipeline.study_healing import Healer
 from npprune.pipeline.study_rows import (
     Setting,
     StudyDense,
@@ -206,17 +207,19 @@ def _compute(
         return
     world.load()
     atomic.write_json(dense_path(folder), _dense_row(world))
-    timer = _timer(world, held)
+    timer, healer = _timer(world, held), _healer(world)
     last: tuple[Setting, Planner] | None = None
     for row in missing:
         emit(Event(STAGE, level="progress", done=done, total=len(rows), unit="rows"))
         planner = _planner(world, row, last)
         last = row, planner
-        made = _row(world, row, planner, timer)
+        made = _row(world, row, planner, timer, healer, row_path(folder, row))
         atomic.write_json(row_path(folder, row), made)
         on_row()
         done += 1
         top1 = f"top-1 {made.top1.value:.1%}" if made.top1 is not None else made.refused
+        if made.healed is not None:
+            top1 += f", healed {made.healed.value:.1%}"
         emit(Event(STAGE, f"{row.name}: {top1} ({made.seconds:.1f} s)"))
     emit(Event(STAGE, level="progress", done=done, total=len(rows), unit="rows"))
 
@@ -253,8 +256,15 @@ def _prune_settings(study: StudySection, row: Setting) -> PruneSection:
     )
 
 
-def _row(world: _World, row: Setting, planner: Planner, timer: DenseTimer | None) -> StudyRow:
-    """Prune as the row says, and measure."""
+def _row(
+    world: _World,
+    row: Setting,
+    planner: Planner,
+    timer: DenseTimer | None,
+    healer: Healer | None,
+    path: Path,
+) -> StudyRow:
+    """Prune as the row says, and measure; then heal, and measure again."""
     budget = planner.budget()
     assert budget is not None
     try:
@@ -269,7 +279,7 @@ def _row(world: _World, row: Setting, planner: Planner, timer: DenseTimer | None
     after, labels = world.scored(world.predict(smaller))
     before, _ = world.scored(world.dense)
     accuracy = metrics.accuracy(after, labels)
-    return StudyRow(
+    made = StudyRow(
         setting=row,
         top1=accuracy.top1,
         top5=accuracy.top5,
@@ -286,6 +296,12 @@ def _row(world: _World, row: Setting, planner: Planner, timer: DenseTimer | None
         latency=timer.beside(smaller) if timer is not None else None,
         warnings=chosen.warnings,
     )
+    if healer is not None:
+        made.healing_seconds = healer.heal(smaller, path.with_suffix(""), row.seed)
+        healed, _ = world.scored(world.predict(smaller))
+        made.healed = metrics.accuracy(healed, labels).top1
+        made.healed_correct = bits(healed.argmax(1) == labels)
+    return made
 
 
 def _dense_row(world: _World) -> StudyDense:
@@ -300,6 +316,16 @@ def _dense_row(world: _World) -> StudyDense:
         macs=world.network.info.macs,
         calibration=sum(len(y) for _, y in world.fit),
     )
+
+
+def _healer(world: _World) -> Healer | None:
+    if world.settings.heal is None:
+        return None
+    return Healer(
+        world.network.model, world.fit, world.calibration.preprocessing, world.settings.heal,
+        classes=world.classes, spec=world.calibration.source.spec, device=world.device,
+        emit=world.emit,
+    )  # fmt: skip
 
 
 def _timer(world: _World, held: ExitStack) -> DenseTimer | None:
@@ -354,6 +380,8 @@ def _manifest(
         "device": where.type,
         "latency": None,
     }
+    if settings.heal is not None:
+        shared["heal"] = settings.heal
     if settings.latency:
         threads = settings.latency_threads or torch.get_num_threads()
         shared["latency"] = {"batch": settings.latency_batch, "threads": threads}

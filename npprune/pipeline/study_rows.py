@@ -85,6 +85,9 @@ class StudyRow(Document):
     seconds: float = 0.0  # as a run of its own, without decoding and measuring
     parts: dict[str, float] = field(default_factory=dict)
     latency: Latency | None = None
+    healed: Rate | None = None  # top-1 after a short training
+    healed_correct: str = ""
+    healing_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     refused: str = ""
 

@@ -18,11 +18,12 @@ from torch import Tensor
 from npprune.core.criteria import CRITERIA
 from npprune.core.metrics import mean_interval
 from npprune.pipeline.study_rows import Setting, StudyDense, StudyRow
-from npprune.records import Analysis, Mean
+from npprune.records import Analysis, Mean, Rate
 from npprune.report import text
 from npprune.report.analyses import pareto
 
 Row = list[str | int | float | None]
+HEALED = ["healed, %", "from", "to", "gain, points", "from", "to", "healing, s"]
 
 
 def _values(correct: str) -> Tensor:
@@ -44,6 +45,13 @@ class _Line:
         """Per image, the share of the seeds that got it right, [n]."""
         return torch.stack([_values(row.correct) for row in self.rows]).mean(0)
 
+    @cached_property
+    def healed(self) -> Tensor | None:
+        """`right` after healing; None where a row was not healed."""
+        if not all(row.healed_correct for row in self.rows):
+            return None
+        return torch.stack([_values(row.healed_correct) for row in self.rows]).mean(0)
+
     @property
     def top1(self) -> float:
         return float(self.right.mean())
@@ -51,10 +59,18 @@ class _Line:
     @property
     def ends(self) -> tuple[float, float]:
         """The 95 % interval of top-1: Wilson's for one seed, else that of the mean over images."""
-        first = self.rows[0].top1
+        return self._ends(self.rows[0].top1, self.right)
+
+    @property
+    def healed_ends(self) -> tuple[float, float]:
+        """The same of `healed`."""
+        assert self.healed is not None
+        return self._ends(self.rows[0].healed, self.healed)
+
+    def _ends(self, first: Rate | None, right: Tensor) -> tuple[float, float]:
         if len(self.rows) == 1 and first is not None:
             return first.low, first.high
-        found = mean_interval(self.right)
+        found = mean_interval(right)
         return found.low, found.high
 
     def spread(self) -> float | None:
@@ -119,10 +135,12 @@ def _table(lines: list[_Line], dense: StudyDense, said: str, paths: bool) -> Ana
     before = _values(dense.correct)
     seeds = any(len(line.rows) > 1 for line in lines)
     timed = any(row.latency is not None for line in lines for row in line.rows)
+    trained = any(line.healed is not None for line in lines)
     columns = [
         "kept", *_words(paths), "top-1, %", "from", "to", *(["seeds", "±, seeds"] if seeds else []),
         "to dense, points", "from", "to", "to best, points", "from", "to", "KL, nats", "MACs, %",
         "parameters, M", *(["latency, %"] if timed else []), "seconds",
+        *(HEALED if trained else []),
     ]  # fmt: skip
     rows: list[Row] = []
     points: dict[str, list[tuple[float, float, float, float]]] = {}
@@ -142,13 +160,25 @@ def _table(lines: list[_Line], dense: StudyDense, said: str, paths: bool) -> Ana
             *(_points(line.against(top.right)) if line is not top else [0.0, None, None]),
             kl, round(macs, 1), round(line.mean(lambda r: r.params) / 1e6, 3),
             *([_ratio(line)] if timed else []),
-            line.mean(lambda r: r.seconds),
+            line.mean(lambda r: r.seconds), *(_healing(line) if trained else []),
         ])  # fmt: skip
         points.setdefault(s.label, []).append((macs, 100 * line.top1, 100 * low, 100 * high))
     return pareto(
         "Study", points, x_label="MACs in % of dense", columns=columns, rows=rows,
         dense=100 * dense.top1.value, text=said,
     )  # fmt: skip
+
+
+def _healing(line: _Line) -> list[float | None]:
+    """Top-1 after healing, what that gained over the same images, and its seconds."""
+    if line.healed is None:
+        return [None] * len(HEALED)
+    low, high = line.healed_ends
+    return [
+        _percent(float(line.healed.mean())), _percent(low), _percent(high),
+        *_points(mean_interval(line.healed - line.right)),
+        round(line.mean(lambda r: r.healing_seconds), 1),
+    ]  # fmt: skip
 
 
 def _latency(lines: list[_Line], dense: StudyDense) -> Analysis:
@@ -238,7 +268,12 @@ def _said(
     if dense is not None:
         parts.append(
             f"Every row was fitted on the same {dense.calibration} images of {calibration} and "
-            f"measured on the same {dense.top1.total} images of {val}; no training."
+            f"measured on the same {dense.top1.total} images of {val}; "
+            + (
+                "the healed columns are after a short training on the calibration images."
+                if any(line.healed is not None for line in lines)
+                else "no training."
+            )
         )
         among = f" among the {len(classes)} chosen classes" if classes is not None else ""
         parts.append(

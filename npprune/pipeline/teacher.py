@@ -63,6 +63,12 @@ class Teacher:
         return logits.float() if self.chosen is None else logits.float()[:, self.chosen]
 
 
+def logits_of(teacher: Teacher, memory: Memory, device: torch.device) -> Tensor:
+    """The teacher's logits [n, k] of all images, on the CPU."""
+    parts = torch.arange(memory.count).split(MEASURE_BATCH)
+    return torch.cat([teacher.chosen_logits(memory.images(p).to(device)).cpu() for p in parts])
+
+
 @dataclass
 class Held:
     """Images that are never trained on, with the teacher's logits [n, k] of its classes."""

@@ -120,6 +120,7 @@ class StudySection(Section):
     round_to: int = Field(16, ge=1)
     min_keep: int = Field(16, ge=1)
     calibration_images: int | None = Field(None, ge=1)
+    heal: int | None = Field(None, ge=1)  # epochs that every row is trained for, as well
     latency: bool = False  # in ONNX Runtime, beside the dense network
     latency_batch: int = Field(1, ge=1)
     latency_threads: int | None = Field(None, ge=1)
