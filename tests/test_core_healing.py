@@ -112,8 +112,16 @@ def test_orders_are_permutations_that_seed_and_epoch_decide() -> None:
 
 
 def test_mixing_keeps_the_shares() -> None:
-    images = torch.arange(3.0).view(3, 1, 1, 1)
-    assert healing.mix(images, 0.75).flatten().tolist() == [0.5, 0.75, 1.75]
+    images = torch.arange(4.0).view(4, 1, 1, 1)
+    assert healing.mix(images, 0.75).flatten().tolist() == [0.25, 0.75, 2.25, 2.75]
+    assert healing.mix(images[:3], 0.75).flatten().tolist() == [0.25, 0.75, 1.5]
+    assert torch.equal(healing.mix(images[:1], 0.75), images[:1])
+
+
+def test_two_processes_mix_the_same_pairs() -> None:
+    images = torch.rand(8, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    halves = [healing.mix(part, 0.3) for part in images.tensor_split(2)]
+    assert torch.equal(torch.cat(halves), healing.mix(images, 0.3))
 
 
 def test_only_matrices_decay() -> None:

@@ -99,7 +99,7 @@ def test_the_healed_network_predicts_more_as_the_dense_one(half_network: Path) -
     assert found is not None
     assert found.after.divergence_nats < 0.6 * found.before.divergence_nats
     assert (found.images, found.held_out, found.steps) == (270, 30, 48)
-    assert found.augmentation == "flips"
+    assert found.augmentation == "mixed"
     assert found.images_per_second > 0
     assert not out.with_name("healed.partial").exists()
     test = DataSection(val="digits:test")
@@ -179,6 +179,7 @@ def test_images_read_anew_in_every_epoch_give_the_same_weights(
     "more",
     [
         {"feature_weight": 0.5},
+        {"feature_weight": 0.0, "augment": "flips"},
         {"temperature": 3.0},
         {"precision": "bf16"},
         {"epochs": None, "minutes": 0.03},

@@ -49,17 +49,23 @@ def command(
         int,
         option(LENGTH, "--patience", "N", "stop when the held-out divergence rose N times running"),
     ] = 3,
-    lr: Annotated[float, option(TEACHING, "--lr", "X", "highest learning rate")] = 3e-4,
+    lr: Annotated[float, option(TEACHING, "--lr", "X", "highest learning rate")] = 1e-4,
     batch_size: Annotated[
         int, option(TEACHING, "--batch-size", "N", "images a step, over all processes")
-    ] = 32,
+    ] = 16,
     weight_decay: Annotated[float, option(TEACHING, "--weight-decay", "X", "of matrices")] = 0.01,
     temperature: Annotated[
         float, option(TEACHING, "--temperature", "T", "softens the predictions")
     ] = 1.0,
     feature_weight: Annotated[
-        float, option(TEACHING, "--feature-weight", "X", "of each block's output, beside")
-    ] = 0.0,
+        float | None,
+        option(
+            TEACHING,
+            "--feature-weight",
+            "X",
+            "of each block's output, beside \\[default: 20, or 0 where blocks do not match]",
+        ),
+    ] = None,
     label_weight: Annotated[
         float, option(TEACHING, "--label-weight", "X", "of the labels, beside; 0: not read")
     ] = 0.0,
@@ -70,6 +76,7 @@ def command(
             "--augment",
             "auto goes by the length",
             "auto",
+            "mixed",
             "flips",
             "strong",
             "none",

@@ -129,9 +129,20 @@ def epoch_flips(seed: int, epoch: int, n: int) -> Tensor:
     return mirrored if epoch % 2 == 0 else ~mirrored
 
 
+def partners(n: int) -> Tensor:
+    """Whom each of n images is mixed with: pairs of neighbours, an odd last one with the first.
+
+    Pairs stay together when several processes share a batch.
+    """
+    other = torch.arange(n) ^ 1
+    if n % 2:
+        other[-1] = 0
+    return other
+
+
 def mix(images: Tensor, share: float) -> Tensor:
-    """Each image mixed with its neighbour in the batch, `share` of itself: same shape."""
-    return share * images + (1 - share) * images.roll(1, dims=0)
+    """Each image mixed with its partner in the batch, `share` of itself: same shape."""
+    return share * images + (1 - share) * images[partners(len(images))]
 
 
 # ---------------------------------------------------------------- block by block

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-AUTO_AUGMENT = "rand-m9-mstd0.5-mmax9-inc1"  # above 9, posterising would leave no bits
+# Magnitudes above 9 end at 9: from 10 on no bit of a colour is left, and Pillow 13 refuses that.
+AUTO_AUGMENT = "rand-m9-mstd0.5-mmax9-inc1"
 AREA = (0.25, 1.0)  # of the random crop
 _POSITION = "npprune position"
 

@@ -29,6 +29,7 @@ from npprune.pipeline.teacher import (
     Outcome,
     Teacher,
     autocast,
+    feature_weight,
     measure,
     weights,
 )
@@ -81,7 +82,7 @@ class Distillation:
         held: Held,
         settings: HealSection,
         *,
-        strong: bool,
+        mixing: bool,
         folder: TrainingFolder,
         identity: dict[str, Any],
         device: torch.device,
@@ -90,14 +91,15 @@ class Distillation:
         emit: Emit,
         started: float,
     ) -> None:
-        """identity: what decides the result; a state of another one is refused. started: the
-        clock when healing began, for `minutes`."""
+        """mixing: images are mixed in pairs. identity: what decides the result; a state of another
+        one is refused. started: the clock when healing began, for `minutes`."""
         self.student = student.eval().requires_grad_(True)  # no dropout: the teacher has none
         self.view = make_view(student)
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.best_weights = weights(student)
         self.teacher, self.pool, self.held, self.settings = teacher, pool, held, settings
-        self.strong, self.folder, self.identity = strong, folder, identity
+        self.mixing, self.folder, self.identity = mixing, folder, identity
+        self.feature_weight = feature_weight(settings, self.view, teacher)
         self.device, self.processes, self.seed, self.emit = device, processes, seed, emit
         self.started = started
         self.progress = Progress()
@@ -183,7 +185,8 @@ class Distillation:
         size = 2 * 4 * self.pool.count * self.held.chosen.shape[1]
         table = (
             isinstance(self.pool, Memory)
-            and not self.settings.feature_weight
+            and not self.feature_weight
+            and not self.mixing
             and expected >= TABLE_EPOCHS * self.steps_per_epoch
             and size <= TABLE_BYTES
         )
@@ -199,7 +202,7 @@ class Distillation:
             with autocast(self.device, self.settings.precision):
                 loss = trial(x).float().square().mean()
             loss.backward()
-            self.teacher.chosen_logits(x[: max(1, len(x) // 2)])
+            self.teacher.chosen_logits(x)
             spent = float(time.perf_counter() - began) * self.batch / len(x)
         return spent / self.processes.count
 
@@ -232,7 +235,7 @@ class Distillation:
         epoch, gone = divmod(self.progress.step, self.steps_per_epoch)
         order = healing.epoch_order(self.seed, epoch, self.pool.count)
         parts = order.split(self.batch)[gone : self.steps_per_epoch]
-        mine = [part[self.processes.rank :: self.processes.count] for part in parts]
+        mine = [part.tensor_split(self.processes.count)[self.processes.rank] for part in parts]
         return self.pool.epoch(epoch, mine)
 
     def _step(self, chunk: Chunk) -> None:
@@ -266,11 +269,11 @@ class Distillation:
         """The loss of each image: [b]."""
         images, labels = chunk.images.to(self.device), chunk.labels.to(self.device)
         share = 1.0
-        if self.strong:
-            place = (self.progress.step, self.processes.rank)
-            share = float(torch.rand(1, generator=healing.generator_at(self.seed, "mix", *place)))
+        if self.mixing:
+            g = healing.generator_at(self.seed, "mix", self.progress.step)
+            share = float(torch.rand(1, generator=g))
             images = healing.mix(images, share)
-        with_features = self.settings.feature_weight > 0
+        with_features = self.feature_weight > 0
         streams: list[Tensor] = []
         with autocast(self.device, self.settings.precision):
             if with_features:
@@ -287,11 +290,12 @@ class Distillation:
         loss = healing.divergence_at(logits, target, self.settings.temperature)
         if with_features:
             gap = healing.feature_distance(streams, theirs)
-            loss = loss + self.settings.feature_weight * gap
+            loss = loss + self.feature_weight * gap
         if self.settings.label_weight > 0:
             right = share * healing.label_loss(logits, labels)
             if share < 1:
-                right = right + (1 - share) * healing.label_loss(logits, labels.roll(1))
+                other = labels[healing.partners(len(labels))]
+                right = right + (1 - share) * healing.label_loss(logits, other)
             loss = loss + self.settings.label_weight * right
         return loss
 

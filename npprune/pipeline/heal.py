@@ -15,6 +15,7 @@ import torch
 from npprune.data.unlabelled import Joined
 from npprune.errors import DataError, ModelError, StoreError, UsageError
 from npprune.models.info import state
+from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.distill import Distillation
 from npprune.pipeline.evaluate import dense_reference, dense_section, open_dense
@@ -25,7 +26,7 @@ from npprune.pipeline.layerwise import reconstruct
 from npprune.pipeline.pool import Memory, Pool
 from npprune.pipeline.processes import Processes, processes
 from npprune.pipeline.results import add_command, run_of
-from npprune.pipeline.teacher import Held, Outcome, Teacher
+from npprune.pipeline.teacher import Held, Outcome, Teacher, feature_weight
 from npprune.recipe import DataSection, HealSection
 from npprune.records import (
     Analysis,
@@ -43,8 +44,10 @@ from npprune.store.training import TrainingFolder
 
 STAGE = "heal"
 LONG_EPOCHS = 30  # from here on images are seen often enough to be augmented
+MIXING = ("mixed", "strong")  # the dense network sees the same mixture
 AUGMENTATIONS = {
     "none": "none",
+    "mixed": "every image as it is and mirrored, in turn, and images mixed in pairs",
     "flips": "every image as it is and mirrored, in turn",
     "strong": "timm's random crops and RandAugment, and images mixed in pairs",
 }
@@ -92,10 +95,15 @@ def heal(
         )
     dense = open_dense(config, checkpoint, where, dense_checkpoint, emit, any_weights=any_teacher)
     teacher = _teacher(student, dense, settings, emit)
+    if not settings.layerwise:
+        weight = feature_weight(settings, make_view(student.model), teacher)
+        settings = settings.model_copy(update={"feature_weight": weight})
     images, extra = open_training_images(config, dense.info, data, settings, emit)
     train, held_out = split(images)
     course = _augmentation(settings, len(train) if train is not None else 0, images)
     emit(Event(STAGE, f"{checkpoint.name} on {where} ({reason}), {_length(settings)}"))
+    if settings.feature_weight:
+        emit(Event(STAGE, f"every block's output is learnt, at weight {settings.feature_weight:g}"))
     emit(Event(STAGE, f"augmentation: {AUGMENTATIONS[course]}"))
     variant = _variant(config, student, images, out)
     if dry_run:
@@ -119,7 +127,7 @@ def heal(
             )  # fmt: skip
         else:
             outcome = Distillation(
-                student.model, teacher, pool, held, settings, strong=course == "strong",
+                student.model, teacher, pool, held, settings, mixing=course in MIXING,
                 folder=folder, identity=identity, device=where, processes=peers, seed=seed,
                 emit=emit, started=started,
             ).run()  # fmt: skip
@@ -245,7 +253,7 @@ def _augmentation(settings: HealSection, images: int, source: Images) -> str:
                              "no positions", hint="use `--augment flips`")  # fmt: skip
         return settings.augment
     long = settings.epochs is not None and settings.epochs >= LONG_EPOCHS
-    return "strong" if long and source.source.items is not None and images else "flips"
+    return "strong" if long and source.source.items is not None and images else "mixed"
 
 
 def _length(settings: HealSection) -> str:

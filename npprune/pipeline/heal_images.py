@@ -111,7 +111,7 @@ def read_training_images(
 ) -> tuple[Pool, Held]:
     """The training images, in memory where they fit, and those held out with the teacher's
     logits."""
-    flips = course == "flips"
+    flips = course in ("mixed", "flips")
     outputs = teacher.chosen if not teacher.expands else None
     pool: Pool
     if train is None or held_out is None:

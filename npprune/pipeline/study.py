@@ -301,6 +301,7 @@ def _row(
         healed, _ = world.scored(world.predict(smaller))
         made.healed = metrics.accuracy(healed, labels).top1
         made.healed_correct = bits(healed.argmax(1) == labels)
+        made.healed_divergence = metrics.mean_interval(metrics.divergence(before, healed))
     return made
 
 

@@ -67,7 +67,7 @@ class Healer:
         pool.seed = seed
         with folder.lock():
             Distillation(
-                student, self.teacher, pool, self.held, self.settings, strong=False,
+                student, self.teacher, pool, self.held, self.settings, mixing=True,
                 folder=folder, identity=identity, device=self.device, processes=Processes(),
                 seed=seed, emit=self.emit, started=started,
             ).run()  # fmt: skip

@@ -87,6 +87,7 @@ class StudyRow(Document):
     latency: Latency | None = None
     healed: Rate | None = None  # top-1 after a short training
     healed_correct: str = ""
+    healed_divergence: Mean | None = None
     healing_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     refused: str = ""

@@ -23,7 +23,7 @@ from npprune.report import text
 from npprune.report.analyses import pareto
 
 Row = list[str | int | float | None]
-HEALED = ["healed, %", "from", "to", "gain, points", "from", "to", "healing, s"]
+HEALED = ["healed, %", "from", "to", "gain, points", "from", "to", "healed KL, nats", "healing, s"]
 
 
 def _values(correct: str) -> Tensor:
@@ -177,6 +177,7 @@ def _healing(line: _Line) -> list[float | None]:
     return [
         _percent(float(line.healed.mean())), _percent(low), _percent(high),
         *_points(mean_interval(line.healed - line.right)),
+        statistics.fmean(d.value for r in line.rows if (d := r.healed_divergence) is not None),
         round(line.mean(lambda r: r.healing_seconds), 1),
     ]  # fmt: skip
 

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core import healing
+from npprune.core.view import VitView
 from npprune.models.view import make_view
 from npprune.pipeline.pool import Memory
 from npprune.pipeline.processes import Processes
+from npprune.recipe import HealSection
 from npprune.records import HealPoint
 
 MEASURE_BATCH = 64
+FEATURES = 20.0  # weight of the streams beside the predictions, unless asked otherwise
 
 
 class Teacher:
@@ -61,6 +64,22 @@ class Teacher:
 
     def _choose(self, logits: Tensor) -> Tensor:
         return logits.float() if self.chosen is None else logits.float()[:, self.chosen]
+
+
+def blocks_match(student: VitView, teacher: Teacher) -> bool:
+    """Whether the streams after the blocks can be compared: as many, and as wide."""
+    ours, theirs = student, teacher.view
+    return (len(ours.widths), ours.fc2(0).out_features) == (
+        len(theirs.widths),
+        theirs.fc2(0).out_features,
+    )
+
+
+def feature_weight(settings: HealSection, student: VitView, teacher: Teacher) -> float:
+    """As asked; else 20 for a teacher of the same blocks, and 0 for another one."""
+    if settings.feature_weight is not None:
+        return settings.feature_weight
+    return FEATURES if blocks_match(student, teacher) else 0.0
 
 
 def logits_of(teacher: Teacher, memory: Memory, device: torch.device) -> Tensor:

@@ -131,14 +131,14 @@ class HealSection(Section):
 
     epochs: int | None = Field(None, ge=1)
     minutes: float | None = Field(None, gt=0)
-    lr: float = Field(3e-4, gt=0)
-    batch_size: int = Field(32, ge=1)  # images a step, over all processes
+    lr: float = Field(1e-4, gt=0)
+    batch_size: int = Field(16, ge=1)  # images a step, over all processes
     weight_decay: float = Field(0.01, ge=0)
     temperature: float = Field(1.0, gt=0)
-    feature_weight: float = Field(0.0, ge=0)  # of the streams after each block
+    feature_weight: float | None = Field(None, ge=0)  # of the streams; None: see pipeline/teacher
     label_weight: float = Field(0.0, ge=0)  # of the cross-entropy with the labels
     layerwise: bool = False  # each block's MLP on its own
-    augment: Literal["auto", "flips", "strong", "none"] = "auto"  # auto: by the length
+    augment: Literal["auto", "mixed", "flips", "strong", "none"] = "auto"  # auto: by the length
     precision: Literal["fp32", "bf16"] = "fp32"
     patience: int = Field(3, ge=1)  # measurements in a row that may rise
     unlabelled: str | None = None  # more images to train on; their labels are not read
