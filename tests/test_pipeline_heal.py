@@ -552,6 +552,20 @@ def test_another_teacher_is_refused_unless_asked_for(half_network: Path) -> None
     evaluate(out, DataSection(val="digits:test"), EvaluateSection(latency=False))
 
 
+def test_a_file_is_never_ignored_for_the_folder_that_was_pruned(half_network: Path) -> None:
+    out, alone = half_network.with_name("healed"), half_network.with_name("alone.safetensors")
+    dense = half_network.with_name("dense")
+    shutil.copy(dense / WEIGHTS, alone)
+    with pytest.raises(ModelError, match="is a checkpoint folder, and `--dense` names a file"):
+        heal(half_network, DATA, short(), out, dense_checkpoint=str(alone), dry_run=True)
+    with pytest.raises(ModelError, match="was pruned from weights"):  # its own are no teacher
+        heal(
+            half_network, DATA, short(), out,
+            dense_checkpoint=str(half_network / WEIGHTS), dry_run=True,
+        )  # fmt: skip
+    heal(half_network, DATA, short(), out, dense_checkpoint=str(dense / WEIGHTS), dry_run=True)
+
+
 def test_a_dense_network_has_nothing_to_heal(half_network: Path) -> None:
     with pytest.raises(ModelError, match="was not pruned"):
         heal(half_network.with_name("dense"), DATA, short(), half_network.with_name("x"))

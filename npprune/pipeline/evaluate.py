@@ -18,6 +18,7 @@ from npprune.pipeline.inputs import Images, Network, open_checkpoint, open_image
 from npprune.pipeline.results import update_variant
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
+from npprune.store.checkpoints import is_checkpoint
 
 STAGE = "evaluate"
 
@@ -112,6 +113,14 @@ def dense_section(config: CheckpointConfig, folder: Path, override: str | None) 
             moved = folder / asked[f"{key}_relative"]
             if moved.exists():
                 asked[key] = str(moved)
+    if override is not None and not Path(override).is_dir() and is_checkpoint(asked["name"]):
+        if not is_checkpoint(Path(override).parent):
+            raise ModelError(
+                f"the dense network of `{folder}` is a checkpoint folder, and `--dense` names a "
+                f"file: `{override}`",
+                hint="give the folder that has its weights and its `config.json`",
+            )
+        asked = {"name": str(Path(override).parent)}
     section = ModelSection(**{k: v for k, v in asked.items() if not k.endswith("_relative")})
     if section.checkpoint is not None and not Path(section.checkpoint).is_file():
         raise ModelError(
