@@ -110,7 +110,7 @@ def test_contract(name: str) -> None:
         x = view.embed(images)
         for l in range(len(view.widths)):
             y, attention = view.block_and_attention(l, x)
-            torch.testing.assert_close(view.attention(l, x), attention, rtol=0, atol=1e-12)
+            torch.testing.assert_close(view.attention_output(l, x), attention, rtol=0, atol=1e-12)
             torch.testing.assert_close(view.tail(l, x, attention), y, rtol=0, atol=1e-12)
             some = slice(2, 5)
             torch.testing.assert_close(

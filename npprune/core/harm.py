@@ -131,7 +131,7 @@ def measure_harm(
     streams = [view.embed(images) for images in batches]
     table: list[dict[int, float]] = []
     for l, widths in enumerate(candidates):
-        attention = [view.attention(l, x) for x in streams]
+        attention = [view.attention_output(l, x) for x in streams]
         row = {}
         for width, candidate in widths.items():
             logits = []

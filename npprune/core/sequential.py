@@ -64,7 +64,7 @@ def compensate_in_sequence(
     out = []
     for l in range(len(view.widths)):
         fc2 = view.fc2(l)
-        attention = [view.attention(l, x) for x in pruned]
+        attention = [view.attention_output(l, x) for x in pruned]
         if beta:
             dense = [view.block(l, x) for x in dense]
         sums = _Sums(view.widths[l], fc2.out_features, bool(beta))

@@ -72,7 +72,7 @@ class VitView(Protocol):
         """As `block`, and the output of the block's attention module [b, t, d] beside it."""
         ...
 
-    def attention(self, l: int, x: Tensor) -> Tensor:
+    def attention_output(self, l: int, x: Tensor) -> Tensor:
         """The output of block l's attention module alone, [b, t, d]; its MLP is not computed."""
         ...
 

@@ -113,7 +113,7 @@ class TimmView:
             handle.remove()
         return y, seen[0]
 
-    def attention(self, l: int, x: Tensor) -> Tensor:
+    def attention_output(self, l: int, x: Tensor) -> Tensor:
         nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
         return self.block_and_attention(l, x, given=(slice(None), nothing))[1]
 
