@@ -43,7 +43,9 @@ QUICK = EvaluateSection(latency=False)
 def random_digits_network(folder: Path) -> Path:
     """The demo's architecture, two blocks deep, with weights that make classes differ."""
     args = {**MODEL_ARGS, "depth": 2, "embed_dim": 32, "num_heads": 2}
-    model = create(ARCHITECTURE, args)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = create(ARCHITECTURE, args)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in model.parameters():

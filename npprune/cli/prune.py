@@ -149,6 +149,15 @@ def command(
         ),
     ] = None,
     out: Annotated[Path, required(RUN, "--out", "FOLDER", "the checkpoint folder, e.g. ckpt/NAME")],
+    memory: Annotated[
+        float | None,
+        option(
+            RUN,
+            "--memory",
+            "GIB",
+            "for statistics; what does not fit is kept on disk \\[default: half of the memory]",
+        ),
+    ] = None,
     device: options.Device = "auto",
     seed: options.Seed = 0,
     dry_run: options.DryRun = False,
@@ -177,6 +186,7 @@ def command(
         calibration_images=calibration_images,
         keep_head=keep_head,
         max_drop=max_drop,
+        memory=memory,
     )
     flags.one_budget(settings)
     start = flags.run_or_model(source, ctx.params)

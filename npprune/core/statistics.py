@@ -17,7 +17,8 @@ The loss gradient at the logits is one of three (`Target`):
                 diag(p) - p p^T on average, the exact curvature of KL(dense || changed), with far
                 less noise than drawn labels where the network is sure of itself
 
-The last two need no labels. Sums merge, and a state saved half-way goes on where it stopped.
+The last two need no labels. Sums merge, and a state saved half-way goes on where it stopped. A
+pass over some of the blocks gives the same bits as one over all of them, if its draws are the same.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Statistics:
         With class-token pooling the last block's patch tokens have no gradient at all: they
         should not steer what is kept there. A part of even weight keeps the estimate full-rank.
         """
-        s = self._block(l)
+        s = self.block(l)
         absolute = self._need(s.absolute, "moments") / s.tokens
         mean = self._need(s.hidden, "moments") / s.tokens
         second = self._need(s.gram, "moments") / s.tokens
@@ -123,24 +124,24 @@ class Statistics:
 
     def fisher(self, l: int) -> Tensor:
         """Mean over images of the squared gate gradient, [h]."""
-        s = self._block(l)
+        s = self.block(l)
         return self._need(s.gate_square, "gates") / s.images
 
     def taylor(self, l: int) -> Tensor:
         """Mean over images of the absolute gate gradient, [h]."""
-        s = self._block(l)
+        s = self.block(l)
         return self._need(s.gate, "gates") / s.images
 
     def position_weights(self, l: int, salience: float) -> Tensor:
         """(1 - salience) + salience x the squared loss gradient at each token position over its
         mean, [t]: the token weighting of `moments`, averaged over images."""
-        position = self._need(self._block(l).position, "salience")
+        position = self._need(self.block(l).position, "salience")
         mean = position.mean().clamp_min(torch.finfo(torch.float64).tiny)
         return (1 - salience) + salience * position / mean
 
     def curvature(self, l: int) -> Tensor:
         """G = mean over tokens of g g^T, [d, d]."""
-        s = self._block(l)
+        s = self.block(l)
         return self._need(s.curvature, "curvature") / s.tokens
 
     def merge(self, other: Statistics) -> None:
@@ -198,7 +199,8 @@ class Statistics:
             setattr(sums, key, float(value) if scalar else value.clone())
         return out
 
-    def _block(self, l: int) -> BlockSums:
+    def block(self, l: int) -> BlockSums:
+        """The sums of block l: all that the numbers above are read from."""
         if l not in self.blocks:
             raise UsageError(f"no statistics of block {l}, only of {sorted(self.blocks)}")
         return self.blocks[l]
@@ -251,18 +253,16 @@ def collect_statistics(
     for images, labels in batches:
         with _recorded(view, wanted) as seen, torch.set_grad_enabled(gradients):
             logits = _logits(view, images, gradients)
-        hidden = {l: seen[l][0].detach().flatten(0, 1) for l in wanted}
-        found = {l: _moments(hidden[l], stats.needs) for l in wanted}
-        for l in wanted:
-            found[l].images = float(len(images))
+        for l in wanted:  # a block at a time: the batch's own sums are as large as the running ones
+            sums = stats.blocks.setdefault(l, BlockSums())
+            sums.add(_moments(seen[l][0].detach(), stats.needs))
         for draw in range(draws if gradients else 0):
             v = _cotangent(logits.detach(), stats.target, labels, generator)
             ys = [seen[l][1] for l in wanted]
             gs = torch.autograd.grad(logits, ys, v, retain_graph=draw + 1 < draws)
             for l, g in zip(wanted, gs, strict=True):
-                _add_gradient(found[l], view.fc2(l), seen[l][0].detach(), g, stats.needs, draws)
-        for l in wanted:
-            stats.blocks.setdefault(l, BlockSums()).add(found[l])
+                h = seen[l][0].detach()
+                _add_gradient(stats.blocks[l], view.fc2(l), h, g, stats.needs, draws)
         stats.images += len(images)
         if on_batch is not None:
             on_batch(stats)
@@ -328,9 +328,11 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _moments(h: Tensor, needs: tuple[Need, ...]) -> BlockSums:
-    sums = BlockSums(tokens=float(len(h)))
+    """What a batch [b, t, h] adds without a gradient."""
+    tokens = h.flatten(0, 1)
+    sums = BlockSums(tokens=float(len(tokens)), images=float(len(h)))
     if "moments" in needs:
-        rows = _double(h)
+        rows = _double(tokens)
         sums.hidden, sums.absolute = rows.sum(0), rows.abs().sum(0)
         sums.gram = rows.T @ rows
     return sums

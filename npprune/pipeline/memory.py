@@ -37,13 +37,17 @@ def images_that_fit(
         tokens = view.embed(image.to(device)).shape[1]
     per_token = sum(9 * view.fc2(l).out_features + 2 * h for l, h in enumerate(view.widths))
     item = next(view.model.parameters()).element_size()
-    if gib is not None:
-        allowed = gib * 2**30
-    elif device.type == "cuda":
-        allowed = SHARE * torch.cuda.get_device_properties(device).total_memory
-    else:
-        allowed = SHARE * psutil.virtual_memory().total / processes
+    allowed = allowed_bytes(gib, device, processes=processes)
     return max(1, int(allowed / (1.3 * item * points * tokens * per_token)))
+
+
+def allowed_bytes(gib: float | None, device: torch.device, *, processes: int = 1) -> float:
+    """`gib` GiB; None: half of what the device has, the processes of a machine sharing it."""
+    if gib is not None:
+        return gib * 2**30
+    if device.type == "cuda":
+        return SHARE * torch.cuda.get_device_properties(device).total_memory
+    return SHARE * psutil.virtual_memory().total / processes
 
 
 def halving(work: Callable[[int, int], T], total: int, limit: int) -> tuple[list[T], int]:

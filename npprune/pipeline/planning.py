@@ -24,14 +24,14 @@ from npprune.core.criteria import CRITERIA, Context, score
 from npprune.core.harm import Replacement, candidates_for, measure_harm
 from npprune.core.selection import Selection, select, widths_for
 from npprune.core.sequential import compensate_in_sequence
-from npprune.core.statistics import Moments, Need, Statistics, collect_statistics
+from npprune.core.statistics import Moments, Need, Statistics
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.latency import LATENCY_TOLERANCE, LatencyTable
+from npprune.pipeline.statistics import Batches, Collected, Shelf, collect
 from npprune.recipe import PruneSection
 
-Batches = list[tuple[Tensor, Tensor]]
 HARM_IMAGES = 100
 HARM_STEPS = 8  # widths measured in a block: multiples of an eighth
 SALIENCE = 0.5  # share of the token weighting by the squared loss gradient
@@ -77,9 +77,10 @@ class Planner:
 
     `latency`: the prices that `target_latency` needs. `like`: another planner of the same
     network, images and seed; its statistics are taken over where they hold what this one needs.
+    `shelf`: where statistics are kept and found again; None: nowhere.
     """
 
-    stats: Statistics
+    collected: Collected
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class Planner:
         *,
         latency: LatencyTable | None = None,
         like: Planner | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self.view, self.batches, self.settings, self.emit = view, batches, settings, emit
         self.paths, self.sizes, self.latency = paths, sizes, latency
@@ -101,13 +103,12 @@ class Planner:
         criterion = CRITERIA[settings.criterion]
         needs = needs_of(criterion.name)
         self.salience = SALIENCE if "salience" in needs else 0.0
-        self._moments: dict[int, Moments] = {}
         if like is not None and set(like.stats.needs) == needs:
-            self.stats, self._moments = like.stats, like._moments
-            self.seconds["statistics"] = like.seconds["statistics"]
+            self.collected = like.collected
         else:
-            with self._timed("statistics"):
-                self.stats = self._statistics(needs, generator)
+            self.collected = collect(view, batches, needs, generator, shelf or Shelf(), emit)
+        self.stats: Statistics = self.collected.statistics
+        self.seconds["statistics"] = self.collected.seconds
         with self._timed("scores"):
             self.scores = score(
                 criterion.name,
@@ -192,22 +193,9 @@ class Planner:
 
     # ------------------------------------------------------------ parts
 
-    def _statistics(self, needs: set[Need], generator: torch.Generator) -> Statistics:
-        total = sum(len(y) for _, y in self.batches)
-
-        def tell(stats: Statistics) -> None:
-            self.emit(Event("statistics", level="progress", done=stats.images, total=total))
-
-        return collect_statistics(
-            self.view, self._on_device(self.batches), needs=needs, generator=generator,
-            on_batch=tell,
-        )  # fmt: skip
-
     def moments(self, l: int) -> Moments:
         """Mean and covariance of block l's hidden units."""
-        if l not in self._moments:
-            self._moments[l] = self.stats.moments(l, self.salience)
-        return self._moments[l]
+        return self.stats.moments(l, self.salience)
 
     def _select(self, budget: float, harm: Sequence[dict[int, float]] | None) -> Selection:
         return select(

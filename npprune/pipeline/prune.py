@@ -26,6 +26,7 @@ from npprune.pipeline.latency import LatencyTarget
 from npprune.pipeline.planning import Chosen, Planner, check_criterion
 from npprune.pipeline.prepare import HELD_OUT, Held, calibration_images, origin, read_paths
 from npprune.pipeline.results import add_command
+from npprune.pipeline.statistics import Shelf, identity, statistics_home
 from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import (
     CheckpointConfig,
@@ -98,6 +99,7 @@ def prune(
     calibration, held_out = calibration_images(images, settings.calibration_images, emit)
     generator = torch.Generator().manual_seed(seed)
     batches = list(calibration)
+    shelf = Shelf(statistics_home(run, out), identity(network), settings.memory, write=not dry_run)
     with ExitStack() as held:
         latency = None
         if settings.target_latency is not None:
@@ -106,7 +108,7 @@ def prune(
             )
         planner = Planner(
             view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit,
-            latency=latency.table if latency is not None else None,
+            latency=latency.table if latency is not None else None, shelf=shelf,
         )  # fmt: skip
         if latency is not None:
             latency.correct(lambda budget: planner.select(budget).widths)
@@ -118,6 +120,7 @@ def prune(
             return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
 
         done = _within(attempt, planner, settings, emit)
+        done.chosen.details["statistics"] = planner.collected.record
         if latency is not None and not dry_run:
             record, warnings = latency.check(done.model, done.plan.kept_widths)
             done.chosen.details["latency"] = record
@@ -310,7 +313,7 @@ def _summary(
 def _how(
     settings: PruneSection, classes: list[int] | None, run: RunFolder | None, seed: int
 ) -> dict[str, Any]:
-    how: dict[str, Any] = settings.model_dump(exclude_none=True)
+    how: dict[str, Any] = settings.model_dump(exclude_none=True, exclude={"memory"})
     how["seed"] = seed
     if classes is not None:
         how["classes"] = classes

@@ -91,6 +91,7 @@ class PruneSection(Section):
     calibration_images: int | None = Field(None, ge=1)
     keep_head: bool = False  # with classes: all outputs stay
     max_drop: float | None = Field(None, gt=0, le=100)  # points of top-1, predicted
+    memory: float | None = Field(None, gt=0)  # GiB for statistics; None: half of the memory
 
 
 class StudySection(Section):
