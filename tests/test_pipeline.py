@@ -12,7 +12,7 @@ from torch import nn
 
 import npprune
 from npprune.core.votes import class_top
-from npprune.errors import GateError, ModelError, StoreError, UsageError
+from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import model_info, state
 from npprune.models.load import create
 from npprune.models.surgery import mask_plan
@@ -167,13 +167,18 @@ def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:
     variant = prune(run, data, half(keep_head=False), out)
     assert variant.model.num_classes == 3
     assert [c.name for c in read_config(out).classes] == ["3", "7", "8"]
-    found = evaluate(out, DataSection(val="digits:test", classes=[3, 7, 8]), QUICK)
+    events: list[Event] = []
+    found = evaluate(out, DataSection(val="digits:test"), QUICK, emit=events.append)
+    assert any("images of the checkpoint's 3 classes" in e.message for e in events)
     assert found.restricted_to == [3, 7, 8]
+    assert found.data.classes == 3
     assert found.dense_restricted is not None
     assert found.dense_restricted.top1.total == found.dense.top1.total
     assert found.dense_restricted.top1.correct >= found.dense.top1.correct
-    with pytest.raises(Exception, match="class 0"):
-        evaluate(out, DataSection(val="digits:test"), QUICK)
+    some = evaluate(out, DataSection(val="digits:test", classes=[3, 8]), QUICK)
+    assert some.data.classes == 2
+    with pytest.raises(DataError, match=r"class 0 \(0\) is not one of them"):
+        evaluate(out, DataSection(val="digits:test", classes=[0, 3]), QUICK)
 
 
 def test_a_kept_head_still_answers_all_classes(run: Path) -> None:

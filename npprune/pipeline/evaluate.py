@@ -47,10 +47,16 @@ def evaluate(
     assert config is not None
     dense = open_dense(config, checkpoint, where, dense_checkpoint, emit)
     emit(Event(STAGE, f"{checkpoint.name} and its dense network on {where} ({reason})"))
+    outputs = config.details.get("outputs")  # a head cut to some classes
+    if outputs is not None and data.classes is None:
+        emit(Event(STAGE, f"images of the checkpoint's {len(outputs)} classes"))
+        data = data.model_copy(update={"classes": list(outputs)})
     images = open_images(
         data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
         preprocessing=config.preprocessing,
     )  # fmt: skip
+    if outputs is not None:
+        _check_outputs(outputs, images)
     started = time.perf_counter()
     logits, labels, sample = _predict(dense, pruned, images, where, emit)
     evaluation = _compare(*logits, labels, images, config, data)
@@ -161,6 +167,17 @@ def _predict(
     return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample
 
 
+def _check_outputs(outputs: list[int], images: Images) -> None:
+    """DataError where classes were asked for that the checkpoint's head does not have."""
+    unknown = sorted(set(images.source.selected or ()) - set(outputs))
+    if unknown:
+        raise DataError(
+            f"the checkpoint's head has {len(outputs)} classes, and class {unknown[0]} "
+            f"({images.source.name(unknown[0])}) is not one of them",
+            hint="leave `--classes` out, or choose among those of the checkpoint",
+        )
+
+
 def _compare(
     dense: Tensor,
     pruned: Tensor,
@@ -174,13 +191,6 @@ def _compare(
         full = torch.full_like(dense, float("-inf"))
         full[:, outputs] = pruned
         pruned = full
-        unknown = sorted(set(labels.tolist()) - set(outputs))
-        if unknown:
-            raise DataError(
-                f"the checkpoint's head has {len(outputs)} classes, and class {unknown[0]} "
-                f"({images.source.name(unknown[0])}) is not one of them",
-                hint="`--classes` limits the images to those of the checkpoint",
-            )
     chosen = outputs or config.details.get("classes")
     if chosen is None and data.classes is not None:
         chosen = images.source.selected
