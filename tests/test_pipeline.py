@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import npprune
+from npprune.core.view import VitView
 from npprune.core.votes import class_top
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import model_info, state
@@ -20,6 +22,7 @@ from npprune.pipeline.discover import discover
 from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import Event
 from npprune.pipeline.export import export_checkpoint
+from npprune.pipeline.planning import Planner
 from npprune.pipeline.prune import prune
 from npprune.pipeline.results import render_report
 from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
@@ -179,6 +182,22 @@ def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:
     assert some.data.classes == 2
     with pytest.raises(DataError, match=r"class 0 \(0\) is not one of them"):
         evaluate(out, DataSection(val="digits:test", classes=[0, 3]), QUICK)
+
+
+@pytest.mark.parametrize(("keep_head", "outputs"), [(False, 3), (True, 10)])
+def test_what_stays_is_planned_on_the_head_that_stays(
+    run: Path, monkeypatch: pytest.MonkeyPatch, keep_head: bool, outputs: int
+) -> None:
+    seen = []
+
+    class Seen(Planner):
+        def __init__(self, view: VitView, *args: Any, **kwargs: Any) -> None:
+            seen.append(view.head(view.embed(torch.randn(1, 3, 8, 8))).shape[1])
+            super().__init__(view, *args, **kwargs)
+
+    monkeypatch.setattr("npprune.pipeline.prune.Planner", Seen)
+    prune(run, DataSection(classes=[3, 7, 8]), half(keep_head=keep_head), run.parent / "few")
+    assert seen == [outputs]
 
 
 def test_a_kept_head_still_answers_all_classes(run: Path) -> None:

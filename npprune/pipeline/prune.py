@@ -16,7 +16,7 @@ import torch
 from npprune.core import metrics
 from npprune.errors import GateError, UsageError
 from npprune.models.info import model_info, model_sizes, state
-from npprune.models.surgery import apply_plan, check_prunable, set_fc2
+from npprune.models.surgery import apply_plan, check_prunable, cut_head, set_fc2
 from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
@@ -94,12 +94,17 @@ def prune(
         on_bad="skip", stage=STAGE, emit=emit,
     )  # fmt: skip
     classes = images.source.selected if data.classes is not None else None
+    outputs = classes if not settings.keep_head else None
+    if outputs is not None:  # what is measured is the network with the head that it will have
+        view = make_view(cut_head(network.model, outputs))
     paths = read_paths(run, network, classes, view, settings.topk)
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
     calibration, held_out = calibration_images(images, settings.calibration_images, emit)
     generator = torch.Generator().manual_seed(seed)
     batches = list(calibration)
-    shelf = Shelf(statistics_home(run, out), identity(network), settings.memory, write=not dry_run)
+    shelf = Shelf(
+        statistics_home(run, out), identity(network, outputs), settings.memory, write=not dry_run
+    )
     with ExitStack() as held:
         latency = None
         if settings.target_latency is not None:

@@ -80,8 +80,11 @@ def statistics_home(run: RunFolder | None, out: Path) -> Path:
     return run.path / "statistics" if run is not None else out.resolve().parent / ".statistics"
 
 
-def identity(network: Network) -> dict[str, Any]:
-    """What a network is, as far as it decides what it computes."""
+def identity(network: Network, outputs: list[int] | None = None) -> dict[str, Any]:
+    """What a network is, as far as it decides what it computes.
+
+    outputs: the classes that its head is cut to.
+    """
     source = network.info.source
     return {
         "sha256": source.sha256,
@@ -89,6 +92,7 @@ def identity(network: Network) -> dict[str, Any]:
         "arguments": to_dict(source)["model_args"],
         "class": type(network.model).__qualname__,
         "heads": network.info.heads,
+        "outputs": outputs,
     }
 
 
