@@ -98,7 +98,7 @@ def test_the_healed_network_predicts_more_as_the_dense_one(half_network: Path) -
     found = variant.heal
     assert found is not None
     assert found.after.divergence_nats < 0.6 * found.before.divergence_nats
-    assert (found.images, found.held_out, found.steps) == (270, 30, 48)
+    assert (found.images, found.held_out, found.steps) == (270, 30, 96)
     assert found.augmentation == "mixed"
     assert found.images_per_second > 0
     assert not out.with_name("healed.partial").exists()
