@@ -15,7 +15,9 @@ def tiny_vit(seed: int = 0, **options: Any) -> nn.Module:
         "img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3,
         "num_classes": 7, "mlp_ratio": 2,
     }  # fmt: skip
-    model = timm.create_model("vit_tiny_patch16_224", **{**args, **options})
+    with torch.random.fork_rng(devices=[]):  # timm draws from the global state
+        torch.manual_seed(seed)
+        model = timm.create_model("vit_tiny_patch16_224", **{**args, **options})
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():

@@ -32,6 +32,7 @@ from npprune.pipeline.planning import Batches, Paths, Planner, needs_of
 from npprune.pipeline.prepare import CALIBRATION_IMAGES, calibration_images, origin, read_paths
 from npprune.pipeline.prune import carried_out
 from npprune.pipeline.results import add_command, render_report
+from npprune.pipeline.statistics import Shelf, identity, statistics_home
 from npprune.pipeline.study_healing import Healer
 from npprune.pipeline.study_rows import (
     Setting,
@@ -104,6 +105,7 @@ def study(
     manifest = _manifest(out.name, network, calibration, val, settings, classes, run, where, reason)
     world = _World(network, view, calibration, val, paths, settings, classes, where, emit)
     folder = RunFolder(out)
+    world.shelf = Shelf(statistics_home(run or folder, out), identity(network))
 
     def result() -> Result:
         earlier = folder.read_result().commands if folder.result_path.is_file() else []
@@ -141,6 +143,7 @@ class _World:
     classes: list[int] | None
     device: torch.device
     emit: Emit
+    shelf: Shelf = field(default_factory=Shelf)
     fit: Batches = field(default_factory=list)
     images: list[Tensor] = field(default_factory=list)
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
@@ -238,7 +241,7 @@ def _planner(world: _World, row: Setting, last: tuple[Setting, Planner] | None) 
             like = planner
     return Planner(
         world.view, world.fit, world.paths, settings, lambda: model_sizes(world.network.model),
-        torch.Generator().manual_seed(row.seed), world.emit, like=like,
+        torch.Generator().manual_seed(row.seed), world.emit, like=like, shelf=world.shelf,
     )  # fmt: skip
 
 
