@@ -122,6 +122,49 @@ def eliminate(
     )
 
 
+def eliminate_groups(
+    covariance: Tensor,
+    weight: Tensor,
+    groups: int,
+    curvature: Tensor | None = None,
+    *,
+    shrinkage: float = SHRINKAGE,
+) -> Elimination:
+    """The same with whole groups of columns: attention heads at the input of `proj`.
+
+    Removing the columns J and refitting the rest costs tr(W_J^T G W_J (A_JJ)^-1).
+
+    Args:
+        covariance: S [a, a] of the layer's inputs.
+        weight: its weight [d, a].
+        groups: into how many equal runs of neighbouring columns the inputs fall.
+        curvature: G [d, d] at the layer's output; None: the identity.
+        shrinkage: lambda over S's mean diagonal.
+
+    Returns: order and costs of the groups.
+    """
+    _check(covariance, weight, curvature, None)
+    a = inverse(covariance, shrinkage)
+    u = weight.detach().to(a, copy=True)
+    if curvature is not None:
+        u = square_root(curvature.to(a)) @ u
+    columns = list(torch.arange(len(a), device=a.device).chunk(groups))
+    left, order, costs = list(range(groups)), [], []
+    while left:
+        found = []
+        for g in left:
+            j = columns[g]
+            found.append(float((u[:, j].T @ u[:, j]).mul(torch.linalg.inv(a[j][:, j])).sum()))
+        cheapest = min(range(len(left)), key=lambda i: found[i])
+        g = left.pop(cheapest)
+        order.append(g)
+        costs.append(found[cheapest])
+        j = columns[g]
+        rows = torch.linalg.solve(a[j][:, j], a[j])
+        u, a = u - u[:, j] @ rows, a - a[:, j] @ rows
+    return Elimination(torch.tensor(order), torch.tensor(costs, dtype=torch.float64))
+
+
 def inverse(covariance: Tensor, shrinkage: float) -> Tensor:
     """(S + lambda I)^-1 in float64, lambda = shrinkage x the mean diagonal of S [h, h].
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +26,12 @@ from npprune.core.statistics import Moments
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 
+Option = TypeVar("Option")
+
 
 @dataclass
 class Replacement:
-    """A block's pruned second layer: kept neurons [k], weight [d, k], bias [d]."""
+    """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d]."""
 
     keep: Sequence[int]
     weight: Tensor
@@ -65,6 +68,13 @@ def candidates_for(
 @contextmanager
 def replaced(view: VitView, replacements: Mapping[int, Replacement]) -> Iterator[None]:
     """For the duration, `fc2` of each named block gives W_K h_K + b."""
+    with layers_replaced({view.fc2(l): r for l, r in replacements.items()}):
+        yield
+
+
+@contextmanager
+def layers_replaced(replacements: Mapping[nn.Linear, Replacement]) -> Iterator[None]:
+    """For the duration, each of these layers gives W_K x_K + b."""
 
     def hook(r: Replacement) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         index = torch.as_tensor(list(r.keep))
@@ -76,7 +86,7 @@ def replaced(view: VitView, replacements: Mapping[int, Replacement]) -> Iterator
 
         return give
 
-    handles = [view.fc2(l).register_forward_hook(hook(r)) for l, r in replacements.items()]
+    handles = [layer.register_forward_hook(hook(r)) for layer, r in replacements.items()]
     try:
         yield
     finally:
@@ -149,4 +159,40 @@ def measure_harm(
             on_block(l, row)
         with replaced(view, {l: base[l]} if l in base else {}):
             streams = [view.tail(l, x, a) for x, a in zip(streams, attention, strict=True)]
+    return table
+
+
+@torch.no_grad()
+def measure_attention_harm(
+    view: VitView,
+    batches: Sequence[Tensor],
+    candidates: Sequence[Mapping[Option, Mapping[nn.Linear, Replacement]]],
+    *,
+    on_block: Callable[[int, dict[Option, float]], None] | None = None,
+) -> list[dict[Option, float]]:
+    """KL(dense || changed) in nats for each block and option, that block's attention alone changed.
+
+    Args:
+        batches: images, held in memory.
+        candidates: per block, option -> the layers that stand in for the attention's own.
+        on_block: called with each finished row.
+    """
+    dense = predict(view, batches)
+    streams = [view.embed(images) for images in batches]
+    table: list[dict[Option, float]] = []
+    for l, options in enumerate(candidates):
+        row = {}
+        for option, layers in options.items():
+            logits = []
+            for x in streams:
+                with layers_replaced(layers):
+                    y = view.block(l, x)
+                for later in range(l + 1, len(view.widths)):
+                    y = view.block(later, y)
+                logits.append(view.head(y))
+            row[option] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
+        table.append(row)
+        if on_block is not None:
+            on_block(l, row)
+        streams = [view.block(l, x) for x in streams]
     return table

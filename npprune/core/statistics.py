@@ -252,12 +252,12 @@ def collect_statistics(
         raise UsageError(f"target {stats.target!r} draws at random and needs a generator")
     for images, labels in batches:
         with _recorded(view, wanted) as seen, torch.set_grad_enabled(gradients):
-            logits = _logits(view, images, gradients)
+            logits = logits_of(view, images, gradients)
         for l in wanted:  # a block at a time: the batch's own sums are as large as the running ones
             sums = stats.blocks.setdefault(l, BlockSums())
             sums.add(_moments(seen[l][0].detach(), stats.needs))
         for draw in range(draws if gradients else 0):
-            v = _cotangent(logits.detach(), stats.target, labels, generator)
+            v = cotangent(logits.detach(), stats.target, labels, generator)
             ys = [seen[l][1] for l in wanted]
             gs = torch.autograd.grad(logits, ys, v, retain_graph=draw + 1 < draws)
             for l, g in zip(wanted, gs, strict=True):
@@ -296,7 +296,8 @@ def _recorded(view: VitView, blocks: Iterable[int]) -> Iterator[dict[int, tuple[
             handle.remove()
 
 
-def _logits(view: VitView, images: Tensor, gradients: bool) -> Tensor:
+def logits_of(view: VitView, images: Tensor, gradients: bool) -> Tensor:
+    """Logits [b, c] of images, with a graph from the first block on if gradients are wanted."""
     with torch.no_grad():
         x = view.embed(images)
     if gradients:
@@ -306,7 +307,7 @@ def _logits(view: VitView, images: Tensor, gradients: bool) -> Tensor:
     return view.head(x)
 
 
-def _cotangent(
+def cotangent(
     logits: Tensor, target: Target, labels: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """The loss gradient at the logits, [b, c]; see the module's text."""
@@ -322,7 +323,7 @@ def _cotangent(
     return p - nn.functional.one_hot(labels.to(p.device).long(), p.shape[1]).to(p)
 
 
-def _double(x: Tensor) -> Tensor:
+def double(x: Tensor) -> Tensor:
     """float64, on the CPU where the device has none (mps)."""
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
@@ -332,7 +333,7 @@ def _moments(h: Tensor, needs: tuple[Need, ...]) -> BlockSums:
     tokens = h.flatten(0, 1)
     sums = BlockSums(tokens=float(len(tokens)), images=float(len(h)))
     if "moments" in needs:
-        rows = _double(tokens)
+        rows = double(tokens)
         sums.hidden, sums.absolute = rows.sum(0), rows.abs().sum(0)
         sums.gram = rows.T @ rows
     return sums
@@ -344,18 +345,18 @@ def _add_gradient(
     """Add one backward pass' share: h [b, t, h], g [b, t, d]."""
     found = BlockSums()
     if "gates" in needs:
-        a = _double((h * (g @ fc2.weight.detach())).sum(dim=1))
+        a = double((h * (g @ fc2.weight.detach())).sum(dim=1))
         found.gate, found.gate_square = a.abs().sum(0) / draws, a.square().sum(0) / draws
-    rows = _double(g.flatten(0, 1))
+    rows = double(g.flatten(0, 1))
     if "curvature" in needs:
         found.curvature = rows.T @ rows / draws
     if "salience" in needs:
         weight = rows.square().sum(dim=1) / draws
-        tokens = _double(h.flatten(0, 1))
+        tokens = double(h.flatten(0, 1))
         found.weight = float(weight.sum())
         found.position = weight.reshape(h.shape[:2]).sum(0)
         found.salient = weight @ tokens
         # the weights are a random draw: products in the model's precision, sums in float64
         scaled = h.flatten(0, 1) * weight.sqrt().to(h)[:, None]
-        found.salient_gram = _double(scaled.T @ scaled)
+        found.salient_gram = double(scaled.T @ scaled)
     sums.add(found)

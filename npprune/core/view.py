@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -22,6 +23,35 @@ HiddenEdit = Callable[[Tensor], Tensor]
 
 Given = tuple[slice, Tensor]
 """Token positions, and the MLP's output [b, s, d] at them."""
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The two linear layers of one block's attention, and how many heads they hold.
+
+    `qkv` gives all heads' queries, then all keys, then all values; `proj` reads the heads' outputs
+    side by side. Queries and keys of a head may be narrower than its values.
+    """
+
+    heads: int
+    qkv: nn.Linear
+    proj: nn.Linear
+
+    @property
+    def value_dims(self) -> int:
+        """Value dimensions of a head."""
+        return self.proj.in_features // self.heads
+
+    @property
+    def query_dims(self) -> int:
+        """Query (and key) dimensions of a head."""
+        return (self.qkv.out_features // self.heads - self.value_dims) // 2
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows [n (2 q + v), ...] of `qkv` as queries and keys [n, q, ...], values [n, v, ...]."""
+        q, v = self.heads * self.query_dims, self.heads * self.value_dims
+        parts = rows.split([q, q, v])
+        return tuple(part.unflatten(0, (self.heads, -1)) for part in parts)  # type: ignore[return-value]
 
 
 class VitView(Protocol):
@@ -87,6 +117,10 @@ class VitView(Protocol):
 
     def fc2(self, l: int) -> nn.Linear:
         """The second linear layer of block l's MLP: weight [d, h]."""
+        ...
+
+    def attention(self, l: int) -> Projections:
+        """The layers of block l's attention; ModelError where it is not the plain kind."""
         ...
 
 

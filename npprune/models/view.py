@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from npprune.core.view import Given, HiddenEdit, Scope
+from npprune.core.view import Given, HiddenEdit, Projections, Scope
 from npprune.errors import ModelError
+from npprune.models.attention import projections
 
 
 class TimmView:
@@ -129,6 +130,16 @@ class TimmView:
 
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
+
+    def attention(self, l: int) -> Projections:
+        attn = self.blocks[l].attn
+        found = projections(attn)
+        if found is None:
+            raise ModelError(
+                f"block {l}: {type(attn).__module__}.{type(attn).__name__} is another attention "
+                "than timm's plain one"
+            )
+        return found
 
     @contextmanager
     def _edited(self, l: int, edit: HiddenEdit | None) -> Iterator[None]:

@@ -1,0 +1,95 @@
+"""Attention whose queries and keys are narrower than its values, which timm's cannot have."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from npprune.core.view import Projections
+from npprune.errors import ModelError
+
+
+class NarrowAttention(nn.Module):
+    """timm's `Attention` with `query_dim` query/key and `head_dim` value dimensions a head.
+
+    Takes over the layers of the attention whose place it takes; `qkv` must then be given rows for
+    its sizes. Logits are divided by the root of `query_dim` with both kernels: whoever narrows
+    queries and keys folds the original scale into their weights.
+    """
+
+    def __init__(self, attn: Any, query_dim: int) -> None:
+        super().__init__()
+        self.num_heads: int = attn.num_heads
+        self.head_dim: int = attn.head_dim
+        self.attn_dim: int = attn.attn_dim
+        self.query_dim = query_dim
+        self.scale = query_dim**-0.5
+        self.fused_attn: bool = attn.fused_attn
+        self.qkv: nn.Linear = attn.qkv
+        self.attn_drop: nn.Dropout = attn.attn_drop
+        self.proj: nn.Linear = attn.proj
+        self.proj_drop: nn.Dropout = attn.proj_drop
+        self.train(attn.training)
+
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        b, t, _ = x.shape
+        n, q_dim, v_dim = self.num_heads, self.query_dim, self.head_dim
+        parts = self.qkv(x).split([n * q_dim, n * q_dim, n * v_dim], dim=-1)
+        q, k, v = (part.reshape(b, t, n, -1).transpose(1, 2) for part in parts)
+        if self.fused_attn:
+            x = scaled_dot_product_attention(
+                q, k, v,
+                attn_mask=attn_mask,
+                dropout_p=self.attn_drop.p if self.training else 0.0,
+                is_causal=is_causal,
+            )  # fmt: skip
+        else:
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+            if is_causal:
+                logits = logits + logits.new_full((t, t), float("-inf")).triu(1)
+            elif attn_mask is not None and attn_mask.dtype == torch.bool:
+                logits = logits.masked_fill(~attn_mask, float("-inf"))
+            elif attn_mask is not None:
+                logits = logits + attn_mask
+            x = self.attn_drop(logits.softmax(dim=-1)) @ v
+        x = x.transpose(1, 2).reshape(b, t, self.attn_dim)
+        return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
+
+
+def projections(attn: Any) -> Projections | None:
+    """The layers of a plain attention; None for other kinds."""
+    if type(attn) not in (Attention, NarrowAttention):
+        return None
+    return Projections(int(attn.num_heads), attn.qkv, attn.proj)
+
+
+def check_attention(attn: Any, l: int, axis: str) -> None:
+    """ModelError, with the reason, where block l's attention cannot lose `heads` or `qk`."""
+    what = "heads cannot be removed from" if axis == "heads" else "`qk` cannot be narrowed in"
+    if axis == "qk":
+        reason = None
+        if not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity):
+            reason = f"a {type(attn.q_norm).__name__} between the projection and the product"
+        elif "rope" in inspect.signature(attn.forward).parameters:
+            reason = "rotary position embeddings between the projection and the product"
+        if reason is not None:
+            raise ModelError(
+                f"block {l}: {what} {type(attn).__module__}.{type(attn).__name__}: its queries "
+                f"and keys pass {reason}, which no smaller projection gives back",
+                hint="leave `qk` out of the axes",
+            )
+    plain = projections(attn) is not None
+    plain = plain and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
+    if not plain or getattr(attn, "gate", None) is not None:
+        raise ModelError(
+            f"block {l}: {what} {type(attn).__module__}.{type(attn).__name__} (another attention, "
+            "or with a norm or gate on its output)",
+            hint="remove hidden units of the MLPs alone",
+        )
