@@ -144,6 +144,7 @@ class ModelInfo:
     num_classes: int
     scope: str  # tokens that the classifier pools: cls | patch | all
     preprocessing: Preprocessing
+    query_dims: list[int] | None = None  # of a head, per block; None: as many as values
 
 
 @dataclass
@@ -264,6 +265,7 @@ class Plan(Document):
     heads: list[list[int]] | None = None  # kept attention heads per block; None: all
     classes: list[int] | None = None  # outputs the head is cut to; None: all
     notes: list[str] = field(default_factory=list)
+    query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
 
     def __post_init__(self) -> None:
         if len(self.keep) != len(self.widths):

@@ -65,7 +65,7 @@ def params(sizes: Sizes) -> int:
     total = sizes.fixed_params + sizes.patch_inputs * d + d + d * sizes.classes + sizes.classes
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
-        total += (d + int(sizes.qkv_bias)) * (2 * q + v) + v * d + d  # qkv and projection
+        total += attention_price(sizes, q, v, "params") + d  # the projection's bias
         total += h * neuron_price(sizes, l, "params")
         total += d * int(sizes.output_bias) + sizes.block_params
     return total
@@ -73,11 +73,11 @@ def params(sizes: Sizes) -> int:
 
 def macs(sizes: Sizes) -> int:
     """Multiply-accumulates of one image."""
-    t, d = sizes.tokens, sizes.width
+    d = sizes.width
     total = sizes.patches * sizes.patch_inputs * d + d * sizes.classes
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
-        total += t * d * (2 * q + v) + t * t * (q + v) + t * v * d
+        total += attention_price(sizes, q, v, "macs")
         total += h * neuron_price(sizes, l, "macs")
     return total
 
@@ -95,11 +95,25 @@ def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
     raise UsageError(f"price must be neurons, params or macs, got {price!r}")
 
 
-def hidden_budget(sizes: Sizes, target: float, price: Literal["params", "macs"]) -> float:
+def attention_price(sizes: Sizes, q: int, v: int, price: Literal["params", "macs"]) -> int:
+    """What one block's attention costs with q query/key and v value dimensions over all heads:
+    the parameters of both projections (without `proj`'s bias), or the MACs of one image."""
+    t, d = sizes.tokens, sizes.width
+    if price == "params":
+        return (d + int(sizes.qkv_bias)) * (2 * q + v) + v * d
+    if price == "macs":
+        return t * d * (2 * q + v) + t * t * (q + v) + t * v * d
+    raise UsageError(f"price must be params or macs, got {price!r}")
+
+
+def hidden_budget(
+    sizes: Sizes, target: float, price: Literal["params", "macs"], *, attention: bool = False
+) -> float:
     """What the hidden units may cost if the whole network is to cost `target`.
 
     Args:
         target: at most 1, a share of this network's cost; above 1, a count.
+        attention: the attention's part is to be shared out, too, and belongs to the answer.
 
     Raises:
         UsageError: a target that is not positive.
@@ -110,11 +124,16 @@ def hidden_budget(sizes: Sizes, target: float, price: Literal["params", "macs"])
     whole = params(sizes) if price == "params" else macs(sizes)
     goal = target * whole if target <= 1 else min(target, whole)
     hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
+    if attention:
+        hidden += sum(
+            attention_price(sizes, *_attention(sizes, l), price) for l in range(len(sizes.hidden))
+        )
     if goal <= whole - hidden:
+        what = "MLP neuron or attention head" if attention else "MLP neuron"
         raise GateError(
             f"a target of {goal:.4g} {price} is below the {whole - hidden:.4g} that remain "
-            "without any MLP neuron",
-            hint="raise the target: only MLP neurons are removed",
+            f"without any {what}",
+            hint="raise the target" + ("" if attention else ": only MLP neurons are removed"),
         )
     return goal - (whole - hidden)
 

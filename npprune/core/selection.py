@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,11 +25,19 @@ from npprune.errors import GateError, UsageError
 
 Method = Literal["uniform", "global", "measured"]
 METHODS: tuple[Method, ...] = ("uniform", "global", "measured")
-Table = Sequence[Mapping[int, float]]
-"""Per block: width -> harm, or width -> price."""
+Table = Sequence[Mapping[Any, float]]
+"""Per block: width -> harm, or width -> price. Per other item: option -> harm, or price."""
 
 STATES = 200_000
 """Partial solutions `solve` holds before it rounds prices."""
+
+
+@dataclass
+class Others:
+    """What else shares the budget: for each item its options' harm (nats) and prices."""
+
+    harm: Table
+    prices: Table
 
 
 @dataclass
@@ -45,6 +53,7 @@ class Selection:
     total: float
     harm: float | None = None  # sum of the table's entries at the chosen widths
     warnings: list[str] = field(default_factory=list)
+    others: list[Any] = field(default_factory=list)  # the option taken of each other item
 
     @property
     def widths(self) -> list[int]:
@@ -61,6 +70,7 @@ def select(
     harm: Table | None = None,
     protected: Sequence[Sequence[int]] | None = None,
     votes: Sequence[Tensor] | None = None,
+    others: Others | None = None,
     round_to: int = 16,
     min_keep: int = 16,
     tolerance: float = 0.01,
@@ -74,6 +84,8 @@ def select(
         harm: nats per block and width (`measured` only), read at other widths by `smooth`.
         protected: neurons that stay whatever their score. Where they exceed a block's width, the
             ones with the fewest `votes` go, and a warning says how many.
+        others: items beside the blocks' hidden units that the budget is for as well (`measured`
+            only): one option is taken of each.
         round_to: widths are multiples of this, or the block's full width.
         min_keep: the least width of a block.
         tolerance: share of the budget that may be missed without a warning.
@@ -87,32 +99,41 @@ def select(
         raise UsageError(f"selection must be one of {METHODS}, got {method!r}")
     if (harm is None) == (method == "measured"):
         raise UsageError("a harm table is needed by `measured` selection, and by that alone")
+    if others is not None and harm is None:
+        raise UsageError("other items than hidden units need a harm table")
     sets = [sorted(set(p)) for p in protected] if protected is not None else [[] for _ in dense]
     _check_protected(sets, dense)
     choices = [widths_for(h, round_to, min_keep) for h in dense]
     price = _price_table(prices, choices)
     total = sum(row[h] for row, h in zip(price, dense, strict=True))
-    floors = _floors(choices, sets, price, budget)
+    more = others or Others([], [])
+    total += sum(max(row.values()) for row in more.prices)
+    least = sum(min(row.values()) for row in more.prices)
+    floors = _floors(choices, sets, price, budget - least)
     if method == "uniform":
-        widths = _uniform(choices, price, budget, total)
+        widths, chosen = _uniform(choices, price, budget, total), []
     else:
         table = removed_score(scores, sets) if harm is None else harm
         open_ = [[w for w in row if w >= f] for row, f in zip(choices, floors, strict=True)]
         fill = interpolate if harm is None else smooth
         filled = [fill(row, ws) for row, ws in zip(table, open_, strict=True)]
-        widths = solve(filled, price, budget)
+        taken = solve([*filled, *more.harm], [*price, *more.prices], budget)
+        widths, chosen = taken[: len(dense)], taken[len(dense) :]
     keep, warnings = keep_sets(scores, widths, sets, votes)
     achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
+    achieved += sum(row[o] for row, o in zip(more.prices, chosen, strict=True))
     if abs(achieved - budget) > tolerance * budget:
+        what = "the kept neurons cost" if others is None else "what is kept costs"
         warnings.append(
-            f"the kept neurons cost {achieved:.6g} of a budget of {budget:.6g} "
+            f"{what} {achieved:.6g} of a budget of {budget:.6g} "
             f"({achieved / budget - 1:+.1%}): widths are multiples of {round_to} "
             f"and at least {min_keep}"
         )
     cost = None
     if harm is not None:  # `measured` has filled its table in
         cost = sum(row[w] for row, w in zip(filled, widths, strict=True))
-    return Selection(keep, float(budget), float(achieved), float(total), cost, warnings)
+        cost += sum(row[o] for row, o in zip(more.harm, chosen, strict=True))
+    return Selection(keep, float(budget), float(achieved), float(total), cost, warnings, chosen)
 
 
 def widths_for(width: int, round_to: int = 16, min_keep: int = 16) -> list[int]:
@@ -160,8 +181,9 @@ def keep_sets(
     return keep, warnings
 
 
-def solve(harm: Table, prices: Table, budget: float) -> list[int]:
-    """One width per block, with the least total harm whose total price is within the budget.
+def solve(harm: Table, prices: Table, budget: float) -> list[Any]:
+    """One width per block (one option per item), with the least total harm whose total price is
+    within the budget.
 
     Dynamic programme over blocks: of all partial choices only those stay that no other beats in
     both price and harm. Exact; only where more than 200,000 stay (prices without a common unit,
@@ -176,7 +198,7 @@ def solve(harm: Table, prices: Table, budget: float) -> list[int]:
         raise _too_small(least, budget)
     price = torch.zeros(1, dtype=torch.float64)
     total = torch.zeros(1, dtype=torch.float64)
-    steps: list[tuple[list[int], Tensor]] = []
+    steps: list[tuple[list[Any], Tensor]] = []
     unit = 0.0
     for row, cost in zip(harm, prices, strict=True):
         widths = sorted(row)

@@ -17,7 +17,7 @@ Alistarh, 2023) and He et al. (ICCV 2017), who regress on the dense network's ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from npprune.core.compensation import Compensated, Cross, compensate
 from npprune.core.elimination import SHRINKAGE
-from npprune.core.harm import Replacement, replaced
+from npprune.core.harm import Replacement, layers_replaced, replaced
 from npprune.core.statistics import Moments
 from npprune.core.view import VitView
 
@@ -45,6 +45,7 @@ def compensate_in_sequence(
     beta: float = BETA,
     weights: Sequence[Tensor] | None = None,
     shrinkage: float = SHRINKAGE,
+    attention: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
 ) -> list[Replacement]:
     """Refit every block on the network whose earlier blocks are pruned already.
@@ -56,6 +57,8 @@ def compensate_in_sequence(
         beta: share of the earlier blocks' error that each block tries to make up for.
         weights: per block, a positive weight for each token position [t]; None: even.
         shrinkage: lambda over the mean diagonal of the covariance.
+        attention: per block, layers that stand in for those of its attention, in the pruned
+            network alone: what they lose is an error of the stream like that of earlier blocks.
 
     Returns: the second layer of every block.
     """
@@ -64,11 +67,12 @@ def compensate_in_sequence(
     out = []
     for l in range(len(view.widths)):
         fc2 = view.fc2(l)
-        attention = [view.attention_output(l, x) for x in pruned]
+        with layers_replaced(attention[l] if attention is not None else {}):
+            attended = [view.attention_output(l, x) for x in pruned]
         if beta:
             dense = [view.block(l, x) for x in dense]
         sums = _Sums(view.widths[l], fc2.out_features, bool(beta))
-        for i, (x, a) in enumerate(zip(pruned, attention, strict=True)):
+        for i, (x, a) in enumerate(zip(pruned, attended, strict=True)):
             with _input_of(fc2) as seen:
                 after = view.tail(l, x, a)
             sums.add(
@@ -83,7 +87,7 @@ def compensate_in_sequence(
         if on_block is not None:
             on_block(l, found)
         with replaced(view, {l: out[-1]}):
-            pruned = [view.tail(l, x, a) for x, a in zip(pruned, attention, strict=True)]
+            pruned = [view.tail(l, x, a) for x, a in zip(pruned, attended, strict=True)]
     return out
 
 

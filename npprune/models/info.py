@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from npprune.core import cost
 from npprune.errors import ModelError
+from npprune.models.attention import projections
 from npprune.models.view import make_view
 from npprune.records import ModelInfo, ModelSource, Preprocessing
 
@@ -35,12 +36,15 @@ def model_info(model: nn.Module, source: ModelSource) -> ModelInfo:
     preprocessing = model_preprocessing(model)
     if not source.sha256:
         source.sha256 = weights_sha256(model)
+    attentions = [projections(block.attn) for block in view.blocks]
+    narrow = any(p is not None and p.query_dims != p.value_dims for p in attentions)
     return ModelInfo(
         source=source,
         params=sum(p.numel() for p in model.parameters()),
         macs=count_macs(model, preprocessing.input_size),
         widths=[int(w) for w in view.widths],  # type: ignore[arg-type]
         heads=[int(block.attn.num_heads) for block in view.blocks],  # type: ignore[union-attr,arg-type]
+        query_dims=[p.query_dims for p in attentions if p is not None] if narrow else None,
         embed_dim=view.fc2(0).out_features,
         num_classes=classifiers(model)[0].out_features,
         scope=view.scope,
@@ -103,6 +107,10 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
     first = block.mlp.fc1_x if hasattr(block.mlp, "fc1_x") else block.mlp.fc1
     gated = hasattr(block.mlp, "fc1_x") or first.out_features == 2 * view.widths[0]
     attended = tuple(int(b.attn.proj.in_features) for b in view.blocks)
+    found = [projections(b.attn) for b in view.blocks]
+    queries = tuple(
+        v if p is None else p.heads * p.query_dims for v, p in zip(attended, found, strict=True)
+    )
     width = view.fc2(0).out_features
     sizes = cost.Sizes(
         tokens=patch.num_patches + view.num_prefix_tokens,
@@ -111,7 +119,7 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         classes=classifiers(model)[0].out_features,
         patches=patch.num_patches,
         patch_inputs=proj.weight[0].numel(),
-        queries=None if set(attended) == {width} else attended,
+        queries=None if set(queries) == {width} else queries,
         values=None if set(attended) == {width} else attended,
         gated=gated,
         qkv_bias=getattr(getattr(block.attn, "qkv", None), "bias", None) is not None,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from timm.layers import Attention
 from torch import Tensor, nn
 
+from npprune.core.view import Projections
 from npprune.errors import ModelError
+from npprune.models.attention import NarrowAttention, check_attention, projections
 
 PRUNABLE = re.compile(r"blocks\.(\d+)\.(mlp\.(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$")
 """The linear layers whose sizes pruning may change."""
@@ -36,6 +39,12 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
         ):
             resize_linear(module, weight.shape[0], weight.shape[1], f"{name}.bias" in tensors)
     for l, (block, count) in enumerate(zip(blocks, heads, strict=True)):
+        if type(block.attn) is Attention and block.attn.proj.in_features == (
+            count * block.attn.head_dim
+        ):
+            query_dim = Projections(count, block.attn.qkv, block.attn.proj).query_dims
+            if 1 <= query_dim < block.attn.head_dim:
+                set_query_dim(block, query_dim, l)
         set_heads(block.attn, count, l)  # type: ignore[arg-type]
 
 
@@ -50,7 +59,7 @@ def resize_linear(layer: nn.Linear, out_features: int, in_features: int, bias: b
     layer.in_features, layer.out_features = in_features, out_features
 
 
-def set_heads(attn: nn.Module, count: int, l: int) -> None:
+def set_heads(attn: Any, count: int, l: int) -> None:
     """Tell an attention module that it has `count` heads left, each as wide as before.
 
     Raises:
@@ -58,17 +67,29 @@ def set_heads(attn: nn.Module, count: int, l: int) -> None:
     """
     if count == attn.num_heads:
         return
-    if type(attn) is not Attention:
+    if projections(attn) is None:
         raise ModelError(
             f"block {l}: heads cannot be removed from {type(attn).__module__}."
             f"{type(attn).__name__}",
             hint="remove hidden units of the MLPs alone",
         )
     width = count * attn.head_dim
-    if attn.qkv.out_features != 3 * width or attn.proj.in_features != width:
+    rows = width + 2 * count * getattr(attn, "query_dim", attn.head_dim)
+    if attn.qkv.out_features != rows or attn.proj.in_features != width:
         raise ModelError(
-            f"block {l}: {count} heads of {attn.head_dim} need a qkv of {3 * width} rows, got "
+            f"block {l}: {count} heads of {attn.head_dim} need a qkv of {rows} rows, got "
             f"{attn.qkv.out_features}"
         )
     # timm reads all three; the scale belongs to the head's width, which stays.
     attn.num_heads, attn.attn_dim = count, width
+
+
+def set_query_dim(block: nn.Module, query_dim: int, l: int) -> None:
+    """Give a block an attention of so many query/key dimensions a head, over the same layers.
+
+    Raises:
+        ModelError: its kind of attention cannot have other queries than values.
+    """
+    attn: Any = block.attn
+    check_attention(attn, l, "qk")
+    block.attn = NarrowAttention(attn, query_dim)

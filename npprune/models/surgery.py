@@ -13,18 +13,24 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from timm.layers import Attention, GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
+from npprune.core.attention import SmallerAttention, smaller_qkv, stand_ins, weight_factors
+from npprune.core.view import Projections
 from npprune.errors import ModelError
+from npprune.models.attention import check_attention
 from npprune.models.info import classifiers, weights_sha256
-from npprune.models.shapes import set_heads
+from npprune.models.shapes import set_heads, set_query_dim
 from npprune.models.view import TimmView, make_view
 from npprune.records import Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
-    """A copy of the network with only the plan's neurons, heads and classes.
+    """A copy of the network with only the plan's neurons, heads, query dimensions and classes.
+
+    Narrower queries and keys are the best that the weights alone can say; `set_attention` gives
+    them the values that calibration found, as `set_fc2` does for the second layers.
 
     Args:
         model: the dense network that the plan was made for.
@@ -43,6 +49,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
             _remove_units(view, l, kept)
     for l, heads in enumerate(plan.heads or []):
         _remove_heads(view, l, heads)
+    for l, query_dims in enumerate(plan.query_dims or []):
+        _narrow(view, l, query_dims)
     if plan.classes is not None:
         _cut(pruned, plan.classes)
     widths = list(make_view(pruned).widths)
@@ -65,6 +73,11 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
         attn: Any = view.blocks[l].attn
         channels = torch.arange(attn.proj.in_features).unflatten(0, (attn.num_heads, -1))
         _mask_inputs(attn.proj, channels[list(heads)].flatten())
+    for l, query_dims in enumerate(plan.query_dims or []):
+        if query_dims != _query_dims(view, l):
+            p = view.attention(l)
+            rows = stand_ins(p, _by_weights(p, query_dims))[p.qkv]
+            _set_linear(p.qkv, f"block {l}: `qkv`", rows.weight, rows.bias)
     if plan.classes is not None:
         _cut(masked, plan.classes)
     return masked
@@ -91,24 +104,50 @@ def set_fc2(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None = None
     Raises:
         ModelError: a shape does not agree.
     """
-    fc2 = make_view(model).fc2(l)
-    for name, value, shape in (
-        ("weight", weight, tuple(fc2.weight.shape)),
-        ("bias", bias, (fc2.out_features,)),
+    _set_linear(make_view(model).fc2(l), f"block {l}: `fc2`", weight, bias)
+
+
+def set_attention(
+    model: nn.Module,
+    l: int,
+    qkv: tuple[Tensor, Tensor | None],
+    proj: tuple[Tensor, Tensor | None] | None = None,
+) -> None:
+    """Give block l's attention other values, in place: weight and bias of both layers.
+
+    Raises:
+        ModelError: a shape does not agree.
+    """
+    attention = make_view(model).attention(l)
+    _set_linear(attention.qkv, f"block {l}: `qkv`", *qkv)
+    if proj is not None:
+        _set_linear(attention.proj, f"block {l}: `proj`", *proj)
+
+
+def _set_linear(layer: nn.Linear, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    for part, value, shape in (
+        ("weight", weight, tuple(layer.weight.shape)),
+        ("bias", bias, (layer.out_features,)),
     ):
         if value is not None and tuple(value.shape) != shape:
-            raise ModelError(
-                f"block {l}: `fc2` needs a {name} of {list(shape)}, got {list(value.shape)}"
-            )
+            raise ModelError(f"{name} needs a {part} of {list(shape)}, got {list(value.shape)}")
     with torch.no_grad():
-        fc2.weight.copy_(weight)
+        layer.weight.copy_(weight)
         if bias is not None:
-            if fc2.bias is None:
-                fc2.bias = nn.Parameter(
-                    fc2.weight.new_zeros(fc2.out_features),
-                    requires_grad=fc2.weight.requires_grad,
+            if layer.bias is None:
+                layer.bias = nn.Parameter(
+                    layer.weight.new_zeros(layer.out_features),
+                    requires_grad=layer.weight.requires_grad,
                 )
-            fc2.bias.copy_(bias)
+            layer.bias.copy_(bias)
+
+
+def check_axes(model: nn.Module, axes: Sequence[str]) -> None:
+    """ModelError, by name and with the reason, where `heads` or `qk` cannot be taken from."""
+    for l, block in enumerate(make_view(model).blocks):
+        for axis in ("heads", "qk"):
+            if axis in axes:
+                check_attention(block.attn, l, axis)
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -156,6 +195,14 @@ def check_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> None:
             )
         for l, kept in enumerate(plan.heads):
             _check_heads(view, l, kept)
+    if plan.query_dims is not None:
+        if len(plan.query_dims) != len(view.blocks):
+            raise ModelError(
+                f"the plan names query dimensions for {len(plan.query_dims)} blocks, the network "
+                f"has {len(view.blocks)}"
+            )
+        for l, query_dims in enumerate(plan.query_dims):
+            _check_query_dims(view, l, query_dims)
     if plan.classes is not None:
         _check_classes(model, plan.classes)
 
@@ -203,13 +250,21 @@ def _check_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
         raise ModelError(
             f"`heads[{l}]` must be ascending within 0..{count - 1}, at least one, got {list(kept)}"
         )
-    plain = type(attn) is Attention and isinstance(attn.norm, nn.Identity)
-    if not plain or getattr(attn, "gate", None) is not None:
-        raise ModelError(
-            f"block {l}: heads cannot be removed from {type(attn).__module__}."
-            f"{type(attn).__name__} (another attention, or with a norm or gate on its output)",
-            hint="remove hidden units of the MLPs alone",
-        )
+    check_attention(attn, l, "heads")
+
+
+def _check_query_dims(view: TimmView, l: int, query_dims: int) -> None:
+    full = _query_dims(view, l)
+    if query_dims == full:
+        return
+    if not 1 <= query_dims < full:
+        raise ModelError(f"`query_dims[{l}]` must be in 1..{full}, got {query_dims}")
+    check_attention(view.blocks[l].attn, l, "qk")
+
+
+def _query_dims(view: TimmView, l: int) -> int:
+    attn: Any = view.blocks[l].attn
+    return int(getattr(attn, "query_dim", attn.proj.in_features // attn.num_heads))
 
 
 def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
@@ -218,10 +273,11 @@ def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
     if len(kept) == count:
         return
     index = torch.tensor(list(kept), device=attn.qkv.weight.device)
+    split = view.attention(l).split
 
     def rows(value: Tensor) -> Tensor:
-        """Of [3 * heads * head_dim, ...], those of the kept heads."""
-        return value.unflatten(0, (3, count, -1))[:, index].flatten(0, 2)
+        """Of queries, keys and values of all heads, those of the kept ones."""
+        return torch.cat([part[index].flatten(0, 1) for part in split(value)])
 
     qkv, proj = attn.qkv, attn.proj
     qkv.weight = _parameter(rows(qkv.weight), qkv.weight)
@@ -231,6 +287,23 @@ def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
     proj.weight = _parameter(columns, proj.weight)
     qkv.out_features, proj.in_features = qkv.weight.shape[0], proj.weight.shape[1]
     set_heads(attn, len(kept), l)
+
+
+def _narrow(view: TimmView, l: int, query_dims: int) -> None:
+    if query_dims == _query_dims(view, l):
+        return
+    p = view.attention(l)
+    weight, bias = smaller_qkv(p, _by_weights(p, query_dims))
+    p.qkv.weight = _parameter(weight, p.qkv.weight)
+    if bias is not None:
+        p.qkv.bias = _parameter(bias, p.qkv.bias)
+    p.qkv.out_features = len(weight)
+    set_query_dim(view.blocks[l], query_dims, l)
+
+
+def _by_weights(p: Projections, query_dims: int) -> SmallerAttention:
+    factors = weight_factors(p, query_dims)
+    return SmallerAttention(list(range(p.heads)), query_dims, factors)
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
