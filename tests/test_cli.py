@@ -311,6 +311,12 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
         ([*PRUNE, "--keep", "1.5"], "`--keep` must be in (0, 1], got `1.5`", "`0.5` keeps half"),
         ([*PRUNE, "--keep", "nan"], "`--keep` must be in (0, 1], got `nan`", "half"),
         ([*PRUNE, "--keep", "0"], "`--keep` must be in (0, 1], got `0.0`", "half"),
+        (
+            [*PRUNE, "--target-macs", "0.7", "--axes", "mlp,qks"],
+            "`--axes` must be one of `mlp`, `heads`, `qk`, got `qks`",
+            "did you mean `qk`?",
+        ),
+        ([*PRUNE, "--axes", "mlp,,qk"], "`--axes` must not hold an empty entry", ""),
         ([*PRUNE, "--target-macs", "-1"], "`--target-macs` must be greater than 0", "MACs"),
         (
             [*PRUNE, "--keep", "0.5", "--target-params", "0.5"],
@@ -471,6 +477,8 @@ def test_prune_a_model(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     args = ["prune", "auto", "--checkpoint", "w.pth", "--num-heads", "3", "--out", "x"]
     assert app.run_app(args) == 0
     assert called.args[0] == ModelSection(name="auto", checkpoint="w.pth", num_heads=3)
+    assert app.run_app([*PRUNE, "--axes", "mlp, heads,qk", "--target-macs", "0.7"]) == 0
+    assert called.args[2] == PruneSection(axes=["mlp", "heads", "qk"], target_macs=0.7)
 
 
 def test_eval(stage: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,13 @@ MESSAGES = [  # the changed line of GOOD, the new text, the message without the 
         6,
         None,
     ),
+    (
+        "keep: 0.5",
+        "axes: [mlp, head]",
+        "`prune.axes.1` must be one of `mlp`, `heads`, `qk`, got `head`",
+        7,
+        "did you mean `heads`?",
+    ),
     ("name: x", "nam: x", "unknown key `nam`", 1, "did you mean `name`?"),
     (
         "name: x",

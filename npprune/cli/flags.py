@@ -26,6 +26,7 @@ S = TypeVar("S", bound="Section")
 FLAGS = {"name": "MODEL", "train": "--data", "val": "--data", "calibration": "--calibration"}
 HINTS = {
     "--keep": "`0.5` keeps half of the hidden units",
+    "--axes": "`mlp,heads,qk` lets hidden units, heads and query/key dimensions share the budget",
     "--topk": "`1` is the strongest neuron of every block",
     "--target-params": "`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
     "--target-macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a thousand million",

@@ -18,6 +18,11 @@ Example: keep half of the hidden units, the paths' neurons first
   npprune prune reports/vit_tiny --topk 5 --keep 0.5 \\
     --calibration folder:imagenet/train --out ckpt/vit_tiny_half
 
+Example: 70 % of the MACs; hidden units, heads and query/key dimensions share the budget
+
+  npprune prune reports/vit_tiny --axes mlp,heads,qk --target-macs 0.7 \\
+    --calibration folder:imagenet/train --out ckpt/vit_tiny_70
+
 Example: no paths, a network by its name
 
   npprune prune vit_tiny_patch16_224.augreg_in21k_ft_in1k --no-protect-paths \\
@@ -70,6 +75,10 @@ def command(
             "of top-1, predicted; without a budget: the smallest network within it",
         ),
     ] = None,
+    axes: Annotated[
+        str,
+        choice(CHOICE, "--axes", "what may go, parted by commas", "mlp", "heads", "qk"),
+    ] = "mlp",
     topk: Annotated[
         int | None,
         option(CHOICE, "--topk", "K", "path neurons a block of each class \\[default: all]"),
@@ -170,6 +179,7 @@ def command(
         raise UsageError(f"`--heal` must be at least 1 epoch, got `{heal}`")
     settings = flags.section(
         PruneSection,
+        axes=flags.words("--axes", axes),
         topk=topk,
         keep=keep,
         target_params=target_params,

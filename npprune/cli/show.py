@@ -80,6 +80,10 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
         ("all", str(dense), str(kept), text.percent(kept / dense), str(sum(_protected(summary))))
     )
     output.table(title, ("block", "dense", "kept", "share", "of paths"), rows)
+    if attention := text.attention(summary):
+        output.line()
+        each = [(str(block), *row) for block, row in enumerate(attention[:MANY_BLOCKS])]
+        output.table("Attention", ("block", "heads", "query/key dimensions"), each)
     facts = [
         ("choice", f"{summary.criterion}, {summary.selection}"),
         ("compensation", summary.compensation),

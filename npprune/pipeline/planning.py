@@ -13,20 +13,22 @@ import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from npprune.core.attention import SmallerAttention
 from npprune.core.compensation import compensate
 from npprune.core.cost import Sizes, hidden_budget, neuron_price
 from npprune.core.criteria import CRITERIA, Context, score
 from npprune.core.harm import Replacement, candidates_for, measure_harm
-from npprune.core.selection import Selection, select, widths_for
+from npprune.core.selection import Others, Selection, select, widths_for
 from npprune.core.sequential import compensate_in_sequence
 from npprune.core.statistics import Moments, Need, Statistics
 from npprune.core.view import VitView
 from npprune.errors import UsageError
+from npprune.pipeline.axes import AttentionAxes, Pair, beyond_mlp
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.latency import LATENCY_TOLERANCE, LatencyTable
 from npprune.pipeline.statistics import Batches, Collected, Shelf, collect
@@ -62,6 +64,7 @@ class Chosen:
     protected: list[int] = field(default_factory=list)  # path neurons among the kept
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    attention: list[SmallerAttention] = field(default_factory=list)  # per block; empty: as it was
 
 
 @dataclass
@@ -69,6 +72,7 @@ class _Harm:
     """The table of measured harm, once it is there; planners of one criterion share it."""
 
     table: list[dict[int, float]] | None = None
+    attention: list[dict[Pair, float]] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -122,6 +126,16 @@ class Planner:
                     generator=generator,
                 ),
             )
+        self.attention: AttentionAxes | None = None
+        if beyond_mlp(settings):
+            with self._timed("attention"):
+                self.attention = AttentionAxes(
+                    view,
+                    settings.axes,
+                    (x.to(self._device()) for x, _ in batches),
+                    generator,
+                    self._tell("attention", sum(len(y) for _, y in batches), "images"),
+                )
         self._harm = _Harm()
         self._shared = dict(self.seconds)
 
@@ -139,10 +153,11 @@ class Planner:
         s = self.settings
         if s.keep is not None:
             return s.keep * sum(self.view.widths)
+        attention = self.attention is not None
         if s.target_params is not None:
-            return hidden_budget(self.sizes(), s.target_params, "params")
+            return hidden_budget(self.sizes(), s.target_params, "params", attention=attention)
         if s.target_macs is not None:
-            return hidden_budget(self.sizes(), s.target_macs, "macs")
+            return hidden_budget(self.sizes(), s.target_macs, "macs", attention=attention)
         if s.target_latency is not None and self.latency is not None:
             return self.latency.budget(s.target_latency)
         if s.topk is not None and self.paths is not None and s.max_drop is None:
@@ -153,15 +168,31 @@ class Planner:
         """What one neuron (or each width) costs in each block; None: neurons count 1."""
         if self.settings.target_latency is not None and self.latency is not None:
             return self.latency.prices
-        kind = (
-            "params" if self.settings.target_params is not None
-            else "macs" if self.settings.target_macs is not None
-            else None
-        )  # fmt: skip
+        kind = self._price()
         if kind is None:
             return None
         sizes = self.sizes()
-        return [float(neuron_price(sizes, l, kind)) for l in range(len(self.view.widths))]  # type: ignore[arg-type]
+        return [float(neuron_price(sizes, l, kind)) for l in range(len(self.view.widths))]
+
+    def bounds(self) -> tuple[float, float]:
+        """The least budget there is a choice for, and the one at which all stays, where none was
+        asked for: in hidden units, or in MACs where attention shares it."""
+        if self.attention is None:
+            return 0.0, float(sum(self.view.widths))
+        sizes = self.sizes()
+        pairs = self.attention.prices(sizes, "macs")
+        least = sum(row[0] * neuron_price(sizes, l, "macs") for l, row in enumerate(self._widths()))
+        return (
+            least + sum(min(row.values()) for row in pairs),
+            hidden_budget(sizes, 1.0, "macs", attention=True),
+        )
+
+    def _price(self) -> Literal["params", "macs"] | None:
+        if self.settings.target_params is not None:
+            return "params"
+        if self.settings.target_macs is not None or self.attention is not None:
+            return "macs"
+        return None
 
     def select(self, budget: float) -> Selection:
         """The kept neurons of every block within the budget."""
@@ -173,7 +204,8 @@ class Planner:
         """The kept neurons of every block within the budget, and their compensation."""
         selection = self.select(budget)
         with self._timed("compensation"):
-            layers, lost, conditions = self._compensate(selection.keep)
+            attention = self._shrunk(selection.others)
+            layers, lost, conditions = self._compensate(selection.keep, attention)
         kept_paths = [
             len(set(kept) & set(union))
             for kept, union in zip(
@@ -183,12 +215,15 @@ class Planner:
         details: dict[str, Any] = {"lost_variance": lost, "condition_number": conditions}
         if selection.harm is not None:
             details["harm_nats"] = selection.harm
+        if self.attention is not None:
+            details["attention"] = self.attention.described(attention)
         return Chosen(
             selection.keep,
             layers,
             kept_paths,
             [*selection.warnings, *self._crowded(selection)],
             {**details, "seconds": dict(self.seconds)},
+            attention,
         )
 
     # ------------------------------------------------------------ parts
@@ -206,8 +241,9 @@ class Planner:
             harm=harm,
             protected=self.protected,
             votes=self.paths.votes if self.paths is not None else None,
+            others=self._others(),
             round_to=self.settings.round_to,
-            min_keep=self.settings.min_keep,
+            min_keep=self._min_keep(),
             tolerance=0.01 if self.settings.target_latency is None else LATENCY_TOLERANCE,
         )
 
@@ -221,9 +257,14 @@ class Planner:
         return self._select(budget, self._harm.table)
 
     def _measure_harm(self) -> list[dict[int, float]]:
+        if self.attention is not None:
+            self._harm.attention = self.attention.measure(
+                self._few(HARM_IMAGES), self._tell("attention", len(self.view.widths), "blocks")
+            )
+        if "mlp" not in self.settings.axes:
+            return [{h: 0.0} for h in self.view.widths]
         grid = []
-        for h in self.view.widths:
-            allowed = widths_for(h, self.settings.round_to, self.settings.min_keep)
+        for h, allowed in zip(self.view.widths, self._widths(), strict=True):
             steps = {_nearest(allowed, h * i / HARM_STEPS) for i in range(1, HARM_STEPS)}
             grid.append(sorted(steps))
         candidates = candidates_for(
@@ -237,8 +278,38 @@ class Planner:
 
         return measure_harm(self.view, self._few(HARM_IMAGES), candidates, on_block=tell)
 
+    def _widths(self) -> list[list[int]]:
+        """The widths that each block may take."""
+        s = self.settings
+        return [widths_for(h, s.round_to, self._min_keep()) for h in self.view.widths]
+
+    def _min_keep(self) -> int:
+        return self.settings.min_keep if "mlp" in self.settings.axes else max(self.view.widths)
+
+    def _others(self) -> Others | None:
+        if self.attention is None:
+            return None
+        prices = self.attention.prices(self.sizes(), self._price() or "macs")
+        return Others(self._harm.attention, prices)
+
+    def _shrunk(self, pairs: Sequence[Pair]) -> list[SmallerAttention]:
+        """What stays of each block's attention; `proj` is refitted as the second layers are."""
+        if self.attention is None:
+            return []
+        mode = self.settings.compensation
+        return [
+            self.attention.shrunk(l, pair, "least-squares" if mode == "sequential" else mode)
+            for l, pair in enumerate(pairs)
+        ]
+
+    def _tell(self, stage: str, total: int, unit: str) -> Callable[[int], None]:
+        def tell(done: int) -> None:
+            self.emit(Event(stage, level="progress", done=done, total=total, unit=unit))
+
+        return tell
+
     def _compensate(
-        self, keep: Sequence[Sequence[int]]
+        self, keep: Sequence[Sequence[int]], attention: Sequence[SmallerAttention]
     ) -> tuple[list[Replacement], list[float], list[float]]:
         if self.settings.compensation == "sequential":
             lost: list[float] = []
@@ -256,7 +327,10 @@ class Planner:
             weights = None
             if self.salience:
                 weights = [self.stats.position_weights(l, self.salience) for l in range(len(keep))]
-            layers = compensate_in_sequence(self.view, images, keep, weights=weights, on_block=tell)
+            changed = None if self.attention is None else self.attention.stand_ins(attention)
+            layers = compensate_in_sequence(
+                self.view, images, keep, weights=weights, attention=changed, on_block=tell
+            )
             return layers, lost, conditions
         layers, lost, conditions = [], [], []
         for l, kept in enumerate(keep):

@@ -14,10 +14,19 @@ from typing import Any
 import torch
 
 from npprune.core import metrics
+from npprune.core.attention import smaller_qkv
 from npprune.errors import GateError, UsageError
 from npprune.models.info import model_info, model_sizes, state
-from npprune.models.surgery import apply_plan, check_prunable, cut_head, set_fc2
+from npprune.models.surgery import (
+    apply_plan,
+    check_axes,
+    check_prunable,
+    cut_head,
+    set_attention,
+    set_fc2,
+)
 from npprune.models.view import make_view
+from npprune.pipeline.axes import check_settings
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
@@ -80,9 +89,11 @@ def prune(
             "`--topk` keeps path neurons, and no run folder was given",
             hint="`npprune discover` makes one; give it in place of the model's name",
         )
+    check_settings(settings)
     check_criterion(settings.criterion, run is not None)
     network = open_network(model, where, emit, STAGE)
     check_prunable(network.model)
+    check_axes(network.model, settings.axes)
     view = make_view(network.model)
     if settings.topk is not None and settings.topk > min(view.widths):
         raise UsageError(
@@ -184,21 +195,23 @@ def _within(
 ) -> Attempt:
     """The attempt at the budget, or the smallest one whose predicted drop is within `max_drop`.
 
-    Bisection over the share of hidden units that stay, to 1/64.
+    Bisection over the share of hidden units (with other axes: of all they cost) that stays, to
+    1/64.
     """
     budget = planner.budget()
     if budget is not None:
         done = attempt(budget)
         _gate(done, settings)
         return done
-    whole = float(sum(planner.view.widths))
-    low, high = 0, SEARCH_STEPS  # the drop at `low` is too large; at `high` all neurons stay
+    least, whole = planner.bounds()
+    # the drop at `low` is too large; at `high` all stays
+    low, high = int(SEARCH_STEPS * least / whole), SEARCH_STEPS
     best: Attempt | None = None
     while high - low > 1:
         middle = (low + high) // 2
         tried = attempt(whole * middle / SEARCH_STEPS)
         _require_prediction(tried.predicted)
-        share = tried.plan.kept_fraction
+        share = tried.plan.kept_fraction if least == 0 else middle / SEARCH_STEPS
         emit(Event(STAGE, f"{share:.1%} kept: predicted drop {tried.drop:.2f} points"))
         if tried.drop <= (settings.max_drop or 0):
             best, high = tried, middle
@@ -252,15 +265,22 @@ def _plan(
         how=_how(settings, classes, run, seed),
         classes=classes if classes is not None and not settings.keep_head else None,
         notes=chosen.warnings,
+        heads=[a.heads for a in chosen.attention] if "heads" in settings.axes else None,
+        query_dims=[a.query_dims for a in chosen.attention] if "qk" in settings.axes else None,
     )
 
 
 def carried_out(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module:
-    """The surgery, then the second layers that compensation found."""
+    """The surgery, then the values that compensation found for the layers that remain."""
     smaller = apply_plan(network.model, plan)
     like = next(smaller.parameters())
     for l, layer in enumerate(chosen.layers):
         set_fc2(smaller, l, layer.weight.to(like), layer.bias.to(like))
+    dense = make_view(network.model)
+    for l, attention in enumerate(chosen.attention):
+        qkv = smaller_qkv(dense.attention(l), attention)
+        proj = attention.proj
+        set_attention(smaller, l, qkv, None if proj is None else (proj.weight, proj.bias))
     return smaller.eval()
 
 

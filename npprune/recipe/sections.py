@@ -73,8 +73,15 @@ class DiscoverSection(Section):
 
 
 class PruneSection(Section):
-    """What stays. A budget is one of keep, target_params, target_macs, target_latency."""
+    """What stays. A budget is one of keep, target_params, target_macs, target_latency.
 
+    `axes` beside `mlp` need measured selection, and one of target_params, target_macs, max_drop.
+    """
+
+    axes: list[Literal["mlp", "heads", "qk"]] = Field(
+        default_factory=lambda: ["mlp"],  # type: ignore[arg-type]
+        min_length=1,
+    )
     topk: int | None = Field(None, ge=1)
     keep: float | None = Field(None, gt=0, le=1)
     target_params: float | None = Field(None, gt=0)  # <= 1: share of dense; else a count

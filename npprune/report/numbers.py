@@ -197,6 +197,13 @@ def _cost(result: Result, variant: Variant) -> list[Measure]:
     ]
     if dense.heads != pruned.heads:
         rows.append(row("Attention heads", sum(dense.heads), sum(pruned.heads), text.count))
+    if attention := variant.prune.details.get("attention"):
+        names = ("dense_heads", "dense_query_dims"), ("heads", "query_dims")
+        before, after = (
+            sum(n * q for n, q in zip(attention[h], attention[r], strict=True)) for h, r in names
+        )
+        if before != after:
+            rows.append(row("Query/key dimensions of all heads", before, after, text.count))
     if dense.num_classes != pruned.num_classes:
         rows.append(row("Classes", dense.num_classes, pruned.num_classes, text.count))
     for t in key_latencies(variant):

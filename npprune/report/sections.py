@@ -332,6 +332,15 @@ def _widths(result: Result) -> Section:
             Table(columns, rows),
         )
     )
+    for v in shown:
+        if attention := text.attention(v.prune):
+            section.items.append(
+                Table(
+                    ["block", "heads", "query/key dimensions of a head"],
+                    [cells(str(b), *row) for b, row in enumerate(attention)],
+                    caption=f"Attention kept in {text.clean(v.name)}.",
+                )
+            )
     if len(result.variants) > len(shown):
         rest = len(result.variants) - len(shown)
         section.items.append(Paragraph(f"{text.plural(rest, 'more network')} not drawn."))

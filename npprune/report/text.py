@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from npprune.records import DataInfo, ExportRecord, Latency, Mean, Preprocessing, Rate
+from npprune.records import DataInfo, ExportRecord, Latency, Mean, Preprocessing, PruneSummary, Rate
 
 DASH = "–"
 MINUS = "−"
@@ -50,6 +50,18 @@ def span(low: float, high: float, *, scale: float = 100, sign: bool = False) -> 
     """The ends of a 95 % interval: `95 % 58.6–65.3`; signed ends are joined by `to`."""
     a, b = fixed(low * scale, sign=sign), fixed(high * scale, sign=sign)
     return f"95 % {a} to {b}" if sign else f"95 % {a}–{b}"
+
+
+def attention(summary: PruneSummary) -> list[tuple[str, str]]:
+    """Heads and query/key dimensions that stay in each block, `2 of 3` and `32 of 64`; empty
+    where attention is as it was."""
+    found = summary.details.get("attention") or {}
+    names = ("heads", "query_dims")
+    pairs = [(found.get(f"dense_{name}", []), found.get(name, [])) for name in names]
+    if all(dense == kept for dense, kept in pairs):
+        return []
+    columns = [[f"{k} of {d}" for d, k in zip(dense, kept, strict=True)] for dense, kept in pairs]
+    return list(zip(*columns, strict=True))
 
 
 def rate_detail(rate: Rate) -> str:
