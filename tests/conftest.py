@@ -16,6 +16,14 @@ def _shared(name: str) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _seeded() -> None:
+    """Networks whose initial weights a test leaves to timm: PyTorch's first seed may be random."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def shared_golden() -> Path:
     """The released program's outputs, or skip."""
