@@ -220,3 +220,11 @@ def test_wrong_query_dims_are_named() -> None:
             apply_plan(model, some_plan(model, query_dims=dims))
     with pytest.raises(ModelError, match=r"block 1: `qkv` needs a weight of \[96, 32\], got \[3"):
         set_attention(model, 1, (torch.zeros(3, 32), None))
+
+
+def test_the_view_names_attention_that_is_not_plain() -> None:
+    model, _ = network("beit_base_patch16_224")
+    with pytest.raises(ModelError, match=r"block 1: timm.models.beit.Attention is another"):
+        make_view(model).attention(1)
+    attention = make_view(network()[0]).attention(1)
+    assert (attention.heads, attention.query_dims, attention.value_dims) == (2, 16, 16)

@@ -171,6 +171,19 @@ def test_parameters_and_other_compensations(dense: Path, compensation: str) -> N
     assert 0.6 * whole < variant.model.params <= 0.7 * whole
 
 
+def test_what_was_pruned_can_be_pruned_further(small: tuple[Path, Variant]) -> None:
+    out, variant = small
+    again = prune(
+        ModelSection(name=str(out)), DIGITS, settings(target_macs=0.7), out.with_name("again")
+    )
+    assert again.model.macs <= 0.7 * variant.model.macs
+    kept, before = again.prune.details["attention"], variant.prune.details["attention"]
+    assert kept["dense_heads"] == before["heads"]
+    assert kept["dense_query_dims"] == before["query_dims"]
+    model = npprune.load_model(out.with_name("again"))
+    assert count_macs(model, again.model.preprocessing.input_size) == again.model.macs
+
+
 def test_max_drop_searches_over_the_macs(dense: Path) -> None:
     chosen = settings(target_macs=None, max_drop=100)
     out = dense.parent / "least"
