@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from digits_network import random_digits_network
 from torch import nn
 
 import npprune
@@ -25,7 +26,7 @@ from npprune.pipeline.export import export_checkpoint
 from npprune.pipeline.planning import Planner
 from npprune.pipeline.prune import prune
 from npprune.pipeline.results import render_report
-from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS
 from npprune.recipe import (
     DataSection,
     DiscoverSection,
@@ -34,33 +35,13 @@ from npprune.recipe import (
     ModelSection,
     PruneSection,
 )
-from npprune.records import CheckpointConfig, ClassInfo, ModelSource
+from npprune.records import ModelSource
 from npprune.store.checkpoints import read_config, write_checkpoint
 from npprune.store.paths import PathStore
 from npprune.store.runs import RunFolder, read_plan
 
 TRAIN = DataSection(train="digits:calibration", calibration="digits:calibration", batch_size=64)
 QUICK = EvaluateSection(latency=False)
-
-
-def random_digits_network(folder: Path) -> Path:
-    """The demo's architecture, two blocks deep, with weights that make classes differ."""
-    args = {**MODEL_ARGS, "depth": 2, "embed_dim": 32, "num_heads": 2}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = create(ARCHITECTURE, args)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=g))
-    info = model_info(model, ModelSource(ARCHITECTURE, args))
-    config = CheckpointConfig(
-        source=info.source, widths=info.widths, heads=info.heads, num_classes=10,
-        preprocessing=PREPROCESSING, classes=[ClassInfo(i, f"digit {i}") for i in range(10)],
-        weights_sha256="",
-    )  # fmt: skip
-    write_checkpoint(folder, config, state(model))
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digits_network import random_digits_network
 from PIL import Image
-from test_pipeline import random_digits_network
 
 import npprune
 from npprune.cli import app

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from digits_network import SMALL, write_digits_network
 from tiny import tiny_batch, tiny_vit
 from torch import nn
 
@@ -38,7 +39,7 @@ from npprune.recipe import (
     ModelSection,
     PruneSection,
 )
-from npprune.records import CheckpointConfig, ClassInfo, ModelSource, Variant
+from npprune.records import CheckpointConfig, ModelSource, Variant
 from npprune.store.checkpoints import write_checkpoint
 from npprune.store.runs import read_plan
 
@@ -50,8 +51,7 @@ ALL = ["mlp", "heads", "qk"]
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two blocks, each of two heads of 16 dimensions and 128 hidden units, on the digits."""
     folder = tmp_path_factory.mktemp("dense") / "dense"
-    args = {**MODEL_ARGS, "depth": 2, "embed_dim": 32, "num_heads": 2}
-    model = create(ARCHITECTURE, args)
+    model = create(ARCHITECTURE, SMALL)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -59,14 +59,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
             p.copy_(size * torch.randn(p.shape, generator=g))
             if "norm" in name and name.endswith("weight"):
                 p.add_(1)
-    info = model_info(model, ModelSource(ARCHITECTURE, args))
-    config = CheckpointConfig(
-        source=info.source, widths=info.widths, heads=info.heads, num_classes=10,
-        preprocessing=PREPROCESSING, classes=[ClassInfo(i, f"digit {i}") for i in range(10)],
-        weights_sha256="",
-    )  # fmt: skip
-    write_checkpoint(folder, config, state(model))
-    return folder
+    return write_digits_network(folder, model, SMALL)
 
 
 def settings(**more: Any) -> PruneSection:

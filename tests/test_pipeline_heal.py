@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from digits_network import random_digits_network
 from PIL import Image
 
 from npprune.cli.app import run_app
@@ -34,7 +35,7 @@ from npprune.recipe import DataSection, EvaluateSection, HealSection, ModelSecti
 from npprune.records import Preprocessing, Variant
 from npprune.store.checkpoints import read_checkpoint, read_config, write_checkpoint
 from npprune.store.runs import RunFolder
-from tests.test_pipeline import half, random_digits_network
+from tests.test_pipeline import half
 
 DATA = DataSection(train="digits:calibration")
 WEIGHTS = "model.safetensors"

@@ -496,7 +496,7 @@ def test_reading_alone_writes_nothing(tmp_path: Path) -> None:
 
 @pytest.fixture
 def dense(tmp_path: Path) -> ModelSection:
-    from tests.test_pipeline import random_digits_network
+    from digits_network import random_digits_network
 
     return ModelSection(name=str(random_digits_network(tmp_path / "dense")))
 

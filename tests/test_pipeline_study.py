@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from digits_network import random_digits_network
 
 from npprune.cli.app import run_app
 from npprune.core.votes import attribution
 from npprune.errors import StoreError, UsageError
-from npprune.models.info import model_info, state
-from npprune.models.load import create
 from npprune.pipeline import latency as timing
 from npprune.pipeline import study as module
 from npprune.pipeline.discover import discover
@@ -33,7 +32,6 @@ from npprune.pipeline.study_rows import (
     settings_of,
 )
 from npprune.pipeline.study_tables import analyses
-from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
 from npprune.recipe import (
     DataSection,
     DiscoverSection,
@@ -43,9 +41,8 @@ from npprune.recipe import (
     PruneSection,
     StudySection,
 )
-from npprune.records import CheckpointConfig, ClassInfo, Mean, ModelSource, Rate
+from npprune.records import Mean, Rate
 from npprune.store import atomic
-from npprune.store.checkpoints import write_checkpoint
 from npprune.store.paths import PathTable
 from npprune.store.runs import RunFolder
 from tests.test_pipeline_heal import dense_network
@@ -59,19 +56,7 @@ DATA = DataSection(
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random network on the digits, `dense`, and a run with its paths, `run`."""
     root = tmp_path_factory.mktemp("study")
-    args = {**MODEL_ARGS, "depth": 2, "embed_dim": 32, "num_heads": 2}
-    model = create(ARCHITECTURE, args)
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.15 * torch.randn(p.shape, generator=g))
-    info = model_info(model, ModelSource(ARCHITECTURE, args))
-    config = CheckpointConfig(
-        source=info.source, widths=info.widths, heads=info.heads, num_classes=10,
-        preprocessing=PREPROCESSING, classes=[ClassInfo(i, f"digit {i}") for i in range(10)],
-        weights_sha256="",
-    )  # fmt: skip
-    write_checkpoint(root / "dense", config, state(model))
+    random_digits_network(root / "dense")
     discover(
         ModelSection(name=str(root / "dense")),
         DataSection(train="digits:calibration", images_per_class=2, batch_size=64),

@@ -37,7 +37,7 @@ class _SmallOnOneThread(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        with _one_thread() if _small(func, args) else nullcontext():
+        with one_thread() if _small(func, args) else nullcontext():
             return func(*args, **(kwargs or {}))
 
 
@@ -52,7 +52,8 @@ def _small(func: Any, args: Any) -> bool:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """For the duration, PyTorch computes on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

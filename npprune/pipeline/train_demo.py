@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from npprune.data.sources import open_source
 from npprune.data.transforms import make_transform
 from npprune.models.load import create
 from npprune.pipeline.events import Emit, Event, ignore
+from npprune.pipeline.steady import one_thread
 from npprune.records import Preprocessing
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -61,7 +60,7 @@ def train_demo_model(*, seed: int = 0, emit: Emit = ignore) -> tuple[nn.Module, 
     number of threads and the global random state are left as they were.
     """
     started = time.perf_counter()
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not manual_seed, which would reseed GPUs too
         model = create(ARCHITECTURE, MODEL_ARGS)
         _initialise(model)
@@ -82,16 +81,6 @@ def train_demo_model(*, seed: int = 0, emit: Emit = ignore) -> tuple[nn.Module, 
         "model_args": dict(MODEL_ARGS),
     }
     return model, info
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _initialise(model: nn.Module) -> None:
