@@ -341,6 +341,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
             "`--no-crop` means `--crop-mode squash`",
             "leave one",
         ),
+        ([*DISCOVER, "--no-crop", "--crop-pct", "0.9"], "`--no-crop` means `--crop-pct 1`", "leave"),
         ([*DISCOVER, "--checkpoint", "no.pth"], "`--checkpoint` must be an existing file", ""),
         (["discover", "auto", "--data", "x"], "MODEL `auto` needs `--checkpoint`", "timm name"),
         (["discover", "vit_test"], "missing option '--data'", "discover --help"),
@@ -423,6 +424,7 @@ def test_discover(stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
         batch_size=4,
         mean=[0.5, 0.5, 0.5],
         crop_mode="squash",
+        crop_pct=1.0,
     )
     assert out == Path("reports/vit_test")
     emit = called.kwargs.pop("emit")

@@ -284,9 +284,10 @@ def test_paths_are_compared_and_reported(world: Path, tmp_path: Path) -> None:
 
 def test_chosen_classes_are_measured_among_themselves(world: Path, tmp_path: Path) -> None:
     data = DATA.model_copy(update={"classes": [1, 4, 7]})
-    result = study(dense_of(world), data, StudySection(criteria=["variance"]), tmp_path / "study")
-    own = PruneSection(keep=0.5, criterion="variance", selection="uniform",
-                       compensation="least-squares", keep_head=True)  # fmt: skip
+    # curvature and harm are those of the network with the head cut to these classes
+    settings = StudySection(criteria=["curvature-obs"], selections=["measured"])
+    result = study(dense_of(world), data, settings, tmp_path / "study")
+    own = PruneSection(keep=0.5, compensation="least-squares")
     prune(dense_of(world), data, own, tmp_path / "own")
     found = evaluate(tmp_path / "own", data, EvaluateSection(latency=False))
     (row,) = rows_of(tmp_path / "study").values()

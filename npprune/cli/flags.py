@@ -95,8 +95,10 @@ def data_section(flags: Mapping[str, Any], **source: str | None) -> DataSection:
 
     plain = ("class_map", "images_per_class", "on_bad_image", "batch_size", "workers")
     values: dict[str, Any] = {key: flags.get(key) for key in plain}
-    values |= {key: flags.get(key) for key in ("preprocessing", "interpolation", "crop_pct")}
-    values["crop_mode"] = crop_mode(flags.get("crop_mode"), bool(flags.get("no_crop")))
+    values |= {key: flags.get(key) for key in ("preprocessing", "interpolation")}
+    values["crop_mode"], values["crop_pct"] = crop(
+        flags.get("crop_mode"), flags.get("crop_pct"), no_crop=bool(flags.get("no_crop"))
+    )
     for key in ("mean", "std"):
         values[key] = numbers(f"--{key}", flags.get(key))
     values["classes"] = classes(flags.get("classes"))
@@ -106,14 +108,19 @@ def data_section(flags: Mapping[str, Any], **source: str | None) -> DataSection:
     return section(DataSection, **values, **source)
 
 
-def crop_mode(mode: str | None, no_crop: bool) -> str | None:
-    """`--no-crop` is `--crop-mode squash`; the two must not contradict each other."""
-    if no_crop and mode not in (None, "squash"):
-        raise UsageError(
-            f"`--no-crop` means `--crop-mode squash`, got `--crop-mode {mode}` as well",
-            hint="leave one of the two out",
-        )
-    return "squash" if no_crop else mode
+def crop(
+    mode: str | None, share: float | None, *, no_crop: bool
+) -> tuple[str | None, float | None]:
+    """Crop mode and share; `--no-crop` stands for both, which must not contradict it."""
+    if not no_crop:
+        return mode, share
+    for flag, given, meant in (("--crop-mode", mode, "squash"), ("--crop-pct", share, 1)):
+        if given not in (None, meant):
+            raise UsageError(
+                f"`--no-crop` means `{flag} {meant}`, got `{flag} {given}` as well",
+                hint="leave one of the two out",
+            )
+    return "squash", 1.0
 
 
 def classes(given: list[str] | None) -> list[str | int] | str | None:

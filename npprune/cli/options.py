@@ -131,7 +131,9 @@ CropMode = Annotated[
         "border",
     ),
 ]
-NoCrop = Annotated[bool, option(PREPROCESSING, "--no-crop", None, "short for --crop-mode squash")]
+NoCrop = Annotated[
+    bool, option(PREPROCESSING, "--no-crop", None, "short for --crop-mode squash --crop-pct 1")
+]
 
 # ---------------------------------------------------------------- run
 

@@ -22,7 +22,7 @@ from npprune.core import metrics
 from npprune.core.view import VitView
 from npprune.errors import DataError, GateError, StoreError, UsageError
 from npprune.models.info import count_macs, model_sizes
-from npprune.models.surgery import check_prunable
+from npprune.models.surgery import check_prunable, cut_head
 from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
@@ -100,12 +100,14 @@ def study(
         data.val, data, network.info, flag="--val", on_bad="error", stage=STAGE, emit=emit
     )
     classes = calibration.source.selected if data.classes is not None else None
+    if classes is not None:  # as `prune` does: planned on the head that the network will have
+        view = make_view(cut_head(network.model, classes))
     paths = read_paths(run, network, classes, view, settings.topk)
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
     manifest = _manifest(out.name, network, calibration, val, settings, classes, run, where, reason)
     world = _World(network, view, calibration, val, paths, settings, classes, where, emit)
     folder = RunFolder(out)
-    world.shelf = Shelf(statistics_home(run or folder, out), identity(network))
+    world.shelf = Shelf(statistics_home(run or folder, out), identity(network, classes))
 
     def result() -> Result:
         earlier = folder.read_result().commands if folder.result_path.is_file() else []
