@@ -341,7 +341,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
             "`--no-crop` means `--crop-mode squash`",
             "leave one",
         ),
-        ([*DISCOVER, "--no-crop", "--crop-pct", "0.9"], "`--no-crop` means `--crop-pct 1`", "leave"),
+        ([*DISCOVER, "--no-crop", "--crop-pct", "0.9"], "`--no-crop` means `--crop-pct 1`", "one"),
         ([*DISCOVER, "--checkpoint", "no.pth"], "`--checkpoint` must be an existing file", ""),
         (["discover", "auto", "--data", "x"], "MODEL `auto` needs `--checkpoint`", "timm name"),
         (["discover", "vit_test"], "missing option '--data'", "discover --help"),

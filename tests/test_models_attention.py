@@ -19,7 +19,7 @@ from npprune.export.parity import check_parity
 from npprune.models.attention import NarrowAttention
 from npprune.models.info import count_macs, model_info, model_sizes, state, weights_sha256
 from npprune.models.load import build, create
-from npprune.models.surgery import apply_plan, check_axes, mask_plan, set_attention
+from npprune.models.surgery import apply_plan, check_axes, mask_plan, set_proj, set_qkv
 from npprune.models.view import make_view
 from npprune.records import CheckpointConfig, ClassInfo, ModelSource, Plan, from_json, to_json
 
@@ -57,7 +57,9 @@ def calibrated(
         p = view.attention(l)
         s = shrink(p, m, heads[l], dims[l])
         layers.update(stand_ins(p, s))
-        set_attention(small, l, smaller_qkv(p, s), (s.proj.weight, s.proj.bias) if s.proj else None)
+        set_qkv(small, l, *smaller_qkv(p, s))
+        if s.proj is not None:
+            set_proj(small, l, s.proj.weight, s.proj.bias)
     with torch.no_grad(), layers_replaced(layers):
         return small, model(images)
 
@@ -219,7 +221,7 @@ def test_wrong_query_dims_are_named() -> None:
         with pytest.raises(ModelError, match=match):
             apply_plan(model, some_plan(model, query_dims=dims))
     with pytest.raises(ModelError, match=r"block 1: `qkv` needs a weight of \[96, 32\], got \[3"):
-        set_attention(model, 1, (torch.zeros(3, 32), None))
+        set_qkv(model, 1, torch.zeros(3, 32), None)
 
 
 def test_the_view_names_attention_that_is_not_plain() -> None:

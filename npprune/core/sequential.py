@@ -11,6 +11,11 @@ With beta = 0 the block gives what the dense `fc2` gives on the same input. With
 makes up for all of the error that the earlier blocks have left in the stream, as far as the kept
 units can explain it: more than is good, since part of it is noise of the calibration images.
 
+Two more layers are there to make up for errors with beta > 0, though nothing is taken from them:
+the attention's `proj`, before `fc2` and by the same regression (x and x' after the attention), and
+the classifier at the end, whose target is the dense network's logits. The classifier sees one row
+an image, so its ridge is a prior worth `PRIOR_IMAGES` of them.
+
 Source: layer-wise reconstruction on the pruned network's own inputs as in SparseGPT (Frantar and
 Alistarh, 2023) and He et al. (ICCV 2017), who regress on the dense network's output.
 """
@@ -19,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +34,29 @@ from npprune.core.elimination import SHRINKAGE
 from npprune.core.harm import Replacement, layers_replaced, replaced
 from npprune.core.statistics import Moments
 from npprune.core.view import VitView
+from npprune.errors import ModelError
 
 BETA = 0.5
 """Share of the earlier blocks' error in the target; between the two ends is best."""
+PRIOR_IMAGES = 1000.0
+"""As many images, of a mean feature's variance, say that the classifier stays as it was."""
 
 Choose = Callable[[int, Moments], Sequence[int]]
 """The neurons of block l that stay, given its moments on the network pruned so far."""
+
+
+@dataclass
+class Refitted:
+    """The layers that stand in for the dense ones.
+
+    `second` are the blocks' second layers. `projections` maps a block to its attention's `proj`,
+    `classifiers` are those of the view, in its order; both are empty with beta = 0, or where the
+    network has no such layer with a bias.
+    """
+
+    second: list[Replacement]
+    projections: dict[int, Replacement]
+    classifiers: list[Replacement]
 
 
 @torch.no_grad()
@@ -47,7 +70,7 @@ def compensate_in_sequence(
     shrinkage: float = SHRINKAGE,
     attention: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
-) -> list[Replacement]:
+) -> Refitted:
     """Refit every block on the network whose earlier blocks are pruned already.
 
     Args:
@@ -59,35 +82,119 @@ def compensate_in_sequence(
         shrinkage: lambda over the mean diagonal of the covariance.
         attention: per block, layers that stand in for those of its attention, in the pruned
             network alone: what they lose is an error of the stream like that of earlier blocks.
-
-    Returns: the second layer of every block.
+            A `proj` among them says which of its inputs stay; it is refitted.
     """
     pruned = [view.embed(images) for images in batches]
     dense = [x.clone() for x in pruned] if beta else []
-    out = []
+    out = Refitted([], {}, [])
     for l in range(len(view.widths)):
         fc2 = view.fc2(l)
-        with layers_replaced(attention[l] if attention is not None else {}):
-            attended = [view.attention_output(l, x) for x in pruned]
+        weight = None if weights is None else weights[l]
+        changed = dict(attention[l]) if attention is not None else {}
+        before, proj = dense, _projection(view, l) if beta else None
+        dense_attended: list[Tensor] = []
         if beta:
-            dense = [view.block(l, x) for x in dense]
+            both = [view.block_and_attention(l, x) for x in dense]
+            dense, dense_attended = [y for y, _ in both], [a for _, a in both]
+            del both
+        if proj is None:
+            with layers_replaced(changed):
+                attended = [view.attention_output(l, x) for x in pruned]
+        else:
+            goals = [_attended(view, l, x, a) for x, a in zip(before, dense_attended, strict=True)]
+            out.projections[l], attended = _refit_projection(
+                view, l, proj, pruned, goals, changed, beta, weight, shrinkage
+            )
         sums = _Sums(view.widths[l], fc2.out_features, bool(beta))
         for i, (x, a) in enumerate(zip(pruned, attended, strict=True)):
-            with _input_of(fc2) as seen:
+            with _seen(fc2) as seen:
                 after = view.tail(l, x, a)
-            sums.add(
-                seen[0],
-                dense[i] - after if beta else None,
-                None if weights is None else weights[l],
-            )
+            sums.add(seen.inputs[0], dense[i] - after if beta else None, weight)
         moments, cross = sums.finish(beta)
         kept = keep(l, moments) if callable(keep) else keep[l]
         found = compensate(moments, fc2.weight, fc2.bias, kept, shrinkage=shrinkage, cross=cross)
-        out.append(Replacement(list(kept), found.weight, found.bias))
+        out.second.append(Replacement(list(kept), found.weight, found.bias))
         if on_block is not None:
             on_block(l, found)
-        with replaced(view, {l: out[-1]}):
+        with replaced(view, {l: out.second[-1]}):
             pruned = [view.tail(l, x, a) for x, a in zip(pruned, attended, strict=True)]
+    if beta:
+        out.classifiers = _refit_classifiers(view, dense, pruned)
+    return out
+
+
+def _projection(view: VitView, l: int) -> nn.Linear | None:
+    """The last layer of block l's attention; None where it is another kind, or has no bias."""
+    try:
+        proj = view.attention(l).proj
+    except ModelError:
+        return None
+    return proj if proj.bias is not None else None
+
+
+def _attended(view: VitView, l: int, x: Tensor, attention: Tensor) -> Tensor:
+    """The stream between block l's attention and its MLP."""
+    nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
+    return view.tail(l, x, attention, given=(slice(None), nothing))
+
+
+def _refit_projection(
+    view: VitView,
+    l: int,
+    proj: nn.Linear,
+    streams: Sequence[Tensor],
+    goals: Sequence[Tensor],
+    changed: dict[nn.Linear, Replacement],
+    beta: float,
+    weight: Tensor | None,
+    shrinkage: float,
+) -> tuple[Replacement, list[Tensor]]:
+    """`proj` for the inputs that stay, and what the attention then gives on the streams.
+
+    goals: the dense network's streams after the attention.
+    """
+    stays = list(changed[proj].keep) if proj in changed else list(range(proj.in_features))
+    others = {layer: r for layer, r in changed.items() if layer is not proj}
+    sums = _Sums(proj.in_features, proj.out_features, True)
+    inputs = []
+    for x, goal in zip(streams, goals, strict=True):
+        with layers_replaced(others), _seen(proj) as seen:
+            attention = view.attention_output(l, x)
+        sums.add(seen.inputs[0], goal - _attended(view, l, x, attention), weight)
+        inputs.append(seen.inputs[0][..., stays])
+    moments, cross = sums.finish(beta)
+    found = compensate(
+        moments, proj.weight, proj.bias, stays, shrinkage=shrinkage, cross=cross, diagnose=False
+    )
+    refitted = Replacement(stays, found.weight.to(proj.weight), found.bias.to(proj.weight))
+    return refitted, [nn.functional.linear(a, refitted.weight, refitted.bias) for a in inputs]
+
+
+def _refit_classifiers(
+    view: VitView, dense: Sequence[Tensor], pruned: Sequence[Tensor]
+) -> list[Replacement]:
+    """The classifiers that come closest to the dense network's logits on the pruned streams."""
+    layers = view.classifiers()
+    if any(layer.bias is None for layer in layers):
+        return []
+    sums = [_Sums(layer.in_features, layer.out_features, True) for layer in layers]
+    for x, y in zip(dense, pruned, strict=True):
+        with _seen(*layers) as goal:
+            view.head(x)
+        with _seen(*layers) as seen:
+            view.head(y)
+        for i, total in enumerate(sums):
+            error = goal.outputs[i] - seen.outputs[i]
+            total.add(seen.inputs[i][:, None], error[:, None], None)
+    out = []
+    for layer, total in zip(layers, sums, strict=True):
+        moments, cross = total.finish(1.0)
+        every = list(range(layer.in_features))
+        found = compensate(
+            moments, layer.weight, layer.bias, every,
+            shrinkage=PRIOR_IMAGES / moments.tokens, cross=cross, diagnose=False,
+        )  # fmt: skip
+        out.append(Replacement(every, found.weight, found.bias))
     return out
 
 
@@ -136,11 +243,24 @@ def _sum(x: Tensor) -> Tensor:
     return x.sum(0, dtype=torch.float64).cpu()
 
 
+@dataclass
+class _Seen:
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
 @contextmanager
-def _input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+def _seen(*layers: nn.Linear) -> Iterator[_Seen]:
+    """What goes into and comes out of these layers, in the order in which they run."""
+    seen = _Seen([], [])
+
+    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.inputs.append(inputs[0])
+        seen.outputs.append(output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
     try:
         yield seen
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

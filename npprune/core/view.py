@@ -123,6 +123,11 @@ class VitView(Protocol):
         """The layers of block l's attention; ModelError where it is not the plain kind."""
         ...
 
+    def classifiers(self) -> list[nn.Linear]:
+        """The layers that give the logits, in the order in which `head` runs them: one, or two
+        in distilled models."""
+        ...
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[nn.Module]:

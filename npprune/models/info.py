@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from npprune.core import cost
 from npprune.errors import ModelError
 from npprune.models.attention import projections
-from npprune.models.view import make_view
+from npprune.models.view import classifiers, make_view
 from npprune.records import ModelInfo, ModelSource, Preprocessing
 
 
@@ -128,23 +128,6 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
     )
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
     return replace(sizes, fixed_params=rest)
-
-
-def classifiers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that give the logits: one, or two in distilled models.
-
-    Raises:
-        ModelError: the network ends in something else.
-    """
-    head: Any = model.get_classifier()  # type: ignore[operator]
-    heads = list(head) if isinstance(head, tuple) else [head]
-    if not all(isinstance(h, nn.Linear) for h in heads):
-        kinds = ", ".join(type(h).__name__ for h in heads)
-        raise ModelError(
-            f"{type(model).__name__} must end in a linear classifier, got {kinds}",
-            hint="use weights fine-tuned for classification",
-        )
-    return heads
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

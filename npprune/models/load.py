@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from npprune.errors import ModelError
 from npprune.models.foreign import infer, jax_to_timm
 from npprune.models.hub import fetch
-from npprune.models.info import classifiers, model_info, weights_sha256
+from npprune.models.info import model_info, weights_sha256
 from npprune.models.shapes import fit_to
-from npprune.models.view import make_view
+from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
 from npprune.records import CheckpointConfig, ModelInfo, ModelSource
 

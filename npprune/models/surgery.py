@@ -20,16 +20,16 @@ from npprune.core.attention import SmallerAttention, smaller_qkv, stand_ins, wei
 from npprune.core.view import Projections
 from npprune.errors import ModelError
 from npprune.models.attention import check_attention
-from npprune.models.info import classifiers, weights_sha256
+from npprune.models.info import weights_sha256
 from npprune.models.shapes import set_heads, set_query_dim
-from npprune.models.view import TimmView, make_view
+from npprune.models.view import TimmView, classifiers, make_view
 from npprune.records import Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
     """A copy of the network with only the plan's neurons, heads, query dimensions and classes.
 
-    Narrower queries and keys are the best that the weights alone can say; `set_attention` gives
+    Narrower queries and keys are the best that the weights alone can say; `set_qkv` gives
     them the values that calibration found, as `set_fc2` does for the second layers.
 
     Args:
@@ -107,21 +107,32 @@ def set_fc2(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None = None
     _set_linear(make_view(model).fc2(l), f"block {l}: `fc2`", weight, bias)
 
 
-def set_attention(
-    model: nn.Module,
-    l: int,
-    qkv: tuple[Tensor, Tensor | None],
-    proj: tuple[Tensor, Tensor | None] | None = None,
-) -> None:
-    """Give block l's attention other values, in place: weight and bias of both layers.
+def set_qkv(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None) -> None:
+    """Give block l's queries, keys and values other values, in place.
 
     Raises:
         ModelError: a shape does not agree.
     """
-    attention = make_view(model).attention(l)
-    _set_linear(attention.qkv, f"block {l}: `qkv`", *qkv)
-    if proj is not None:
-        _set_linear(attention.proj, f"block {l}: `proj`", *proj)
+    _set_linear(make_view(model).attention(l).qkv, f"block {l}: `qkv`", weight, bias)
+
+
+def set_proj(model: nn.Module, l: int, weight: Tensor, bias: Tensor) -> None:
+    """Give the last layer of block l's attention other values, in place.
+
+    Raises:
+        ModelError: a shape does not agree.
+    """
+    _set_linear(make_view(model).attention(l).proj, f"block {l}: `proj`", weight, bias)
+
+
+def set_classifiers(model: nn.Module, values: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give the layers that give the logits other weights and biases, in place.
+
+    Raises:
+        ModelError: a shape does not agree.
+    """
+    for layer, (weight, bias) in zip(classifiers(model), values, strict=True):
+        _set_linear(layer, "the classifier", weight, bias)
 
 
 def _set_linear(layer: nn.Linear, name: str, weight: Tensor, bias: Tensor | None) -> None:

@@ -141,6 +141,9 @@ class TimmView:
             )
         return found
 
+    def classifiers(self) -> list[nn.Linear]:
+        return classifiers(self.model)
+
     @contextmanager
     def _edited(self, l: int, edit: HiddenEdit | None) -> Iterator[None]:
         if edit is None:
@@ -196,6 +199,23 @@ def make_view(model: nn.Module) -> TimmView:
         ModelError: the model is not a plain vision transformer; the message says why.
     """
     return TimmView(model)
+
+
+def classifiers(model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that give the logits: one, or two in distilled models.
+
+    Raises:
+        ModelError: the network ends in something else.
+    """
+    head: Any = model.get_classifier()  # type: ignore[operator]
+    heads = list(head) if isinstance(head, tuple) else [head]
+    if not all(isinstance(h, nn.Linear) for h in heads):
+        kinds = ", ".join(type(h).__name__ for h in heads)
+        raise ModelError(
+            f"{type(model).__name__} must end in a linear classifier, got {kinds}",
+            hint="use weights fine-tuned for classification",
+        )
+    return heads
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from npprune.core.cost import Sizes, hidden_budget, neuron_price
 from npprune.core.criteria import CRITERIA, Context, score
 from npprune.core.harm import Replacement, candidates_for, measure_harm
 from npprune.core.selection import Others, Selection, select, widths_for
-from npprune.core.sequential import compensate_in_sequence
+from npprune.core.sequential import Refitted, compensate_in_sequence
 from npprune.core.statistics import Moments, Need, Statistics
 from npprune.core.view import VitView
 from npprune.errors import UsageError
@@ -57,10 +57,10 @@ class Paths:
 
 @dataclass
 class Chosen:
-    """What stays in each block, and the second layers that go with it."""
+    """What stays in each block, and the values of the layers that were refitted."""
 
     keep: list[list[int]]
-    layers: list[Replacement]
+    refitted: Refitted
     protected: list[int] = field(default_factory=list)  # path neurons among the kept
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
@@ -205,7 +205,7 @@ class Planner:
         selection = self.select(budget)
         with self._timed("compensation"):
             attention = self._shrunk(selection.others)
-            layers, lost, conditions = self._compensate(selection.keep, attention)
+            refitted, lost, conditions = self._compensate(selection.keep, attention)
         kept_paths = [
             len(set(kept) & set(union))
             for kept, union in zip(
@@ -219,7 +219,7 @@ class Planner:
             details["attention"] = self.attention.described(attention)
         return Chosen(
             selection.keep,
-            layers,
+            refitted,
             kept_paths,
             [*selection.warnings, *self._crowded(selection)],
             {**details, "seconds": dict(self.seconds)},
@@ -293,7 +293,7 @@ class Planner:
         return Others(self._harm.attention, prices)
 
     def _shrunk(self, pairs: Sequence[Pair]) -> list[SmallerAttention]:
-        """What stays of each block's attention; `proj` is refitted as the second layers are."""
+        """What stays of each block's attention; in sequence, `proj` is refitted once more."""
         if self.attention is None:
             return []
         mode = self.settings.compensation
@@ -310,7 +310,7 @@ class Planner:
 
     def _compensate(
         self, keep: Sequence[Sequence[int]], attention: Sequence[SmallerAttention]
-    ) -> tuple[list[Replacement], list[float], list[float]]:
+    ) -> tuple[Refitted, list[float], list[float]]:
         if self.settings.compensation == "sequential":
             lost: list[float] = []
             conditions: list[float] = []
@@ -328,10 +328,10 @@ class Planner:
             if self.salience:
                 weights = [self.stats.position_weights(l, self.salience) for l in range(len(keep))]
             changed = None if self.attention is None else self.attention.stand_ins(attention)
-            layers = compensate_in_sequence(
+            refitted = compensate_in_sequence(
                 self.view, images, keep, weights=weights, attention=changed, on_block=tell
             )
-            return layers, lost, conditions
+            return refitted, lost, conditions
         layers, lost, conditions = [], [], []
         for l, kept in enumerate(keep):
             fc2 = self.view.fc2(l)
@@ -341,7 +341,8 @@ class Planner:
             layers.append(Replacement(list(kept), found.weight, found.bias))
             lost.append(found.error)
             conditions.append(found.condition)
-        return layers, lost, conditions
+        projections = {l: a.proj for l, a in enumerate(attention) if a.proj is not None}
+        return Refitted(layers, projections, []), lost, conditions
 
     def _crowded(self, selection: Selection) -> list[str]:
         """Where paths fill the budget, the criterion has nothing left to choose."""

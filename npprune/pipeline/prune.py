@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from npprune.core import metrics
 from npprune.core.attention import smaller_qkv
+from npprune.core.harm import Replacement
 from npprune.errors import GateError, UsageError
 from npprune.models.info import model_info, model_sizes, state
 from npprune.models.surgery import (
@@ -22,8 +24,10 @@ from npprune.models.surgery import (
     check_axes,
     check_prunable,
     cut_head,
-    set_attention,
+    set_classifiers,
     set_fc2,
+    set_proj,
+    set_qkv,
 )
 from npprune.models.view import make_view
 from npprune.pipeline.axes import check_settings
@@ -274,13 +278,20 @@ def carried_out(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module
     """The surgery, then the values that compensation found for the layers that remain."""
     smaller = apply_plan(network.model, plan)
     like = next(smaller.parameters())
-    for l, layer in enumerate(chosen.layers):
-        set_fc2(smaller, l, layer.weight.to(like), layer.bias.to(like))
+
+    def values(layer: Replacement) -> tuple[Tensor, Tensor]:
+        return layer.weight.to(like), layer.bias.to(like)
+
+    found = chosen.refitted
+    for l, layer in enumerate(found.second):
+        set_fc2(smaller, l, *values(layer))
     dense = make_view(network.model)
     for l, attention in enumerate(chosen.attention):
-        qkv = smaller_qkv(dense.attention(l), attention)
-        proj = attention.proj
-        set_attention(smaller, l, qkv, None if proj is None else (proj.weight, proj.bias))
+        set_qkv(smaller, l, *smaller_qkv(dense.attention(l), attention))
+    for l, layer in found.projections.items():
+        set_proj(smaller, l, *values(layer))
+    if found.classifiers:
+        set_classifiers(smaller, [values(layer) for layer in found.classifiers])
     return smaller.eval()
 
 

@@ -277,12 +277,12 @@ def _row(
     except GateError as err:
         return StudyRow(setting=row, refused=err.message, seconds=sum(planner.seconds.values()))
     start = time.perf_counter()
-    plan = Plan(keep=chosen.keep, widths=world.network.info.widths)
+    plan = Plan(keep=chosen.keep, widths=world.network.info.widths, classes=world.classes)
     smaller = carried_out(world.network, plan, chosen)
     parts = {**planner.seconds, "surgery": round(time.perf_counter() - start, 3)}
     assert world.dense is not None
-    after, labels = world.scored(world.predict(smaller))
-    before, _ = world.scored(world.dense)
+    after = world.predict(smaller)
+    before, labels = world.scored(world.dense)
     accuracy = metrics.accuracy(after, labels)
     made = StudyRow(
         setting=row,
@@ -303,7 +303,7 @@ def _row(
     )
     if healer is not None:
         made.healing_seconds = healer.heal(smaller, path.with_suffix(""), row.seed)
-        healed, _ = world.scored(world.predict(smaller))
+        healed = world.predict(smaller)
         made.healed = metrics.accuracy(healed, labels).top1
         made.healed_correct = bits(healed.argmax(1) == labels)
         made.healed_divergence = metrics.mean_interval(metrics.divergence(before, healed))

@@ -44,9 +44,11 @@ class Healer:
         """fit: decoded images [b, c, h, w] with labels [b]; spec: what they are called."""
         self.settings = HealSection(epochs=epochs)
         self.device, self.emit = device, emit
-        self.teacher = Teacher(dense, allowed=classes)
+        self.teacher = Teacher(dense, columns=classes)
         pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x, _ in fit])
         labels = torch.cat([y for _, y in fit])
+        if classes is not None:  # the student's outputs are these alone
+            labels = torch.searchsorted(torch.tensor(classes), labels)
         train, other = every_tenth(len(pixels), len(pixels), spec)
         self.parts = [
             Memory(pixels[rows], labels[rows], preprocessing, flips=flips, seed=0)
