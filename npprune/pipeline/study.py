@@ -147,6 +147,7 @@ class _World:
     emit: Emit
     shelf: Shelf = field(default_factory=Shelf)
     fit: Batches = field(default_factory=list)
+    held: Batches = field(default_factory=list)  # calibration images that no row is fitted on
     images: list[Tensor] = field(default_factory=list)
     labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     dense: Tensor | None = None  # logits [n, c]
@@ -155,7 +156,8 @@ class _World:
         """Decode both sets, and predict with the dense network."""
         limit = self.settings.calibration_images or CALIBRATION_IMAGES
         self._refuse_too_many(limit)
-        self.fit = list(calibration_images(self.calibration, limit, self.emit)[0])
+        parts = calibration_images(self.calibration, limit, self.emit)
+        self.fit, self.held = (list(part) for part in parts)
         labels, total = [], self.val.source.length
         for batch in self.val.batches():
             self.images.append(batch.images)
@@ -328,9 +330,9 @@ def _healer(world: _World) -> Healer | None:
     if world.settings.heal is None:
         return None
     return Healer(
-        world.network.model, world.fit, world.calibration.preprocessing, world.settings.heal,
-        classes=world.classes, spec=world.calibration.source.spec, device=world.device,
-        emit=world.emit,
+        world.network.model, world.fit, world.held, world.calibration.preprocessing,
+        world.settings.heal, classes=world.classes, spec=world.calibration.source.spec,
+        device=world.device, emit=world.emit,
     )  # fmt: skip
 
 

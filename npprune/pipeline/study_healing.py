@@ -25,14 +25,15 @@ from npprune.store.training import TrainingFolder
 class Healer:
     """Heals one pruned network after the other, all on the same images.
 
-    The images are those that the rows were fitted on, one in ten of them held out, as
-    `npprune heal` does it. An interrupted row goes on where it stopped.
+    It trains on the images that the rows were fitted on, and is measured on those held out of
+    them, as `npprune prune --heal` is. An interrupted row goes on where it stopped.
     """
 
     def __init__(
         self,
         dense: nn.Module,
         fit: Sequence[tuple[Tensor, Tensor]],
+        held: Sequence[tuple[Tensor, Tensor]],
         preprocessing: Preprocessing,
         epochs: int,
         *,
@@ -41,15 +42,19 @@ class Healer:
         device: torch.device,
         emit: Emit,
     ) -> None:
-        """fit: decoded images [b, c, h, w] with labels [b]; spec: what they are called."""
+        """fit, held: decoded images [b, c, h, w] with labels [b]; spec: what they are called."""
         self.settings = HealSection(epochs=epochs)
         self.device, self.emit = device, emit
         self.teacher = Teacher(dense, columns=classes)
-        pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x, _ in fit])
-        labels = torch.cat([y for _, y in fit])
+        images = [x for part in (fit, held) for x, _ in part]
+        pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x in images])
+        labels = torch.cat([y for part in (fit, held) for _, y in part])
         if classes is not None:  # the student's outputs are these alone
             labels = torch.searchsorted(torch.tensor(classes), labels)
-        train, other = every_tenth(len(pixels), len(pixels), spec)
+        n, first = len(labels), sum(len(y) for _, y in fit)
+        train, other = list(range(first)), list(range(first, n))
+        if not other:
+            train, other = every_tenth(n, n, spec)
         self.parts = [
             Memory(pixels[rows], labels[rows], preprocessing, flips=flips, seed=0)
             for rows, flips in ((train, True), (other, False))
