@@ -41,7 +41,7 @@ from npprune.recipe import (
 )
 from npprune.records import CheckpointConfig, ModelSource, Variant
 from npprune.store.checkpoints import write_checkpoint
-from npprune.store.runs import read_plan
+from npprune.store.runs import RunFolder, read_plan
 
 DIGITS = DataSection(calibration="digits:calibration", batch_size=64)
 ALL = ["mlp", "heads", "qk"]
@@ -251,6 +251,14 @@ def test_options_are_few_and_regular() -> None:
     assert axes.query_dims(0) == [64]
     axes.axes = ["qk"]
     assert axes.heads(0) == [6]
+
+
+def test_pruning_again_replaces_what_was_pruned(dense: Path) -> None:
+    out, source = dense.parent / "twice", ModelSection(name=str(dense))
+    prune(source, DIGITS, PruneSection(keep=0.5, calibration_images=100), out)
+    variant = prune(source, DIGITS, PruneSection(keep=0.75, calibration_images=100), out)
+    assert read_plan(out).kept_widths == variant.prune.widths
+    assert RunFolder(out).read_result().variants == [variant]
 
 
 def test_the_default_is_hidden_units_alone(dense: Path) -> None:

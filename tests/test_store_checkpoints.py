@@ -70,6 +70,7 @@ def test_an_older_checkpoint_is_replaced_with_all_that_belonged_to_it(tmp_path: 
     write_checkpoint(tmp_path / "a", CONFIG, _tensors(), PLAN)
     (tmp_path / "a" / "model.onnx").write_text("old")
     (tmp_path / "a" / "export.json").write_text("{}")
+    (tmp_path / "a" / "result.json").write_text("{}")  # of a network pruned without a run
     write_checkpoint(tmp_path / "a", CONFIG, _tensors(1))
     assert _names(tmp_path / "a") == ["config.json", "model.safetensors"]
     assert torch.equal(read_checkpoint(tmp_path / "a")[1]["a.bias"], _tensors(1)["a.bias"])

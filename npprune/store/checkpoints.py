@@ -21,6 +21,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 PLAN = "plan.json"
 EXPORT = "export.json"
+RESULT = ("result.json", "report.html", "report.md")  # of a network pruned without a run
 EXPORTED = (".onnx", ".onnx.data", ".pt2", ".export.json")
 
 
@@ -111,7 +112,8 @@ def _objection(folder: Path) -> str | None:
     except StoreError:
         return f"it is not empty, and not a checkpoint of npprune (no valid `{CONFIG}`)"
     for path in sorted(folder.iterdir()):
-        ours = path.name in (WEIGHTS, CONFIG, PLAN, EXPORT) or path.name.endswith(EXPORTED)
+        ours = path.name in (WEIGHTS, CONFIG, PLAN, EXPORT, *RESULT)
+        ours = ours or path.name.endswith(EXPORTED)
         if not (ours and path.is_file()) and not atomic.is_leftover(path):
             return f"it also holds `{path.name}`, which npprune did not write"
     return None
