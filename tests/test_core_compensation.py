@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npprune.core.compensation import choose_shrinkage, compensate, error
+from npprune.core.compensation import Cross, choose_shrinkage, compensate, error
 from npprune.core.statistics import Moments
 from npprune.errors import UsageError
 
@@ -96,20 +96,34 @@ def test_keeping_all_changes_nothing_and_a_missing_bias_is_made() -> None:
     torch.testing.assert_close(without.bias + b, compensate(moments(x), w, b, KEEP).bias)
 
 
-def test_shrinkage_is_chosen_on_held_out_data() -> None:
+@pytest.mark.parametrize("with_error", [False, True])
+def test_shrinkage_is_chosen_on_held_out_data(with_error: bool) -> None:
     few, many = sample(8, seed=3), sample(4000, seed=4)
-    w, _ = layer()
-    best, scores = choose_shrinkage(moments(few), moments(many), w, KEEP)
+    w, b = layer()
+
+    def beside(x: Tensor) -> tuple[Tensor, Cross | None]:
+        """An error that depends on the units, and its moments."""
+        if not with_error:
+            return torch.zeros(len(x), len(w)).double(), None
+        e = (x[:, : len(w)] - 1).tanh() + 0.3
+        h = x - x.mean(0)
+        return e, Cross(e.mean(0), (e - e.mean(0)).T @ h / len(x))
+
+    (_, cross), (e, held) = beside(few), beside(many)
+    best, scores = choose_shrinkage(
+        moments(few), moments(many), w, KEEP, cross=cross, held_out_cross=held
+    )
     assert scores[best] == min(scores.values())
-    by_hand = {
-        c: error(
-            moments(many), w, compensate(moments(few), w, None, KEEP, shrinkage=c).weight, KEEP
-        )
-        for c in scores
-    }
-    assert by_hand == scores
-    same, _ = choose_shrinkage(moments(many), moments(many), w, KEEP)
-    assert same == 1e-4  # nothing to guard against: the least shrinkage wins
+    lost = {}
+    for c in scores:
+        got = compensate(moments(few), w, b, KEEP, shrinkage=c, cross=cross)
+        residual = many @ w.T + b + e - many[:, KEEP] @ got.weight.T - got.bias
+        lost[c] = float(residual.square().sum(1).mean())
+    spread = float((e - e.mean(0)).square().sum(1).mean())
+    assert scores == pytest.approx({c: v - spread for c, v in lost.items()}, rel=1e-6, abs=1e-9)
+    if not with_error:
+        same, _ = choose_shrinkage(moments(many), moments(many), w, KEEP)
+        assert same == 1e-4  # nothing to guard against: the least shrinkage wins
 
 
 def test_a_dead_block_is_solved() -> None:

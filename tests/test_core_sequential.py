@@ -8,7 +8,8 @@ from test_core_harm import changed
 from test_core_statistics import data, in_batches, tiny_view
 from torch import Tensor, nn
 
-from npprune.core.compensation import compensate
+from npprune.core.compensation import choose_shrinkage, compensate
+from npprune.core.elimination import SHRINKAGE
 from npprune.core.harm import Replacement
 from npprune.core.sequential import PRIOR_IMAGES, compensate_in_sequence
 from npprune.core.statistics import Moments, collect_statistics
@@ -129,6 +130,31 @@ def test_nothing_is_refitted_where_nothing_was_lost() -> None:
         )
     torch.testing.assert_close(
         found.classifiers[0].weight, view.model.head.weight.detach(), rtol=0, atol=1e-9
+    )
+
+
+def test_held_out_images_choose_the_shrinkage_and_nothing_else() -> None:
+    view, (images, _) = tiny_view(), data(80)
+    fit, held = images[:10], images[10:]
+    chosen: list[float] = []
+    found = compensate_in_sequence(
+        view, fit.split(4), KEEP, held_out=held.split(9),
+        on_block=lambda l, c: chosen.append(c.shrinkage),
+    )  # fmt: skip
+    dense, other = (
+        collect_statistics(view, in_batches(x, None, 10), needs=["moments"]).moments(0)
+        for x in (fit, held)
+    )
+    fc2 = view.fc2(0)
+    best, _ = choose_shrinkage(dense, other, fc2.weight, KEEP[0])
+    assert chosen[0] == best != SHRINKAGE
+    expected = compensate(dense, fc2.weight, fc2.bias, KEEP[0], shrinkage=best)
+    torch.testing.assert_close(found.second[0].weight, expected.weight)
+    torch.testing.assert_close(found.second[0].bias, expected.bias)
+    without = compensate_in_sequence(view, fit.split(4), KEEP)
+    torch.testing.assert_close(
+        without.second[0].weight,
+        compensate(dense, fc2.weight, fc2.bias, KEEP[0], shrinkage=SHRINKAGE).weight,
     )
 
 

@@ -113,6 +113,15 @@ def command(
             "sequential",
         ),
     ] = "sequential",
+    shrinkage: Annotated[
+        float | None,
+        option(
+            CHOICE,
+            "--shrinkage",
+            "X",
+            "ridge of the refit, over the mean variance \\[default: chosen on held-out images]",
+        ),
+    ] = None,
     round_to: Annotated[int, option(CHOICE, "--round-to", "N", "widths are multiples of N")] = 16,
     min_keep: Annotated[
         int, option(CHOICE, "--min-keep", "N", "hidden units left in any block")
@@ -190,6 +199,7 @@ def command(
         criterion=criterion,
         selection=selection,
         compensation=compensation,
+        shrinkage=shrinkage,
         protect_paths=protect_paths,
         round_to=round_to,
         min_keep=min_keep,

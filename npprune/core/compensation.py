@@ -138,23 +138,28 @@ def choose_shrinkage(
     weight: Tensor,
     keep: Sequence[int],
     *,
-    curvature: Tensor | None = None,
+    cross: Cross | None = None,
+    held_out_cross: Cross | None = None,
     candidates: Sequence[float] = SHRINKAGES,
 ) -> tuple[float, dict[float, float]]:
     """The shrinkage whose refit on `fit` loses least on `held_out`, and every candidate's loss.
 
-    `fit` and `held_out` are moments of disjoint images; the loss is `error`'s.
+    `fit` and `held_out` are moments of disjoint images, with the errors to make up for beside
+    them where there are any. The loss is the mean squared error of W h + e, less the spread of e,
+    which no candidate changes.
     """
-    scores = {
-        c: error(
-            held_out,
-            weight,
-            compensate(fit, weight, None, keep, shrinkage=c, diagnose=False).weight,
-            keep,
-            curvature=curvature,
-        )
-        for c in candidates
-    }
+    s = held_out.covariance.to(torch.float64)
+    scores = {}
+    for c in candidates:
+        found = compensate(fit, weight, None, keep, shrinkage=c, cross=cross, diagnose=False)
+        change = weight.detach().to(s, copy=True)  # what is lost: change h + e - bias
+        change[:, list(keep)] -= found.weight
+        offset = change @ held_out.mean.to(s) - found.bias
+        lost = ((change @ s) * change).sum()
+        if held_out_cross is not None:
+            offset = offset + held_out_cross.mean.to(s)
+            lost = lost + 2 * (change * held_out_cross.covariance.to(s)).sum()
+        scores[c] = float(lost + offset.square().sum())
     return min(scores, key=lambda c: scores[c]), scores
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from npprune.core.compensation import Compensated, Cross, compensate
+from npprune.core.compensation import Compensated, Cross, choose_shrinkage, compensate
 from npprune.core.elimination import SHRINKAGE
 from npprune.core.harm import Replacement, layers_replaced, replaced
 from npprune.core.statistics import Moments
@@ -68,6 +68,7 @@ def compensate_in_sequence(
     beta: float = BETA,
     weights: Sequence[Tensor] | None = None,
     shrinkage: float = SHRINKAGE,
+    held_out: Sequence[Tensor] = (),
     attention: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
 ) -> Refitted:
@@ -80,11 +81,14 @@ def compensate_in_sequence(
         beta: share of the earlier blocks' error that each block tries to make up for.
         weights: per block, a positive weight for each token position [t]; None: even.
         shrinkage: lambda over the mean diagonal of the covariance.
+        held_out: images that nothing is fitted on; where given, each layer's shrinkage is the one
+            that loses least on them.
         attention: per block, layers that stand in for those of its attention, in the pruned
             network alone: what they lose is an error of the stream like that of earlier blocks.
             A `proj` among them says which of its inputs stay; it is refitted.
     """
-    pruned = [view.embed(images) for images in batches]
+    fitted = len(batches)  # the streams after these are held out
+    pruned = [view.embed(images) for images in (*batches, *held_out)]
     dense = [x.clone() for x in pruned] if beta else []
     out = Refitted([], {}, [])
     for l in range(len(view.widths)):
@@ -102,24 +106,26 @@ def compensate_in_sequence(
                 attended = [view.attention_output(l, x) for x in pruned]
         else:
             goals = [_attended(view, l, x, a) for x, a in zip(before, dense_attended, strict=True)]
-            out.projections[l], attended = _refit_projection(
-                view, l, proj, pruned, goals, changed, beta, weight, shrinkage
-            )
-        sums = _Sums(view.widths[l], fc2.out_features, bool(beta))
+            sums = _Sums(proj.in_features, proj.out_features, fitted, True)
+            stays, inputs = _projected(view, l, proj, pruned, goals, changed, weight, sums)
+            found = sums.refit(proj, stays, beta, shrinkage, diagnose=False)
+            w, b = found.weight.to(proj.weight), found.bias.to(proj.weight)
+            out.projections[l] = Replacement(stays, w, b)
+            attended = [nn.functional.linear(a, w, b) for a in inputs]
+        sums = _Sums(view.widths[l], fc2.out_features, fitted, bool(beta))
         for i, (x, a) in enumerate(zip(pruned, attended, strict=True)):
             with _seen(fc2) as seen:
                 after = view.tail(l, x, a)
             sums.add(seen.inputs[0], dense[i] - after if beta else None, weight)
-        moments, cross = sums.finish(beta)
-        kept = keep(l, moments) if callable(keep) else keep[l]
-        found = compensate(moments, fc2.weight, fc2.bias, kept, shrinkage=shrinkage, cross=cross)
+        kept = keep(l, sums.finish(beta)[0]) if callable(keep) else keep[l]
+        found = sums.refit(fc2, kept, beta, shrinkage)
         out.second.append(Replacement(list(kept), found.weight, found.bias))
         if on_block is not None:
             on_block(l, found)
         with replaced(view, {l: out.second[-1]}):
             pruned = [view.tail(l, x, a) for x, a in zip(pruned, attended, strict=True)]
     if beta:
-        out.classifiers = _refit_classifiers(view, dense, pruned)
+        out.classifiers = _refit_classifiers(view, dense[:fitted], pruned[:fitted])
     return out
 
 
@@ -138,36 +144,29 @@ def _attended(view: VitView, l: int, x: Tensor, attention: Tensor) -> Tensor:
     return view.tail(l, x, attention, given=(slice(None), nothing))
 
 
-def _refit_projection(
+def _projected(
     view: VitView,
     l: int,
     proj: nn.Linear,
     streams: Sequence[Tensor],
     goals: Sequence[Tensor],
     changed: dict[nn.Linear, Replacement],
-    beta: float,
     weight: Tensor | None,
-    shrinkage: float,
-) -> tuple[Replacement, list[Tensor]]:
-    """`proj` for the inputs that stay, and what the attention then gives on the streams.
+    sums: _Sums,
+) -> tuple[list[int], list[Tensor]]:
+    """Which inputs of `proj` stay, and those of the streams; all of them go into the sums.
 
     goals: the dense network's streams after the attention.
     """
     stays = list(changed[proj].keep) if proj in changed else list(range(proj.in_features))
     others = {layer: r for layer, r in changed.items() if layer is not proj}
-    sums = _Sums(proj.in_features, proj.out_features, True)
     inputs = []
     for x, goal in zip(streams, goals, strict=True):
         with layers_replaced(others), _seen(proj) as seen:
             attention = view.attention_output(l, x)
         sums.add(seen.inputs[0], goal - _attended(view, l, x, attention), weight)
         inputs.append(seen.inputs[0][..., stays])
-    moments, cross = sums.finish(beta)
-    found = compensate(
-        moments, proj.weight, proj.bias, stays, shrinkage=shrinkage, cross=cross, diagnose=False
-    )
-    refitted = Replacement(stays, found.weight.to(proj.weight), found.bias.to(proj.weight))
-    return refitted, [nn.functional.linear(a, refitted.weight, refitted.bias) for a in inputs]
+    return stays, inputs
 
 
 def _refit_classifiers(
@@ -177,7 +176,7 @@ def _refit_classifiers(
     layers = view.classifiers()
     if any(layer.bias is None for layer in layers):
         return []
-    sums = [_Sums(layer.in_features, layer.out_features, True) for layer in layers]
+    sums = [_Sums(layer.in_features, layer.out_features, len(dense), True) for layer in layers]
     for x, y in zip(dense, pruned, strict=True):
         with _seen(*layers) as goal:
             view.head(x)
@@ -188,17 +187,14 @@ def _refit_classifiers(
             total.add(seen.inputs[i][:, None], error[:, None], None)
     out = []
     for layer, total in zip(layers, sums, strict=True):
-        moments, cross = total.finish(1.0)
         every = list(range(layer.in_features))
-        found = compensate(
-            moments, layer.weight, layer.bias, every,
-            shrinkage=PRIOR_IMAGES / moments.tokens, cross=cross, diagnose=False,
-        )  # fmt: skip
+        prior = PRIOR_IMAGES / total.fit.weight
+        found = total.refit(layer, every, 1.0, prior, diagnose=False)
         out.append(Replacement(every, found.weight, found.bias))
     return out
 
 
-class _Sums:
+class _Part:
     """Weighted sums of h h^T, h, |h|, e h^T and e over tokens, kept in float64."""
 
     def __init__(self, h: int, d: int, with_error: bool) -> None:
@@ -234,6 +230,45 @@ class _Sums:
             return moments, None
         offset = self.error / n
         return moments, Cross(beta * offset, beta * (self.cross / n - torch.outer(offset, mean)))
+
+
+class _Sums:
+    """What a layer is refitted from: the first `fitted` batches, and those held out after them."""
+
+    def __init__(self, h: int, d: int, fitted: int, with_error: bool) -> None:
+        self.left = fitted
+        self.fit, self.held = _Part(h, d, with_error), _Part(h, d, with_error)
+
+    def add(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
+        """Add the next batch: h [b, t, h] and the error [b, t, d], tokens weighted [t]."""
+        part = self.fit if self.left > 0 else self.held
+        part.add(h, error, weights)
+        self.left -= 1
+
+    def finish(self, beta: float) -> tuple[Moments, Cross | None]:
+        """What the layer is fitted on."""
+        return self.fit.finish(beta)
+
+    def refit(
+        self,
+        layer: nn.Linear,
+        keep: Sequence[int],
+        beta: float,
+        shrinkage: float,
+        *,
+        diagnose: bool = True,
+    ) -> Compensated:
+        """The layer for the kept inputs; the shrinkage from the held-out part, if there is one."""
+        moments, cross = self.finish(beta)
+        if self.held.weight:
+            held_out, beside = self.held.finish(beta)
+            shrinkage, _ = choose_shrinkage(
+                moments, held_out, layer.weight, keep, cross=cross, held_out_cross=beside
+            )
+        return compensate(
+            moments, layer.weight, layer.bias, keep,
+            shrinkage=shrinkage, cross=cross, diagnose=diagnose,
+        )  # fmt: skip
 
 
 def _sum(x: Tensor) -> Tensor:

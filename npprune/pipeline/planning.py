@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from npprune.core.attention import SmallerAttention
-from npprune.core.compensation import compensate
+from npprune.core.compensation import Compensated, choose_shrinkage, compensate
 from npprune.core.cost import Sizes, hidden_budget, neuron_price
 from npprune.core.criteria import CRITERIA, Context, score
+from npprune.core.elimination import SHRINKAGE
 from npprune.core.harm import Replacement, candidates_for, measure_harm
 from npprune.core.selection import Others, Selection, select, widths_for
 from npprune.core.sequential import Refitted, compensate_in_sequence
-from npprune.core.statistics import Moments, Need, Statistics
+from npprune.core.statistics import Moments, Need, Statistics, collect_statistics
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 from npprune.pipeline.axes import AttentionAxes, Pair, beyond_mlp
@@ -79,8 +80,10 @@ class _Harm:
 class Planner:
     """Everything about a network and its calibration images that does not depend on the budget.
 
-    `latency`: the prices that `target_latency` needs. `like`: another planner of the same
-    network, images and seed; its statistics are taken over where they hold what this one needs.
+    `held_out`: images that nothing is fitted on; unless the settings name a shrinkage, each refit
+    takes the one that loses least on them. `latency`: the prices that `target_latency` needs.
+    `like`: another planner of the same network, images and seed; its statistics are taken over
+    where they hold what this one needs.
     `shelf`: where statistics are kept and found again; None: nowhere.
     """
 
@@ -96,12 +99,15 @@ class Planner:
         generator: torch.Generator,
         emit: Emit,
         *,
+        held_out: Batches | None = None,
         latency: LatencyTable | None = None,
         like: Planner | None = None,
         shelf: Shelf | None = None,
     ) -> None:
         self.view, self.batches, self.settings, self.emit = view, batches, settings, emit
         self.paths, self.sizes, self.latency = paths, sizes, latency
+        self.held_out: Batches = held_out or []
+        self._held_statistics: list[Statistics] = []  # once they are there; shared by `retuned`
         self.protected = paths.union if paths is not None and settings.protect_paths else None
         self.seconds: dict[str, float] = {}
         criterion = CRITERIA[settings.criterion]
@@ -205,14 +211,18 @@ class Planner:
         selection = self.select(budget)
         with self._timed("compensation"):
             attention = self._shrunk(selection.others)
-            refitted, lost, conditions = self._compensate(selection.keep, attention)
+            refitted, found = self._compensate(selection.keep, attention)
         kept_paths = [
             len(set(kept) & set(union))
             for kept, union in zip(
                 selection.keep, self.protected or [[]] * len(selection.keep), strict=True
             )
         ]
-        details: dict[str, Any] = {"lost_variance": lost, "condition_number": conditions}
+        details: dict[str, Any] = {
+            "shrinkage": [c.shrinkage for c in found],
+            "condition_number": [c.condition for c in found],
+            "lost_variance": [c.error for c in found],
+        }
         if selection.harm is not None:
             details["harm_nats"] = selection.harm
         if self.attention is not None:
@@ -310,39 +320,60 @@ class Planner:
 
     def _compensate(
         self, keep: Sequence[Sequence[int]], attention: Sequence[SmallerAttention]
-    ) -> tuple[Refitted, list[float], list[float]]:
-        if self.settings.compensation == "sequential":
-            lost: list[float] = []
-            conditions: list[float] = []
+    ) -> tuple[Refitted, list[Compensated]]:
+        """The refitted layers, and how each block's second layer was found."""
+        s = self.settings
+        shrinkage = SHRINKAGE if s.shrinkage is None else s.shrinkage
+        found: list[Compensated] = []
+        if s.compensation == "sequential":
 
-            def tell(l: int, found: Any) -> None:
-                lost.append(found.error)
-                conditions.append(found.condition)
-                self.emit(
-                    Event("compensation", level="progress", done=l + 1, total=len(keep),
-                          unit="blocks")
-                )  # fmt: skip
+            def tell(l: int, block: Compensated) -> None:
+                found.append(block)
+                self._tell("compensation", len(keep), "blocks")(l + 1)
 
-            images = [x for x, _ in self._on_device(self.batches)]
+            held = self.held_out if s.shrinkage is None else []
             weights = None
             if self.salience:
                 weights = [self.stats.position_weights(l, self.salience) for l in range(len(keep))]
             changed = None if self.attention is None else self.attention.stand_ins(attention)
             refitted = compensate_in_sequence(
-                self.view, images, keep, weights=weights, attention=changed, on_block=tell
+                self.view,
+                [x for x, _ in self._on_device(self.batches)],
+                keep,
+                weights=weights,
+                shrinkage=shrinkage,
+                held_out=[x for x, _ in self._on_device(held)],
+                attention=changed,
+                on_block=tell,
             )
-            return refitted, lost, conditions
-        layers, lost, conditions = [], [], []
+            return refitted, found
+        layers = []
         for l, kept in enumerate(keep):
-            fc2 = self.view.fc2(l)
-            found = compensate(
-                self.moments(l), fc2.weight, fc2.bias, kept, mode=self.settings.compensation
+            fc2, moments = self.view.fc2(l), self.moments(l)
+            if s.compensation == "least-squares" and s.shrinkage is None and self.held_out:
+                held_out = self._held_out().moments(l, self.salience)
+                shrinkage, _ = choose_shrinkage(moments, held_out, fc2.weight, kept)
+            block = compensate(
+                moments, fc2.weight, fc2.bias, kept, mode=s.compensation, shrinkage=shrinkage
             )
-            layers.append(Replacement(list(kept), found.weight, found.bias))
-            lost.append(found.error)
-            conditions.append(found.condition)
+            layers.append(Replacement(list(kept), block.weight, block.bias))
+            found.append(block)
         projections = {l: a.proj for l, a in enumerate(attention) if a.proj is not None}
-        return Refitted(layers, projections, []), lost, conditions
+        return Refitted(layers, projections, []), found
+
+    def _held_out(self) -> Statistics:
+        """The held-out images' moments, weighted as those of the others are."""
+        if not self._held_statistics:
+            needs: set[Need] = {"moments", "salience"} if self.salience else {"moments"}
+            self._held_statistics.append(
+                collect_statistics(
+                    self.view,
+                    self._on_device(self.held_out),
+                    needs=needs,
+                    generator=torch.Generator().manual_seed(0),
+                )
+            )
+        return self._held_statistics[0]
 
     def _crowded(self, selection: Selection) -> list[str]:
         """Where paths fill the budget, the criterion has nothing left to choose."""

@@ -128,7 +128,8 @@ def prune(
             )
         planner = Planner(
             view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit,
-            latency=latency.table if latency is not None else None, shelf=shelf,
+            held_out=list(held_out), shelf=shelf,
+            latency=latency.table if latency is not None else None,
         )  # fmt: skip
         if latency is not None:
             latency.correct(lambda budget: planner.select(budget).widths)
@@ -303,7 +304,8 @@ def _predict(
     plan: Plan,
     device: torch.device,
 ) -> dict[str, float]:
-    """Dense and pruned top-1 on calibration images that nothing was fitted on."""
+    """Dense and pruned top-1 on the held-out images: all they have decided is how much each
+    block's refit was shrunk."""
     if len(held_out) == 0:
         return {}
     dense = torch.cat([network.model(x.to(device)).float().cpu() for x, _ in held_out])

@@ -245,7 +245,8 @@ def _planner(world: _World, row: Setting, last: tuple[Setting, Planner] | None) 
             like = planner
     return Planner(
         world.view, world.fit, world.paths, settings, lambda: model_sizes(world.network.model),
-        torch.Generator().manual_seed(row.seed), world.emit, like=like, shelf=world.shelf,
+        torch.Generator().manual_seed(row.seed), world.emit, held_out=world.held, like=like,
+        shelf=world.shelf,
     )  # fmt: skip
 
 

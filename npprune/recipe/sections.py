@@ -92,6 +92,7 @@ class PruneSection(Section):
     criterion: str = "curvature-obs"
     selection: str = "measured"
     compensation: Literal["none", "mean", "least-squares", "sequential"] = "sequential"
+    shrinkage: float | None = Field(None, gt=0)  # of the refit; None: chosen on held-out images
     protect_paths: bool = True
     round_to: int = Field(16, ge=1)
     min_keep: int = Field(16, ge=1)
