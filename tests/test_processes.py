@@ -142,6 +142,27 @@ def test_what_only_rank_1_finds_wrong_is_said_by_it(world: World) -> None:
     assert "error: " not in team.text("err0")
 
 
+def test_a_recipe_is_pruned_by_one_of_them(world: World) -> None:
+    """Discovery and healing are shared; the rest would be two processes in one folder."""
+    images = f"folder:{world.images}"
+    recipe = world.root / "recipe.yaml"
+    recipe.write_text(
+        f"name: line\nmodel: {{name: auto, checkpoint: {world.root}/w.safetensors, num_heads: 3}}\n"
+        f"data: {{train: '{images}', calibration: '{images}', val: '{images}', batch_size: 8}}\n"
+        "discover: {batch_size: 4, shard_size: 8}\n"
+        "prune: {keep: 0.5, round_to: 1, min_keep: 1}\nheal: {epochs: 1, batch_size: 4}\n"
+        "evaluate: {latency: false}\nexport: null\ndevice: cpu\n"
+    )
+    team = Team(world.root, ["run", str(recipe), "--root", str(world.root)])
+    assert team.end() == [0, 0], (world.root / "err0").read_text()
+    result = RunFolder(world.root / "reports" / "line").read_result()
+    assert [v.name for v in result.variants] == ["line", "line_healed"]
+    assert all(v.evaluation is not None for v in result.variants)
+    assert (world.root / "reports" / "line" / "report.html").is_file()
+    assert (world.root / "err0").read_text().count("prune: wrote") == 1
+    assert (world.root / "err1").read_text().count("prune: wrote") == 0
+
+
 def test_one_process_alone_waits_for_nobody() -> None:
     alone = Processes()
     assert alone.on_first(lambda: 3) == alone.together(lambda: 3) == 3

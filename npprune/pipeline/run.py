@@ -11,6 +11,7 @@ from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export import export_checkpoint
 from npprune.pipeline.heal import heal_pruned
+from npprune.pipeline.processes import processes
 from npprune.pipeline.prune import prune
 from npprune.pipeline.results import render_report
 from npprune.recipe import ModelSection, Recipe
@@ -31,10 +32,12 @@ def run_recipe(
     Writes `reports/<name>/` and `ckpt/<name>/`; with a `heal` section `ckpt/<name>_healed/` too,
     which is then what is exported. Running again resumes: paths that were found
     before are kept. With `prune: null` it ends with the paths and their report.
+    torchrun's processes share the discovery and the healing; the first does the rest.
 
     Raises:
         NpPruneError: what a stage raises; GateError where a gate failed.
     """
+    team = processes()
     run, checkpoint = root / "reports" / recipe.name, root / "ckpt" / recipe.name
     if recipe.prune is None and recipe.discover is None:
         raise UsageError(
@@ -52,7 +55,7 @@ def run_recipe(
                 "a dry run opens the network, and this recipe's is trained by the run itself",
                 hint="leave `--dry-run` out: the demo takes a minute or two",
             )
-        model = digits_network.digits_network(root, recipe.seed, emit)
+        model = team.on_first(lambda: digits_network.digits_network(root, recipe.seed, emit))
         recipe = recipe.model_copy(update={"model": model})
     source: Path | ModelSection = recipe.model
     common = {"device": recipe.device, "seed": recipe.seed, "emit": emit}
@@ -67,19 +70,27 @@ def run_recipe(
             return found
         source = run
         if recipe.prune is None:
-            render_report(run)
+            team.on_first(lambda: render_report(run))
             return RunFolder(run).read_result()
-    assert recipe.prune is not None
-    emit(Event("prune", f"recipe {recipe.name}"))
-    prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
-    evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+    home = run if recipe.discover is not None else checkpoint
+
+    def prune_and_measure() -> None:
+        assert recipe.prune is not None
+        emit(Event("prune", f"recipe {recipe.name}"))
+        prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
+        evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+
+    def ship() -> None:
+        if recipe.heal is not None:
+            evaluate(shipped, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+        if recipe.export is not None:
+            export_checkpoint(shipped, recipe.data, recipe.export, emit=emit)
+        render_report(home)
+
+    team.on_first(prune_and_measure)
     shipped = checkpoint
     if recipe.heal is not None:
         data = recipe.data if recipe.data.train or recipe.data.calibration else None
         shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, **common)  # type: ignore[arg-type]
-        evaluate(shipped, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
-    if recipe.export is not None:
-        export_checkpoint(shipped, recipe.data, recipe.export, emit=emit)
-    home = run if recipe.discover is not None else checkpoint
-    render_report(home)
+    team.on_first(ship)
     return RunFolder(home).read_result()
