@@ -31,7 +31,7 @@ from npprune.core.statistics import Moments
 from npprune.errors import UsageError
 
 Mode = Literal["none", "mean", "least-squares"]
-SHRINKAGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SHRINKAGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 
 
 @dataclass
