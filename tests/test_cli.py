@@ -78,8 +78,8 @@ def a_variant() -> Variant:
         2.0, "abc", warnings=["the paths need 40 of the 32 units of block 0"],
     )  # fmt: skip
     summary.predicted = {
-        "images": 40.0, "dense_top1": 0.9, "pruned_top1": 0.8, "pruned_low": 0.7,
-        "pruned_high": 0.85, "divergence_nats": 0.125,
+        "images": 40.0, "drop": 0.08, "drop_low": 0.02, "drop_high": 0.14, "dense_top1": 0.9,
+        "pruned_top1": 0.8, "pruned_low": 0.7, "pruned_high": 0.85, "divergence_nats": 0.125,
     }  # fmt: skip
     return Variant("tiny_half", "../ckpt/tiny_half", MODEL, summary)
 
@@ -465,7 +465,7 @@ def test_prune_a_run(stage: Any, run_folder: Path, capsys: pytest.CaptureFixture
     assert ["0", "64", "32", "50", "%", "3"] in rows
     assert ["1", "64", "48", "75", "%", "7"] in rows
     assert ["all", "128", "80", "62.5", "%", "10"] in rows
-    assert "80.0 % (95 % 70.0–85.0), dense 90.0 %, on 40 held-out calibration images" in shown
+    assert "8.0 points of top-1 (95 % 2.0 to 14.0), by the dense" in shown
     assert "0.125 nats" in shown
     assert "checkpoint  ckpt/half\n" in shown
 

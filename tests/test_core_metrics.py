@@ -109,6 +109,20 @@ def test_paired_change_and_agreement() -> None:
     assert metrics.agreement(dense, pruned).correct == 2
 
 
+def test_the_expected_drop_is_that_of_labels_drawn_from_the_dense_network() -> None:
+    g = torch.Generator().manual_seed(0)
+    dense = torch.randn(6, 5, generator=g, dtype=torch.float64)
+    pruned = dense + torch.randn(6, 5, generator=g, dtype=torch.float64)
+    drop = metrics.expected_drop(dense, pruned)
+    labels = torch.multinomial(dense.softmax(1), 40_000, replacement=True, generator=g)
+    right = [(labels == x.argmax(1, keepdim=True)).double().mean(1) for x in (dense, pruned)]
+    assert torch.allclose(drop, right[0] - right[1], atol=0.015)
+    same = dense.argmax(1) == pruned.argmax(1)
+    assert 0 < int(same.sum()) < 6
+    assert torch.equal(drop == 0, same)
+    assert bool((drop >= 0).all())
+
+
 def test_divergence_matches_torch() -> None:
     g = torch.Generator().manual_seed(1)
     a, b = torch.randn(5, 7, generator=g), torch.randn(5, 7, generator=g)

@@ -205,7 +205,7 @@ def test_a_dry_run_writes_nothing(run: Path) -> None:
 def test_max_drop_refuses_a_budget_that_loses_more(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prediction = {"images": 30.0, "dense_top1": 0.9, "pruned_top1": 0.875}
+    prediction = {"images": 30.0, "drop": 0.025}
     monkeypatch.setattr("npprune.pipeline.prune._predict", lambda *args: dict(prediction))
     out = run.parent / "small"
     with pytest.raises(GateError, match=r"fall by 2\.5 points .* more than `--max-drop` 2 ") as err:

@@ -151,10 +151,19 @@ def predicted(found: dict[str, float]) -> list[tuple[str, str]]:
     if not found:
         return []
     before, after = text.percent(found["dense_top1"]), text.percent(found["pruned_top1"])
-    interval = text.span(found["pruned_low"], found["pruned_high"])
+    low, high = (100 * found[key] for key in ("drop_low", "drop_high"))
     where = text.plural(int(found["images"]), "held-out calibration image")
     return [
-        ("predicted top-1", f"{after} ({interval}), dense {before}, on {where}"),
+        (
+            "predicted drop",
+            f"{100 * found['drop']:.1f} points of top-1 (95 % {low:.1f} to {high:.1f}), by the "
+            f"dense network's probabilities on {where}",
+        ),
+        (
+            "on their labels",
+            f"top-1 {before} dense, {after} "
+            f"({text.span(found['pruned_low'], found['pruned_high'])}) pruned",
+        ),
         ("divergence", f"{text.significant(found['divergence_nats'])} nats from dense"),
     ]
 

@@ -159,6 +159,19 @@ def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
 
 
+def expected_drop(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Expected loss of top-1 per image, were the dense network's probabilities true: its own best
+    class's less that of the class that the pruned network prefers. Logits [n, c] -> [n] float64.
+
+    It needs no labels and varies far less than counting right answers: an image on which the two
+    agree adds exactly 0. It is as good as the dense network is calibrated.
+    """
+    p = dense.to(torch.float64).softmax(dim=1)
+    best = torch.stack([p.argmax(dim=1), pruned.argmax(dim=1)], dim=1)
+    before, after = p.gather(1, best).unbind(dim=1)
+    return before - after
+
+
 def _check(logits: Tensor, labels: Tensor) -> None:
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise UsageError(

@@ -192,7 +192,7 @@ class Attempt:
     @property
     def drop(self) -> float:
         """Predicted loss of top-1, in points."""
-        return 100 * (self.predicted["dense_top1"] - self.predicted["pruned_top1"])
+        return 100 * self.predicted["drop"]
 
 
 def _within(
@@ -238,7 +238,7 @@ def _gate(done: Attempt, settings: PruneSection) -> None:
     if done.drop > settings.max_drop:
         raise GateError(
             f"top-1 is predicted to fall by {done.drop:.1f} points "
-            f"(on {done.predicted['images']:.0f} held-out calibration images), more than "
+            f"(from {done.predicted['images']:.0f} held-out calibration images), more than "
             f"`--max-drop` {settings.max_drop:g} allows",
             hint="keep more, or leave the budget out: then the smallest network within "
             "the drop is searched for; nothing was written",
@@ -304,8 +304,8 @@ def _predict(
     plan: Plan,
     device: torch.device,
 ) -> dict[str, float]:
-    """Dense and pruned top-1 on the held-out images: all they have decided is how much each
-    block's refit was shrunk."""
+    """The loss of top-1 to expect, from held-out images: all they have decided is how much each
+    refit was shrunk."""
     if len(held_out) == 0:
         return {}
     dense = torch.cat([network.model(x.to(device)).float().cpu() for x, _ in held_out])
@@ -316,8 +316,12 @@ def _predict(
         labels = torch.searchsorted(torch.tensor(plan.classes), labels)
     before = metrics.accuracy(dense, labels).top1
     after = metrics.accuracy(pruned, labels).top1
+    drop = metrics.mean_interval(metrics.expected_drop(dense, pruned))
     return {
         "images": float(len(held_out)),
+        "drop": drop.value,
+        "drop_low": drop.low,
+        "drop_high": drop.high,
         "dense_top1": before.value,
         "pruned_top1": after.value,
         "pruned_low": after.low,
