@@ -22,7 +22,7 @@ Alistarh, 2023) and He et al. (ICCV 2017), who regress on the dense network's ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -95,17 +95,14 @@ def compensate_in_sequence(
         fc2 = view.fc2(l)
         weight = None if weights is None else weights[l]
         changed = dict(attention[l]) if attention is not None else {}
-        before, proj = dense, _projection(view, l) if beta else None
-        dense_attended: list[Tensor] = []
-        if beta:
-            both = [view.block_and_attention(l, x) for x in dense]
-            dense, dense_attended = [y for y, _ in both], [a for _, a in both]
-            del both
+        proj = _projection(view, l) if beta else None
+        goals = _advanced(view, l, dense)
         if proj is None:
             with layers_replaced(changed):
                 attended = [view.attention_output(l, x) for x in pruned]
+            for _ in goals:  # the dense streams go on all the same
+                pass
         else:
-            goals = [_attended(view, l, x, a) for x, a in zip(before, dense_attended, strict=True)]
             sums = _Sums(proj.in_features, proj.out_features, fitted, True)
             stays, inputs = _projected(view, l, proj, pruned, goals, changed, weight, sums)
             found = sums.refit(proj, stays, beta, shrinkage, diagnose=False)
@@ -138,6 +135,13 @@ def _projection(view: VitView, l: int) -> nn.Linear | None:
     return proj if proj.bias is not None else None
 
 
+def _advanced(view: VitView, l: int, dense: list[Tensor]) -> Iterator[Tensor]:
+    """Take the dense streams through block l, in place; gives each as it is after the attention."""
+    for i, x in enumerate(dense):
+        dense[i], attention = view.block_and_attention(l, x)
+        yield _attended(view, l, x, attention)
+
+
 def _attended(view: VitView, l: int, x: Tensor, attention: Tensor) -> Tensor:
     """The stream between block l's attention and its MLP."""
     nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
@@ -149,7 +153,7 @@ def _projected(
     l: int,
     proj: nn.Linear,
     streams: Sequence[Tensor],
-    goals: Sequence[Tensor],
+    goals: Iterable[Tensor],
     changed: dict[nn.Linear, Replacement],
     weight: Tensor | None,
     sums: _Sums,
