@@ -122,7 +122,7 @@ def read_training_images(
                 hint="`--images-per-class N` takes fewer, a folder can be read again and again",
             )
         pixels, labels, found = everything
-        labels = _to_outputs(labels, outputs)
+        labels = to_outputs(labels, outputs)
         chosen, other = every_tenth(len(found), len(found), images.source.spec)
         pool = Memory(pixels[chosen], labels[chosen], images.preprocessing, flips=flips, seed=seed)
         memory = Memory(pixels[other], labels[other], images.preprocessing, flips=False, seed=seed)
@@ -130,23 +130,23 @@ def read_training_images(
     kept = read(images, held_out, "reading held-out images")
     if kept is None:
         raise DataError("the held-out images do not fit into memory")
-    pixels, labels = kept[0], _to_outputs(kept[1], outputs)
+    pixels, labels = kept[0], to_outputs(kept[1], outputs)
     memory = Memory(pixels, labels, images.preprocessing, flips=False, seed=seed)
     held = _held(memory, teacher, device)
     everything = None
     if course != "strong":
         everything = read(images, train, "reading images", processes=peers.local_count)
     if everything is not None:
-        pixels, labels = everything[0], _to_outputs(everything[1], outputs)
+        pixels, labels = everything[0], to_outputs(everything[1], outputs)
         return Memory(pixels, labels, images.preprocessing, flips=flips, seed=seed), held
     pool = Files(
         images, train, strong=course == "strong", flips=flips, seed=seed,
-        relabel=lambda y: _to_outputs(y, outputs),
+        relabel=lambda y: to_outputs(y, outputs),
     )  # fmt: skip
     return pool, held
 
 
-def _to_outputs(labels: torch.Tensor, outputs: list[int] | None) -> torch.Tensor:
+def to_outputs(labels: torch.Tensor, outputs: list[int] | None) -> torch.Tensor:
     """Labels as indices of a cut head's outputs; -1 stays."""
     if outputs is None:
         return labels

@@ -77,6 +77,14 @@ class _Harm:
     seconds: float = 0.0
 
 
+@dataclass
+class _HeldOut:
+    """Statistics of the held-out images, once they are there; shared as `_Harm` is."""
+
+    statistics: Statistics | None = None
+    seconds: float = 0.0
+
+
 class Planner:
     """Everything about a network and its calibration images that does not depend on the budget.
 
@@ -107,7 +115,7 @@ class Planner:
         self.view, self.batches, self.settings, self.emit = view, batches, settings, emit
         self.paths, self.sizes, self.latency = paths, sizes, latency
         self.held_out: Batches = held_out or []
-        self._held_statistics: list[Statistics] = []  # once they are there; shared by `retuned`
+        self._held = _HeldOut()
         self.protected = paths.union if paths is not None and settings.protect_paths else None
         self.seconds: dict[str, float] = {}
         criterion = CRITERIA[settings.criterion]
@@ -208,10 +216,10 @@ class Planner:
 
     def at(self, budget: float) -> Chosen:
         """The kept neurons of every block within the budget, and their compensation."""
-        selection = self.select(budget)
+        selection, held_out = self.select(budget), self._held_out()
         with self._timed("compensation"):
             attention = self._shrunk(selection.others)
-            refitted, found = self._compensate(selection.keep, attention)
+            refitted, found = self._compensate(selection.keep, attention, held_out)
         kept_paths = [
             len(set(kept) & set(union))
             for kept, union in zip(
@@ -319,7 +327,10 @@ class Planner:
         return tell
 
     def _compensate(
-        self, keep: Sequence[Sequence[int]], attention: Sequence[SmallerAttention]
+        self,
+        keep: Sequence[Sequence[int]],
+        attention: Sequence[SmallerAttention],
+        held_out: Statistics | None,
     ) -> tuple[Refitted, list[Compensated]]:
         """The refitted layers, and how each block's second layer was found."""
         s = self.settings
@@ -350,9 +361,9 @@ class Planner:
         layers = []
         for l, kept in enumerate(keep):
             fc2, moments = self.view.fc2(l), self.moments(l)
-            if s.compensation == "least-squares" and s.shrinkage is None and self.held_out:
-                held_out = self._held_out().moments(l, self.salience)
-                shrinkage, _ = choose_shrinkage(moments, held_out, fc2.weight, kept)
+            if held_out is not None:
+                beside = held_out.moments(l, self.salience)
+                shrinkage, _ = choose_shrinkage(moments, beside, fc2.weight, kept)
             block = compensate(
                 moments, fc2.weight, fc2.bias, kept, mode=s.compensation, shrinkage=shrinkage
             )
@@ -361,19 +372,24 @@ class Planner:
         projections = {l: a.proj for l, a in enumerate(attention) if a.proj is not None}
         return Refitted(layers, projections, []), found
 
-    def _held_out(self) -> Statistics:
-        """The held-out images' moments, weighted as those of the others are."""
-        if not self._held_statistics:
+    def _held_out(self) -> Statistics | None:
+        """The held-out images' moments, weighted as the others' are; None where the refit's
+        shrinkage is not chosen on them."""
+        s = self.settings
+        if s.compensation != "least-squares" or s.shrinkage is not None or not self.held_out:
+            return None
+        if self._held.statistics is None:
+            start = time.perf_counter()
             needs: set[Need] = {"moments", "salience"} if self.salience else {"moments"}
-            self._held_statistics.append(
-                collect_statistics(
-                    self.view,
-                    self._on_device(self.held_out),
-                    needs=needs,
-                    generator=torch.Generator().manual_seed(0),
-                )
+            self._held.statistics = collect_statistics(
+                self.view,
+                self._on_device(self.held_out),
+                needs=needs,
+                generator=torch.Generator().manual_seed(0),
             )
-        return self._held_statistics[0]
+            self._held.seconds = round(time.perf_counter() - start, 3)
+        self.seconds["held-out"] = self._held.seconds
+        return self._held.statistics
 
     def _crowded(self, selection: Selection) -> list[str]:
         """Where paths fill the budget, the criterion has nothing left to choose."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from npprune.models.info import weights_sha256
 from npprune.pipeline.distill import Distillation
 from npprune.pipeline.events import Emit
-from npprune.pipeline.heal_images import every_tenth
+from npprune.pipeline.heal_images import every_tenth, to_outputs
 from npprune.pipeline.pool import Memory, to_bytes
 from npprune.pipeline.processes import Processes
 from npprune.pipeline.teacher import Held, Teacher, logits_of
@@ -48,9 +48,7 @@ class Healer:
         self.teacher = Teacher(dense, columns=classes)
         images = [x for part in (fit, held) for x, _ in part]
         pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x in images])
-        labels = torch.cat([y for part in (fit, held) for _, y in part])
-        if classes is not None:  # the student's outputs are these alone
-            labels = torch.searchsorted(torch.tensor(classes), labels)
+        labels = to_outputs(torch.cat([y for part in (fit, held) for _, y in part]), classes)
         n, first = len(labels), sum(len(y) for _, y in fit)
         train, other = list(range(first)), list(range(first, n))
         if not other:
