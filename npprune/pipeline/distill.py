@@ -2,7 +2,8 @@
 
 Everything random follows from seed, epoch and step, so the state is the weights, the optimiser's
 moments and a position; on one process an interrupted training goes on with the same bits. With
-several processes each takes its share of every batch, and gradients are added up.
+several processes each takes its share of every batch, and torch's DistributedDataParallel brings
+the gradients together (NCCL between GPUs, gloo between CPUs).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core import healing
+from npprune.core.view import VitView
 from npprune.errors import GateError
 from npprune.models.view import make_view
 from npprune.pipeline.events import Emit, Event
@@ -71,6 +73,18 @@ class Progress:
     stopped: str = ""
 
 
+class _Trained(nn.Module):
+    """The student as it is trained: images -> the streams after its blocks, and the logits."""
+
+    def __init__(self, student: nn.Module, view: VitView) -> None:
+        super().__init__()
+        self.student = student
+        self.view = view
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        return healing.streams_and_logits(self.view, images)
+
+
 class Distillation:
     """One training. `run` leaves the best weights in `student`."""
 
@@ -94,12 +108,13 @@ class Distillation:
         """mixing: images are mixed in pairs. identity: what decides the result; a state of another
         one is refused. started: the clock when healing began, for `minutes`."""
         self.student = student.eval().requires_grad_(True)  # no dropout: the teacher has none
-        self.view = make_view(student)
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.best_weights = weights(student)
         self.teacher, self.pool, self.held, self.settings = teacher, pool, held, settings
         self.mixing, self.folder, self.identity = mixing, folder, identity
-        self.feature_weight = feature_weight(settings, self.view, teacher)
+        view = make_view(student)
+        self.feature_weight = feature_weight(settings, view, teacher)
+        self.trained = processes.shared(_Trained(student, view))
         self.device, self.processes, self.seed, self.emit = device, processes, seed, emit
         self.started = started
         self.progress = Progress()
@@ -243,15 +258,15 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * factor
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        if len(chunk.rows):
-            loss = self._losses(chunk).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            total = float(loss.detach())
-        loss_value, count = self._add_gradients(total, len(chunk.rows))
+        total = self._losses(chunk).sum()
+        summed, images = self.processes.sums([float(total.detach()), float(len(chunk.rows))])
+        count = int(images)
+        # DistributedDataParallel takes the mean over processes; what counts is that over images
+        self.processes.backward(total * (self.processes.count / max(count, 1)))
+        loss_value = summed / max(count, 1)
         self.progress.step += 1
         self.progress.seen += count
-        if count == 0:
+        if count == 0:  # not one image of this batch could be read
             return
         norm = nn.utils.clip_grad_norm_(self.student.parameters(), CLIP)
         if not math.isfinite(loss_value) or not bool(torch.isfinite(norm)):
@@ -274,12 +289,8 @@ class Distillation:
             share = float(torch.rand(1, generator=g))
             images = healing.mix(images, share)
         with_features = self.feature_weight > 0
-        streams: list[Tensor] = []
         with autocast(self.device, self.settings.precision):
-            if with_features:
-                streams, logits = healing.streams_and_logits(self.view, images)
-            else:
-                logits = self.student(images)
+            streams, logits = self.trained(images)
         if self.table is not None:
             chosen = self.table[chunk.rows, chunk.flipped.long()].to(self.device)
         elif with_features:
@@ -298,24 +309,6 @@ class Distillation:
                 right = right + (1 - share) * healing.label_loss(logits, other)
             loss = loss + self.settings.label_weight * right
         return loss
-
-    def _add_gradients(self, loss: float, count: int) -> tuple[float, int]:
-        """Gradients as the mean over all ranks' images; the mean loss and their number."""
-        parameters = [p for p in self.student.parameters() if p.requires_grad]
-        if self.processes.count > 1:
-            flat = torch.cat(
-                [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]
-                + [torch.tensor([loss, float(count)], device=self.device)]
-            )
-            self.processes.add_up(flat)
-            loss, count = float(flat[-2]), int(flat[-1])
-            sizes = [p.numel() for p in parameters]
-            for p, part in zip(parameters, flat[:-2].split(sizes), strict=True):
-                p.grad = part.view_as(p)
-        for p in parameters:
-            if p.grad is not None:
-                p.grad.div_(max(count, 1))
-        return loss / max(count, 1), count
 
     def _not_finite(self, loss: float) -> GateError:
         self.processes.on_first(self.folder.remove)

@@ -1,7 +1,8 @@
 """One process or many: torchrun's ranks share the shards of a run.
 
-The files on disk are what they share; the process group (gloo) only makes them wait for each
-other and agree on what failed. A rank that dies ends the run; the same command resumes it.
+The files on disk are what they share; the process group makes them wait for each other and agree
+on what failed, and adds up what a training needs. A rank that dies ends the run; the same command
+resumes it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from npprune.errors import NpPruneError, PeerError
 
@@ -82,6 +85,22 @@ class Processes:
         if self.count > 1:
             _connected(lambda: dist.all_reduce(tensor))
 
+    def shared(self, module: nn.Module) -> nn.Module:
+        """The module, its gradients the mean over all processes after every `backward`."""
+        if self.count == 1:
+            return module
+        # some networks own parameters that no image reaches: a second head, an unused norm
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Gradients of what a `shared` module gave; PeerError where a peer is gone."""
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as err:
+            if isinstance(err, dist.DistError) or "gloo" in str(err):
+                raise PeerError(_ENDED) from err
+            raise
+
     def _first(self, *, failed: bool) -> int | None:
         """The lowest rank that failed, or None."""
         flags = torch.zeros(self.count, dtype=torch.int64)
@@ -91,6 +110,7 @@ class Processes:
 
 
 _FAILED = "another process of this run failed"
+_ENDED = "another process of this run ended early"
 
 
 def _connected(exchange: Callable[[], object]) -> None:
@@ -98,7 +118,7 @@ def _connected(exchange: Callable[[], object]) -> None:
     try:
         exchange()
     except RuntimeError as err:  # gloo: the connection was closed
-        raise PeerError("another process of this run ended early") from err
+        raise PeerError(_ENDED) from err
 
 
 def processes() -> Processes:
@@ -106,8 +126,15 @@ def processes() -> Processes:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1 or not dist.is_available():
         return Processes()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not dist.is_initialized():
         # Shards differ in how long they take: the first to end waits for the last.
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
-    local = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    return Processes(dist.get_rank(), count, *local)
+        dist.init_process_group(_backend(local_count), timeout=timedelta(days=7))
+    return Processes(dist.get_rank(), count, local_rank, local_count)
+
+
+def _backend(local_count: int) -> str:
+    """gloo between CPUs; NCCL between GPUs, where each process has one of its own."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and local_count <= gpus else "gloo"
