@@ -49,7 +49,7 @@ def command(
         int,
         option(LENGTH, "--patience", "N", "stop when the held-out divergence rose N times running"),
     ] = 3,
-    lr: Annotated[float, option(TEACHING, "--lr", "X", "highest learning rate")] = 1e-4,
+    lr: Annotated[float, option(TEACHING, "--lr", "X", "highest learning rate")] = 5e-5,
     batch_size: Annotated[
         int, option(TEACHING, "--batch-size", "N", "images a step, over all processes")
     ] = 16,
