@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from discovering import COUNTS, FORK, World, make_world, run_rank
 
-from npprune.pipeline.processes import Processes
+from npprune.errors import PeerError
+from npprune.pipeline.processes import Processes, backend
 from npprune.records import Manifest, from_json
 from npprune.store.runs import RunFolder
 
@@ -168,6 +170,35 @@ def test_one_process_alone_waits_for_nobody() -> None:
     assert alone.on_first(lambda: 3) == alone.together(lambda: 3) == 3
     assert alone.sums([1.0, 2.0]) == [1.0, 2.0]
     assert alone.device("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "expected"),
+    [(0, 2, "gloo"), (2, 2, "cpu:gloo,cuda:nccl"), (8, 4, "cpu:gloo,cuda:nccl"), (1, 2, "gloo")],
+)
+def test_gpus_talk_through_nccl_where_each_process_has_one(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert backend(processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "raised"),
+    [("[gloo/transport/tcp/pair.cc:534] Connection closed by peer", PeerError),
+     ("CUDA out of memory", RuntimeError)],
+)  # fmt: skip
+def test_only_a_peer_that_is_gone_is_blamed_on_it(message: str, raised: type) -> None:
+    def fails(gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    loss = torch.ones((), requires_grad=True)
+    loss.register_hook(fails)
+    with pytest.raises(raised) as caught:
+        Processes(0, 2, 0, 2).backward(2 * loss)
+    assert caught.type is raised
 
 
 # ---------------------------------------------------------------- torchrun itself

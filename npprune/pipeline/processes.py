@@ -130,11 +130,11 @@ def processes() -> Processes:
     local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not dist.is_initialized():
         # Shards differ in how long they take: the first to end waits for the last.
-        dist.init_process_group(_backend(local_count), timeout=timedelta(days=7))
+        dist.init_process_group(backend(local_count), timeout=timedelta(days=7))
     return Processes(dist.get_rank(), count, local_rank, local_count)
 
 
-def _backend(local_count: int) -> str:
+def backend(local_count: int) -> str:
     """gloo between CPUs; NCCL between GPUs, where each process has one of its own."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return "cpu:gloo,cuda:nccl" if dist.is_nccl_available() and local_count <= gpus else "gloo"
