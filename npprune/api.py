@@ -75,7 +75,7 @@ def discover_paths(
     topk: int = 1,
     method: Method = "neuron-path",
     scope: Scope | str = "auto",
-    quadrature: Rule = "gauss-legendre",
+    quadrature: Rule = "gauss-radau",
     points: int | None = None,
     accumulation: Accumulation = "sum",
     seed: int = 0,
@@ -89,7 +89,8 @@ def discover_paths(
         topk: neurons in each block, best first.
         method: neuron-path, activation, influence-pattern, knowledge-neuron or random.
         scope: the tokens at which neurons are read: cls, patch, all, or auto (as pooled).
-        quadrature: gauss-legendre (5 points by default) or left-riemann (20, the paper's).
+        quadrature: gauss-radau or gauss-legendre (5 points by default), or left-riemann (20,
+            the paper's).
         points: how many points; None: the rule's default.
         accumulation: sum (the formula) or last (the paper's released program).
         seed: for the random method.

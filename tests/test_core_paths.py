@@ -104,26 +104,53 @@ def naive(
     return path, float((of_path.sum(0) * total).sum())
 
 
-@pytest.mark.parametrize("accumulation", ["sum", "last"])
+@pytest.mark.parametrize(("rule", "accumulation"), [
+    ("gauss-legendre", "sum"), ("gauss-legendre", "last"), ("gauss-radau", "sum"),
+])  # fmt: skip
 @pytest.mark.parametrize(("kind", "scope"), [
     ("cls", "cls"), ("patch", "patch"), ("cls+registers", "cls"), ("cls", "all"),
     ("cls+layerscale+qknorm", "cls"), ("cls+registers", "patch"),
 ])  # fmt: skip
 def test_agrees_with_loops_over_neurons_points_and_images(
-    kind: str, scope: str, accumulation: str
+    kind: str, scope: str, rule: str, accumulation: str
 ) -> None:
     model = MODELS[kind]()
     images, labels = tiny_batch(3)
     found = joint_attribution(
-        make_view(model), images, labels, topk=2, scope=scope, rule="gauss-legendre", points=3,
+        make_view(model), images, labels, topk=2, scope=scope, rule=rule, points=3,
         accumulation=accumulation,
     )  # fmt: skip
     for n in range(len(images)):
         path, score = naive(
-            model, images[n], int(labels[n]), scope, 2, "gauss-legendre", 3, accumulation
+            model, images[n], int(labels[n]), scope, 2, rule, 3, accumulation
         )
         assert found.neurons[n].tolist() == path
         assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
+
+
+def test_one_point_of_gauss_radau_is_the_clean_run() -> None:
+    """There the integral is the gradient itself, and no block is run again."""
+    view = make_view(tiny_vit())
+    images, labels = tiny_batch(3)
+    found = joint_attribution(view, images, labels, scope="cls", rule="gauss-radau", points=1)
+    for n in range(len(images)):
+        path, score = naive(
+            view.model, images[n], int(labels[n]), "cls", 1, "gauss-radau", 1, "sum"
+        )
+        assert found.neurons[n].tolist() == path
+        assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
+
+
+@pytest.mark.parametrize("points", [1, 2, 5, 8, 33])
+def test_gauss_radau_is_exact_for_polynomials_and_ends_at_one(points: int) -> None:
+    nodes, weights = quadrature("gauss-radau", points)
+    assert nodes[-1] == 1
+    assert ((nodes[:-1] > 0) & (nodes[:-1] < 1)).all()
+    for degree in range(2 * points - 1):
+        assert float((weights * nodes**degree).sum()) == pytest.approx(1 / (degree + 1), rel=1e-12)
+    if points < 6:  # afterwards the error is below the rounding
+        beyond = float((weights * nodes ** (2 * points - 1)).sum())
+        assert beyond != pytest.approx(1 / (2 * points), rel=1e-7)
 
 
 def test_the_tangent_and_the_graph_are_two_ways_to_the_same_numbers(
@@ -185,7 +212,9 @@ def test_own_parts_are_captums_integrated_gradients() -> None:
     captum = pytest.importorskip("captum.attr")
     model = tiny_vit()
     images, labels = tiny_batch(3)
-    own = own_attribution(make_view(model), images, labels, scope="all", points=8)
+    own = own_attribution(
+        make_view(model), images, labels, scope="all", rule="gauss-legendre", points=8
+    )
     for l, block in enumerate(model.blocks):
         hidden = torch.stack([clean(model, image, slice(None))[l] for image in images])
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from test_models_surgery import TINY, some_plan
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from npprune.core import cost
@@ -16,7 +17,7 @@ from npprune.core.harm import layers_replaced
 from npprune.errors import ModelError
 from npprune.export.onnx import export_onnx
 from npprune.export.parity import check_parity
-from npprune.models.attention import NarrowAttention
+from npprune.models.attention import NarrowAttention, answer_first_query
 from npprune.models.info import count_macs, model_info, model_sizes, state, weights_sha256
 from npprune.models.load import build, create
 from npprune.models.surgery import apply_plan, check_axes, mask_plan, set_proj, set_qkv
@@ -106,6 +107,27 @@ def test_nearly_full_rank_is_nearly_the_same() -> None:
     with torch.no_grad():
         dense = model(images)
     assert (wide - dense).abs().max() < 0.2 * (narrow - dense).abs().max()
+
+
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False}, {"qk_norm": True}])
+def test_the_first_query_is_answered_without_keys_and_values(options: dict[str, Any]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        attn = Attention(24, 3, norm_layer=nn.LayerNorm, **{"qkv_bias": True, **options}).double()
+    x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(1)).double()
+    x.requires_grad_()
+    if "qk_norm" in options:
+        assert answer_first_query(attn.eval(), x) is None
+        return
+    assert answer_first_query(attn.train(), x) is None  # dropout may be on
+    attn.eval()
+    for fused in (True, False):
+        attn.fused_attn = fused
+        first, whole = answer_first_query(attn, x), attn(x)[:, :1]
+        assert first is not None
+        torch.testing.assert_close(first, whole, rtol=0, atol=1e-12)
+        ours, theirs = (torch.autograd.grad(v.square().sum(), x)[0] for v in (first, whole))
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 def test_masks_work_as_in_timm() -> None:

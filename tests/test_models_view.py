@@ -119,6 +119,8 @@ def test_contract(name: str) -> None:
             _check_edit(view, l, x, y)
             _check_given(view, l, x, y)
             _check_tangent(view, l, x)
+            if view.scope == "cls":
+                _check_cls_only(view, l, x, y)
             x = view.block(l, x)
             torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
         torch.testing.assert_close(view.head(x), logits, rtol=0, atol=1e-12)
@@ -154,6 +156,18 @@ def _check_given(view: Any, l: int, x: Tensor, y: Tensor) -> None:
     for tokens in (slice(0, 1), slice(1, None), slice(None)):
         output = view.fc2(l)(hidden[0][:, tokens])
         torch.testing.assert_close(view.block(l, x, given=(tokens, output)), y, rtol=0, atol=1e-12)
+
+
+def _check_cls_only(view: Any, l: int, x: Tensor, y: Tensor) -> None:
+    """The class token is what it is when all tokens are computed, with every kernel."""
+    attn = view.blocks[l].attn
+    was = attn.fused_attn
+    for fused in (True, False):
+        attn.fused_attn = fused
+        only = view.block(l, x, cls_only=True)
+        assert only.shape == y.shape
+        torch.testing.assert_close(only[:, 0], y[:, 0], rtol=0, atol=1e-12)
+    attn.fused_attn = was
 
 
 def _check_tangent(view: Any, l: int, x: Tensor) -> None:

@@ -60,10 +60,11 @@ def command(
             SEARCH,
             "--quadrature",
             "rule of the attribution integral",
+            "gauss-radau",
             "gauss-legendre",
             "left-riemann",
         ),
-    ] = "gauss-legendre",
+    ] = "gauss-radau",
     points: Annotated[
         int | None,
         option(

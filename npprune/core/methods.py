@@ -34,7 +34,7 @@ def find_paths(
     topk: int = 1,
     method: Method = "neuron-path",
     scope: Scope | Literal["auto"] = "auto",
-    rule: Rule = "gauss-legendre",
+    rule: Rule = "gauss-radau",
     points: int | None = None,
     accumulation: Accumulation = "sum",
     generator: torch.Generator | None = None,
@@ -101,7 +101,7 @@ def influence_pattern(
     labels: Tensor,
     *,
     scope: Scope,
-    rule: Rule = "gauss-legendre",
+    rule: Rule = "gauss-radau",
     points: int | None = None,
 ) -> list[Tensor]:
     """The mean gradient of p in every unit while the input image is scaled from 0: [b, h] per
@@ -136,7 +136,7 @@ def knowledge_neuron(
     labels: Tensor,
     *,
     scope: Scope,
-    rule: Rule = "gauss-legendre",
+    rule: Rule = "gauss-radau",
     points: int | None = None,
 ) -> list[Tensor]:
     """Each unit's own activation times its integrated gradient: [b, h] per block.

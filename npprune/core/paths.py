@@ -16,7 +16,7 @@ with W the path's activations, G the sum of its gradients, g_i the unit's own. T
 from then on they alone are scaled in block l, the block's other units standing at the clean run's
 values on the scope's tokens.
 
-Two identities keep this exact and cheap:
+Three identities keep this exact and cheap:
 
 - Up to block l everything is settled once its units are chosen, so the stream X before the next
   block is kept for every alpha, and no block is run twice.
@@ -24,6 +24,8 @@ Two identities keep this exact and cheap:
   dX, the change of the stream when all of the path's units rise at unit rate, is carried along in
   forward mode, and G = <dp/dX, dX>: the backward pass ends at block l. With `patch` and `all`
   scope G is needed for each token, and one backward pass through the kept graph gives it.
+- At alpha = 1 nothing is scaled, whatever was chosen, so dp/dX is the clean run's: one backward
+  pass has it for all blocks. The last point of Gauss-Radau quadrature costs almost nothing.
 
 Unit i acts through its column of fc2 alone, so with o the MLP's output, g_i = <W2[:, i], dp/do>,
 and the gradient can be integrated over alpha before it is multiplied by W2.
@@ -34,7 +36,7 @@ Letters: b images, m points, s tokens of the scope, t tokens, d width, h units, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +78,25 @@ def clean_hidden(view: VitView, images: Tensor, scope: Scope) -> tuple[list[Tens
         return hidden, view.head(x)
 
 
+def clean_gradients(
+    view: VitView, images: Tensor, labels: Tensor, scope: Scope
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The clean run: hidden activations [b, s, h] of every block at the scope's tokens, and dp/dX
+    [b, t, d] of the stream before every block and after the last."""
+    tokens = view.tokens(scope)
+    hidden: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        hidden.append(h[:, tokens].detach())
+        return h
+
+    streams = [view.embed(images).detach().requires_grad_()]
+    for l in range(len(view.widths)):
+        streams.append(view.block(l, streams[-1], edit=keep))
+    p = view.head(streams[-1]).softmax(-1).gather(1, labels[:, None])
+    return hidden, list(torch.autograd.grad(p.sum(), streams))
+
+
 def joint_attribution(
     view: VitView,
     images: Tensor,
@@ -83,7 +104,7 @@ def joint_attribution(
     *,
     topk: int = 1,
     scope: Scope = "cls",
-    rule: Rule = "gauss-legendre",
+    rule: Rule = "gauss-radau",
     points: int | None = None,
     accumulation: Accumulation = "sum",
     neurons: Tensor | None = None,
@@ -100,14 +121,12 @@ def joint_attribution(
     Returns:
         The paths and their scores, detached, on the images' device.
     """
-    alphas, weights = (v.to(images) for v in quadrature(rule, points))
     walk = _TangentWalk if scope == "cls" else _GraphWalk
     with frozen(view.model):
-        w, _ = clean_hidden(view, images, scope)
-        state = walk(view, images, labels, scope, alphas, weights)
+        state = walk(view, images, labels, scope, rule, points, searching=neurons is None)
+        w = state.w
         path_w = torch.zeros_like(w[0][..., 0])  # W [b, s]
         path: list[Tensor] = []
-        score = path_w
         for l in range(len(view.widths)):
             if neurons is None:
                 path_g, g = state.candidates(l, w[l])  # G [b, s], g [b, s, h]
@@ -129,7 +148,7 @@ def own_attribution(
     labels: Tensor,
     *,
     scope: Scope,
-    rule: Rule = "gauss-legendre",
+    rule: Rule = "gauss-radau",
     points: int | None = None,
 ) -> list[Tensor]:
     """Each unit's own part, no path: w_i * integral of g_i, [b, h] per block.
@@ -137,15 +156,13 @@ def own_attribution(
     One block's units are scaled together on the clean run's stream; the sum over a block is the
     change of p when its hidden activations at the scope's tokens go from 0 to their values.
     """
-    alphas, weights = (v.to(images) for v in quadrature(rule, points))
     with frozen(view.model):
-        w, _ = clean_hidden(view, images, scope)
-        walk = _Walk(view, images, labels, scope, alphas, weights)
-        x, own = walk.x, []
+        walk = _Walk(view, images, labels, scope, rule, points)
+        w, x, own = walk.w, walk.x, []
         for l in range(len(view.widths)):
             o = walk.scaled(l, w[l]).detach().requires_grad_()
             y = view.block(l, walk.repeat(x), given=(walk.tokens, o))
-            (dp_do,) = torch.autograd.grad(walk.probability(y, l + 1).sum(), o)
+            (dp_do,) = torch.autograd.grad(y, o, walk.gradient(y, l + 1))
             own.append((w[l] * (walk.integral(dp_do) @ view.fc2(l).weight)).sum(1))
             with torch.no_grad():
                 x = view.block(l, x)
@@ -161,14 +178,23 @@ class _Walk:
         images: Tensor,
         labels: Tensor,
         scope: Scope,
-        alphas: Tensor,
-        weights: Tensor,
+        rule: Rule,
+        points: int | None,
+        *,
+        searching: bool = True,
     ) -> None:
-        self.view, self.labels, self.weights = view, labels, weights
+        """searching: gradients will be asked for after every block, not after the last alone."""
+        self.view, self.labels = view, labels
+        alphas, self.weights = (v.to(images) for v in quadrature(rule, points))
         self.alphas = alphas.repeat_interleave(len(images))[:, None, None]  # [mb, 1, 1]
         self.m = len(alphas)
         self.tokens = view.tokens(scope)
         self.last = len(view.widths) - 1
+        self.clean: list[Tensor] | None = None  # dp/dX at alpha = 1
+        if searching and alphas[-1] == 1:
+            self.w, self.clean = clean_gradients(view, images, labels, scope)
+        else:
+            self.w, _ = clean_hidden(view, images, scope)
         with torch.no_grad():
             self.x = view.embed(images)  # the same for all alphas until a neuron is scaled
 
@@ -180,12 +206,16 @@ class _Walk:
         """[mb, ...] -> [b, ...], the weighted sum over the points."""
         return torch.einsum("m,mb...->b...", self.weights, value.unflatten(0, (self.m, -1)))
 
-    def probability(self, x: Tensor, l: int) -> Tensor:
-        """p [mb] of each row's own label, from the stream before block l."""
+    def gradient(self, x: Tensor, l: int) -> Tensor:
+        """dp/dx [mb, t, d] of each row's own label, x being the streams before block l."""
+        b = len(self.labels)
+        rows = len(x) if self.clean is None else len(x) - b
+        start = x = x[:rows].detach().requires_grad_()
         for block in range(l, self.last + 1):
             x = self.view.block(block, x, cls_only=self.cls_only(block))
-        p = self.view.head(x).softmax(-1)
-        return p.gather(1, self.labels.repeat(self.m)[:, None])[:, 0]
+        p = self.view.head(x).softmax(-1).gather(1, self.labels.repeat(rows // b)[:, None])
+        (dp_dx,) = torch.autograd.grad(p.sum(), start)
+        return dp_dx if self.clean is None else torch.cat([dp_dx, self.clean[l]])
 
     def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
@@ -210,8 +240,8 @@ class _Walk:
 class _TangentWalk(_Walk):
     """Class-token scope: the stream and its tangent along the path, both in forward mode."""
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.dx: Tensor | None = None  # zero until a neuron is chosen
         self.at = -1  # the block that _advance has run
 
@@ -219,8 +249,7 @@ class _TangentWalk(_Walk):
         self._advance(l)
         o = self.scaled(l, w).detach().requires_grad_()
         cls, dcls = self._cls_tail(l, o, torch.zeros_like(o))
-        y = _put(self.y, self.tokens, cls).detach().requires_grad_()
-        (dp_dy,) = torch.autograd.grad(self.probability(y, l + 1).sum(), y)
+        dp_dy = self.gradient(_put(self.y, self.tokens, cls), l + 1)
         (dp_do,) = torch.autograd.grad(cls, o, dp_dy[:, self.tokens])
         g = self.integral(dp_do) @ self.view.fc2(l).weight
         if self.dy is None:
@@ -236,9 +265,8 @@ class _TangentWalk(_Walk):
             self.x, self.dx = _put(self.y, self.tokens, cls), _put(dy, self.tokens, dcls)
 
     def path_gradient(self) -> Tensor:
-        x = self.x.detach().requires_grad_()
-        (dp_dx,) = torch.autograd.grad(self.probability(x, self.last + 1).sum(), x)
         assert self.dx is not None
+        dp_dx = self.gradient(self.x, self.last + 1)
         return self.integral((dp_dx * self.dx).sum((1, 2)))[:, None]
 
     def _advance(self, l: int) -> None:
@@ -279,8 +307,8 @@ class _GraphWalk(_Walk):
     p's gradient in eps is the path's summed gradient at each token.
     """
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.eps: Tensor | None = None
         self.attention: Tensor | None = None
         self.x = self.repeat(self.x)
@@ -288,12 +316,12 @@ class _GraphWalk(_Walk):
     def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
         o = self.scaled(l, w).detach().requires_grad_()
         y, self.attention = self.view.block_and_attention(l, self.x, given=(self.tokens, o))
-        p = self.probability(y, l + 1).sum()
+        dp_dy = self.gradient(y, l + 1)
         if self.eps is None:
-            (dp_do,) = torch.autograd.grad(p, o)
+            (dp_do,) = torch.autograd.grad(y, o, dp_dy)
             path_g = self.integral(dp_do).new_zeros(w.shape[:2])
         else:
-            dp_do, dp_deps = torch.autograd.grad(p, (o, self.eps), retain_graph=True)
+            dp_do, dp_deps = torch.autograd.grad(y, (o, self.eps), dp_dy, retain_graph=True)
             path_g = self.integral(dp_deps)
         return path_g, self.integral(dp_do) @ self.view.fc2(l).weight
 
@@ -309,7 +337,8 @@ class _GraphWalk(_Walk):
 
     def path_gradient(self) -> Tensor:
         assert self.eps is not None
-        (dp_deps,) = torch.autograd.grad(self.probability(self.x, self.last + 1).sum(), self.eps)
+        dp_dx = self.gradient(self.x, self.last + 1)
+        (dp_deps,) = torch.autograd.grad(self.x, self.eps, dp_dx)
         return self.integral(dp_deps)
 
 

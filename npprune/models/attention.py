@@ -70,6 +70,29 @@ def projections(attn: Any) -> Projections | None:
     return Projections(int(attn.num_heads), attn.qkv, attn.proj)
 
 
+def answer_first_query(attn: Any, x: Tensor) -> Tensor | None:
+    """The attention's output for token 0 of x [b, t, d]: [b, 1, d]; None for kinds that have
+    something between their projections and products.
+
+    One query needs neither keys nor values of the tokens: q . (W_k x + b_k) = (W_k' q) . x + a
+    constant, which softmax ignores, and the weights add up to 1, so values are projected after
+    they are averaged.
+    """
+    found = projections(attn)
+    between = [getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm", "norm")]
+    plain = all(isinstance(module, nn.Identity) for module in between)
+    if found is None or not plain or getattr(attn, "gate", None) is not None or attn.training:
+        return None
+    w_q, w_k, w_v = found.split(found.qkv.weight)  # [n, q or v, d]
+    bias = found.qkv.bias
+    b_q, _, b_v = (0, 0, 0) if bias is None else found.split(bias)
+    scale = found.query_dims**-0.5 if attn.fused_attn else attn.scale
+    q = torch.einsum("bd,nqd->bnq", x[:, 0], w_q) + b_q
+    weights = (torch.einsum("bnq,nqd->bnd", scale * q, w_k) @ x.transpose(1, 2)).softmax(-1)
+    values = torch.einsum("bnd,nvd->bnv", weights @ x, w_v) + b_v
+    return found.proj(values.flatten(1))[:, None]  # type: ignore[no-any-return]
+
+
 def check_attention(attn: Any, l: int, axis: str) -> None:
     """ModelError, with the reason, where block l's attention cannot lose `heads` or `qk`."""
     what = "heads cannot be removed from" if axis == "heads" else "`qk` cannot be narrowed in"

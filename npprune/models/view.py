@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from npprune.core.view import Given, HiddenEdit, Projections, Scope
 from npprune.errors import ModelError
-from npprune.models.attention import projections
+from npprune.models.attention import answer_first_query, projections
 
 
 class TimmView:
@@ -95,7 +95,7 @@ class TimmView:
         args, kwargs = self._calls[l]
         if cls_only:
             given = slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
-        one_query = _FirstQueryOnly() if cls_only else nullcontext()
+        one_query = _first_query_only(self.blocks[l].attn) if cls_only else nullcontext()
         with self._edited(l, edit), self._given(l, given), one_query:
             return self.blocks[l](x, *args, **kwargs)  # type: ignore[no-any-return]
 
@@ -174,6 +174,23 @@ class TimmView:
 
         with _replaced(mlp, "forward", forward):
             yield
+
+
+@contextmanager
+def _first_query_only(attn: nn.Module) -> Iterator[None]:
+    """The attention answers the first token alone; the others get what costs least."""
+    compute = attn.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        masked = any(v is not None and v is not False for v in (*args, *kwargs.values()))
+        first = None if masked else answer_first_query(attn, x)
+        if first is None:
+            with _FirstQueryOnly():
+                return compute(x, *args, **kwargs)  # type: ignore[no-any-return]
+        return torch.cat([first, first.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)], 1)
+
+    with _replaced(attn, "forward", forward):
+        yield
 
 
 class _FirstQueryOnly(TorchFunctionMode):

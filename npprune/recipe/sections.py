@@ -57,14 +57,14 @@ class DataSection(Section):
 
 
 class DiscoverSection(Section):
-    """How paths are found. `points` None: 5 for Gauss-Legendre, 20 for left-Riemann."""
+    """How paths are found. `points` None: 5 for the Gauss rules, 20 for left-Riemann."""
 
     topk: int = Field(1, ge=1)
     method: Literal[
         "neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"
     ] = "neuron-path"
     scope: Literal["auto", "cls", "patch", "all"] = "auto"
-    quadrature: Literal["gauss-legendre", "left-riemann"] = "gauss-legendre"
+    quadrature: Literal["gauss-radau", "gauss-legendre", "left-riemann"] = "gauss-radau"
     points: int | None = Field(None, ge=1, le=256)
     accumulation: Literal["sum", "last"] = "sum"
     batch_size: int = Field(16, ge=1)  # images; points x images run as one batch
