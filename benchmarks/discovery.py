@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from npprune.core.paths import clean_hidden, joint_attribution
-from npprune.core.quadrature import quadrature
+from npprune.core.quadrature import default_points, quadrature
 from npprune.core.view import Scope, VitView, frozen
 from npprune.data.loading import batches
 from npprune.data.sources import open_source
@@ -94,10 +94,11 @@ def ours(view: VitView, scope: Scope, rule: str, points: int) -> Search:
 
 
 def settings(view: VitView, scope: Scope) -> dict[str, Search]:
+    points = default_points("gauss-radau", scope)
     return {
         "reference, left-Riemann 20": lambda x, y: reference(view, x, y, scope, "left-riemann", 20),
         "npprune, left-Riemann 20": ours(view, scope, "left-riemann", 20),
-        "npprune, Gauss-Legendre 5": ours(view, scope, "gauss-legendre", 5),
+        f"npprune, Gauss-Radau {points} (default)": ours(view, scope, "gauss-radau", points),
     }
 
 
@@ -172,7 +173,8 @@ def linear(args: argparse.Namespace) -> None:
     few, many = (int(n) for n in args.linear.split(","))
     args.images = many
     view, images, labels = load_inputs(args)
-    search = ours(view, args.scope or view.scope, "gauss-legendre", 5)
+    scope = args.scope or view.scope
+    search = ours(view, scope, "gauss-radau", default_points("gauss-radau", scope))
     timed(search, images[: args.batch], labels[: args.batch], args.batch)
     ratios = []
     for _ in range(args.rounds):

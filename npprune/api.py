@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from npprune.core.methods import Method, find_paths
 from npprune.core.paths import Accumulation, PathBatch
-from npprune.core.quadrature import DEFAULT_POINTS, Rule
+from npprune.core.quadrature import Rule, default_points
 from npprune.core.view import Scope
 from npprune.errors import UsageError
 from npprune.models.load import build, load
@@ -89,9 +89,9 @@ def discover_paths(
         topk: neurons in each block, best first.
         method: neuron-path, activation, influence-pattern, knowledge-neuron or random.
         scope: the tokens at which neurons are read: cls, patch, all, or auto (as pooled).
-        quadrature: gauss-radau or gauss-legendre (5 points by default), or left-riemann (20,
-            the paper's).
-        points: how many points; None: the rule's default.
+        quadrature: gauss-radau, gauss-legendre, or left-riemann (the paper's).
+        points: how many points; None: 4 at the class token (5 of Legendre) and 8 elsewhere, or
+            20 for left-riemann.
         accumulation: sum (the formula) or last (the paper's released program).
         seed: for the random method.
 
@@ -126,7 +126,8 @@ def discover_paths(
         )
 
     try:
-        m = points or DEFAULT_POINTS.get(quadrature, 1)
+        tokens = view.scope if scope == "auto" else scope
+        m = points or default_points(quadrature, tokens)
         fit = images_that_fit(view, images[:1].to(parameter), m, None, device)
         parts, _ = halving(paths, len(images), min(BATCH, fit))
     except ValueError as err:

@@ -121,9 +121,7 @@ def test_agrees_with_loops_over_neurons_points_and_images(
         accumulation=accumulation,
     )  # fmt: skip
     for n in range(len(images)):
-        path, score = naive(
-            model, images[n], int(labels[n]), scope, 2, rule, 3, accumulation
-        )
+        path, score = naive(model, images[n], int(labels[n]), scope, 2, rule, 3, accumulation)
         assert found.neurons[n].tolist() == path
         assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
 
@@ -151,6 +149,15 @@ def test_gauss_radau_is_exact_for_polynomials_and_ends_at_one(points: int) -> No
     if points < 6:  # afterwards the error is below the rounding
         beyond = float((weights * nodes ** (2 * points - 1)).sum())
         assert beyond != pytest.approx(1 / (2 * points), rel=1e-7)
+
+
+def test_as_many_points_as_the_scope_needs() -> None:
+    view = make_view(tiny_vit())
+    images, labels = tiny_batch(2)
+    for scope, points in (("cls", 4), ("patch", 8)):
+        found = joint_attribution(view, images, labels, scope=scope)
+        same = joint_attribution(view, images, labels, scope=scope, points=points)
+        assert torch.equal(found.scores, same.scores)
 
 
 def test_the_tangent_and_the_graph_are_two_ways_to_the_same_numbers(

@@ -71,8 +71,7 @@ def command(
             SEARCH,
             "--points",
             "M",
-            "points of the rule; 8 are closer with scope patch or all "
-            "\\[default: 5; left-riemann: 20]",
+            "points of the rule \\[default: 4 at the class token, 8 elsewhere; left-riemann: 20]",
         ),
     ] = None,
     accumulation: Annotated[

@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from npprune.core.quadrature import Rule, quadrature
+from npprune.core.quadrature import Rule, default_points, quadrature
 from npprune.core.view import Scope, VitView, frozen
 
 Accumulation = Literal["sum", "last"]
@@ -185,7 +185,8 @@ class _Walk:
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
         self.view, self.labels = view, labels
-        alphas, self.weights = (v.to(images) for v in quadrature(rule, points))
+        m = default_points(rule, scope) if points is None else points
+        alphas, self.weights = (v.to(images) for v in quadrature(rule, m))
         self.alphas = alphas.repeat_interleave(len(images))[:, None, None]  # [mb, 1, 1]
         self.m = len(alphas)
         self.tokens = view.tokens(scope)

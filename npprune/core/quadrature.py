@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -11,13 +11,22 @@ from torch import Tensor
 
 Rule = Literal["gauss-radau", "gauss-legendre", "left-riemann"]
 
-DEFAULT_POINTS: dict[str, int] = {"gauss-radau": 5, "gauss-legendre": 5, "left-riemann": 20}
-"""Gauss-Radau with 5 points is the default: as good as converged at the class token, and cheaper
-than it looks, since its last point is the clean run. At the patches, where p is steeper in alpha,
-8 points are as good. Left-Riemann with 20 is the paper's setting."""
+RULES: tuple[str, ...] = get_args(Rule)
+"""Gauss-Radau is the default: its last point is the clean run, which costs almost nothing.
+Left-Riemann is the paper's."""
 
 
-def quadrature(rule: Rule, points: int | None = None) -> tuple[Tensor, Tensor]:
+def default_points(rule: str, scope: str) -> int:
+    """As good as converged with the Gauss rules: 4 of Radau (5 of Legendre) at the class token, 8
+    at the patches, where p is steeper in alpha. 20 for left-Riemann, as in the paper."""
+    if rule == "left-riemann":
+        return 20
+    if scope != "cls":
+        return 8
+    return 4 if rule == "gauss-radau" else 5
+
+
+def quadrature(rule: Rule, points: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights [m] of a rule on [0, 1], in float64; the weights add up to 1.
 
     Exact for polynomials of degree 2m - 1 (Gauss-Legendre), 2m - 2 (Gauss-Radau, whose last node
@@ -26,11 +35,11 @@ def quadrature(rule: Rule, points: int | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: unknown rule, or fewer than one point.
     """
-    if rule not in DEFAULT_POINTS:
-        raise ValueError(f"`quadrature` must be one of {', '.join(DEFAULT_POINTS)}, got {rule!r}")
-    m = DEFAULT_POINTS[rule] if points is None else points
-    if m < 1:
-        raise ValueError(f"`points` must be at least 1, got {m}")
+    if rule not in RULES:
+        raise ValueError(f"`quadrature` must be one of {', '.join(RULES)}, got {rule!r}")
+    if points < 1:
+        raise ValueError(f"`points` must be at least 1, got {points}")
+    m = points
     if rule == "left-riemann":
         return torch.arange(m, dtype=torch.float64) / m, torch.full((m,), 1 / m).double()
     if rule == "gauss-legendre":

@@ -18,7 +18,7 @@ import torch
 from npprune.core.methods import find_paths
 from npprune.core.metrics import mean_interval
 from npprune.core.paths import PathBatch
-from npprune.core.quadrature import DEFAULT_POINTS
+from npprune.core.quadrature import default_points
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
@@ -126,7 +126,7 @@ class _Search:
     def __call__(self, batch: Batch) -> PathBatch:
         s, images, labels = self.settings, batch.images, batch.labels
         if self.limit is None:
-            points = s.points or DEFAULT_POINTS[s.quadrature]
+            points = s.points or default_points(s.quadrature, self.scope)
             self.limit = images_that_fit(
                 self.view, images[:1], points, s.memory, self.device, processes=self.processes
             )
@@ -204,7 +204,7 @@ def _manifest(
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
         "scope": scope,
-        "points": settings.points or DEFAULT_POINTS[settings.quadrature],
+        "points": settings.points or default_points(settings.quadrature, scope),
         "shard_images": _per_shard(settings),
         "model": network.info.source.sha256,
         "data": images.source.info().sha256 or _stream_settings(images),
@@ -268,7 +268,7 @@ def _summary(
         method=settings.method,
         scope=scope,
         quadrature=settings.quadrature,
-        points=settings.points or DEFAULT_POINTS[settings.quadrature],
+        points=settings.points or default_points(settings.quadrature, scope),
         topk=settings.topk,
         accumulation=settings.accumulation,
         data=images.info(),

@@ -57,7 +57,7 @@ class DataSection(Section):
 
 
 class DiscoverSection(Section):
-    """How paths are found. `points` None: 5 for the Gauss rules, 20 for left-Riemann."""
+    """How paths are found. `points` None: see `core.quadrature.default_points`."""
 
     topk: int = Field(1, ge=1)
     method: Literal[
