@@ -331,7 +331,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
         ([*DISCOVER, "--device", "gpu"], "`--device` must be `auto`", "npprune env"),
         ([*DISCOVER, "--device", "cuda:x"], "got `cuda:x`", "npprune env"),
         ([*DISCOVER, "--seed", "-1"], "`--seed` must be in [0, 4294967295], got `-1`", ""),
-        ([*DISCOVER, "--points", "257"], "`--points` must be in [1, 256], got `257`", "5 points"),
+        ([*DISCOVER, "--points", "257"], "`--points` must be in [1, 256], got `257`", "4 points"),
         ([*DISCOVER, "--mean", "a,b"], "`--mean` must be numbers parted by commas", ""),
         ([*DISCOVER, "--classes", "1,,2"], "`--classes` must not hold an empty entry", "tench"),
         ([*DISCOVER, "--classes", "no.txt"], "names a file that is not there: `no.txt`", ""),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from npprune.core import paths
 from npprune.core.methods import METHODS, find_paths
 from npprune.core.paths import joint_attribution, own_attribution
-from npprune.core.quadrature import quadrature
+from npprune.core.quadrature import Rule, quadrature
 from npprune.models.view import make_view
 
 MODELS = {
@@ -243,12 +243,17 @@ def test_more_points_converge() -> None:
     view = make_view(tiny_vit())
     images, labels = tiny_batch(4)
     exact = joint_attribution(view, images, labels, points=48)
-    five = joint_attribution(view, images, labels, neurons=exact.neurons)
-    left = joint_attribution(
-        view, images, labels, neurons=exact.neurons, rule="left-riemann", points=20
-    )
-    error = (five.scores - exact.scores).abs().max()
-    assert error < 0.05 * (left.scores - exact.scores).abs().max()
+
+    def error(rule: Rule, points: int | None = None) -> float:
+        found = joint_attribution(
+            view, images, labels, neurons=exact.neurons, rule=rule, points=points
+        )
+        return float((found.scores - exact.scores).abs().max())
+
+    released = error("left-riemann")
+    assert error("gauss-radau") < 0.25 * released
+    assert error("gauss-radau", 6) < 0.25 * error("gauss-radau") < 0.05 * error("gauss-radau", 2)
+    assert error("gauss-legendre") < 0.05 * released
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -133,7 +133,8 @@ def test_compensation_brings_the_predictions_closer(run: Path) -> None:
     for mode in ("none", "mean", "least-squares"):
         variant = prune(run, DataSection(), half(compensation=mode), run.parent / mode)
         kl[mode] = variant.prune.predicted["divergence_nats"]
-    assert kl["least-squares"] < kl["mean"] < kl["none"]
+    # the mean is best for a block's output, which need not show in the predictions
+    assert kl["least-squares"] < 0.1 * min(kl["mean"], kl["none"])
 
 
 def test_a_network_without_paths_is_pruned_by_its_criterion(world: Path, tmp_path: Path) -> None:
