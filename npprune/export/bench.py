@@ -161,7 +161,7 @@ before = peak_of_this_process()
 runner = onnx_runner(Path(sys.argv[1]), int(sys.argv[2]), threads=int(sys.argv[3]) or None)
 for _ in range(3):
     runner.call()
-print(peak_of_this_process() - before)
+sys.stdout.write(str(peak_of_this_process() - before))
 """
 
 
