@@ -249,6 +249,8 @@ class DiscoverySummary:
     timing: dict[str, float] = field(default_factory=dict)
     """Of the last start that computed paths: its `images`, `seconds` and `processes`, and the
     seconds of all processes in `reading`, `search` and `writing`."""
+    precision: str = "fp32"
+    """Of the network's products: fp32, tf32 or bf16."""
 
 
 @dataclass

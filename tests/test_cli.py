@@ -332,6 +332,11 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
         ([*DISCOVER, "--device", "cuda:x"], "got `cuda:x`", "npprune env"),
         ([*DISCOVER, "--seed", "-1"], "`--seed` must be in [0, 4294967295], got `-1`", ""),
         ([*DISCOVER, "--points", "257"], "`--points` must be in [1, 256], got `257`", "4 points"),
+        (
+            [*DISCOVER, "--precision", "fp16"],
+            "`--precision` must be one of `fp32`, `tf32`, `bf16`, got `fp16`",
+            "did you mean `bf16`?",
+        ),
         ([*DISCOVER, "--mean", "a,b"], "`--mean` must be numbers parted by commas", ""),
         ([*DISCOVER, "--classes", "1,,2"], "`--classes` must not hold an empty entry", "tench"),
         ([*DISCOVER, "--classes", "no.txt"], "names a file that is not there: `no.txt`", ""),
@@ -413,10 +418,13 @@ def test_discover(stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--topk", "3", "--points", "7", "--classes", "1,n01440764", "--classes", "tench"]
     args += ["--batch-size", "4", "--no-crop", "--mean", "0.5,0.5,0.5", "--device", "cuda:1"]
     args += ["--seed", "9", "--img-size", "96", "--images-per-class", "5"]
+    args += ["--precision", "tf32", "--compile"]
     assert app.run_app(["discover", "vit_test.orig", "--data", "folder:a", *args]) == 0
     model, data, settings, out = called.args
     assert model == ModelSection(name="vit_test.orig", img_size=96)
-    assert settings == DiscoverSection(topk=3, points=7, batch_size=4)
+    assert settings == DiscoverSection(
+        topk=3, points=7, batch_size=4, precision="tf32", compile=True
+    )
     assert data == DataSection(
         train="folder:a",
         classes=[1, "n01440764", "tench"],

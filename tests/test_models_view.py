@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -227,3 +229,41 @@ def test_a_block_needs_the_embedding_first() -> None:
     model, images = family("vit")
     with pytest.raises(RuntimeError, match="call `embed` first"):
         make_view(model).block(0, images)
+
+
+def test_bfloat16_keeps_the_stream_and_lets_a_callers_autocast_be() -> None:
+    model, images = family("vit")
+    model, images = model.float(), images.float()
+    seen: list[torch.dtype] = []
+
+    def edit(h: Tensor) -> Tensor:
+        seen.append(h.dtype)
+        return h
+
+    exact, rough = make_view(model), make_view(model, precision="bf16")
+    with torch.no_grad():
+        x, y = (view.block(0, view.embed(images), edit=edit) for view in (exact, rough))
+        with torch.autocast("cpu", torch.bfloat16):
+            exact.block(0, x, edit=edit)
+        a, b = exact.head(x), rough.head(y)
+    assert seen == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert x.dtype == y.dtype == b.dtype == torch.float32
+    assert not torch.equal(x, y)
+    torch.testing.assert_close(y, x, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(b, a, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_compiled_blocks_give_the_same_gradient() -> None:
+    model, images = family("vit")
+    plain, compiled = make_view(model), make_view(model, compiled=True)
+    gradients = []
+    for view in (plain, compiled):
+        x = view.embed(images).detach().requires_grad_()
+        y = x
+        for l in range(len(view.widths)):
+            y = view.block(l, y)
+        gradients.append(torch.autograd.grad(view.head(y).square().sum(), x)[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # all blocks share it

@@ -24,11 +24,14 @@ from discovering import (
     measure_peaks,
 )
 
+from npprune.core.quadrature import default_points
+from npprune.core.view import Scope
 from npprune.data.labels import Labels
 from npprune.data.sources import StreamSource, open_source
 from npprune.errors import DataError, StoreError, UsageError
 from npprune.pipeline import discover as stage
 from npprune.pipeline import inputs, memory
+from npprune.pipeline.device import products
 from npprune.records import ClassInfo, Result
 from npprune.store.runs import RunFolder
 
@@ -218,6 +221,42 @@ def test_the_number_of_threads_changes_nothing(world: World, method: str, scope:
     assert world.files("by1") == world.files("by2") == world.files("by3")
 
 
+def test_bfloat16_is_another_run(world: World) -> None:
+    exact = world.discover("fp32")
+    rough = world.discover("bf16", precision="bf16")
+    assert exact.discovery is not None
+    assert rough.discovery is not None
+    assert (exact.discovery.precision, rough.discovery.precision) == ("fp32", "bf16")
+    a, b = world.table("fp32"), world.table("bf16")
+    assert not np.array_equal(a.scores, b.scores)
+    np.testing.assert_allclose(np.median(b.scores / a.scores), 1, atol=0.05)
+    assert (a.neurons[..., 0] == b.neurons[..., 0]).mean() > 0.7
+    with pytest.raises(StoreError, match="settings"):
+        world.discover("fp32", precision="bf16")
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [({"precision": "tf32"}, "--precision tf32"), ({"compile": True}, "--compile")],
+)
+def test_what_a_cpu_cannot_do_is_refused(world: World, settings: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError, match=f"`{flag}` needs a CUDA GPU, got `cpu`"):
+        world.discover(**settings)
+    assert not (world.root / "run").exists()
+
+
+def test_tf32_holds_for_the_search_alone() -> None:
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    for precision in ("tf32", "fp32"):
+        with products(precision, torch.device("cuda")):
+            inside = matmul.allow_tf32, cudnn.allow_tf32
+        assert inside == ((precision == "tf32"),) * 2
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+    with products("fp32", torch.device("cpu")):
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+
+
 def test_workers_change_nothing(world: World) -> None:
     (world.images / "class_1" / "5.png").write_bytes(b"")
     world.discover()
@@ -383,7 +422,7 @@ def test_other_errors_and_one_image_too_large_are_not_hidden() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process's memory")
 @pytest.mark.parametrize("scope", ["cls", "patch"])
-def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: str) -> None:
+def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: Scope) -> None:
     answer = FORK.SimpleQueue()
     process = FORK.Process(target=measure_peaks, args=(scope, answer))
     process.start()
@@ -391,7 +430,8 @@ def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: str) -> None
     assert process.exitcode == 0
     measured = answer.get()
     view, images, _ = large_search()
-    fit = memory.images_that_fit(view, images[:1], 5, 8.0, torch.device("cpu"))
+    points = default_points("gauss-radau", scope)
+    fit = memory.images_that_fit(view, images[:1], points, 8.0, torch.device("cpu"))
     assert 0.2 < measured / (11 * 8.0 / fit) < 1
 
 

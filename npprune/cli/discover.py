@@ -92,6 +92,21 @@ def command(
         int,
         option(SEARCH, "--shard-size", "N", "images a stored shard; a resume loses one at most"),
     ] = 256,
+    precision: Annotated[
+        str,
+        choice(
+            SEARCH,
+            "--precision",
+            "of matrix products; tf32 needs a CUDA GPU",
+            "fp32",
+            "tf32",
+            "bf16",
+        ),
+    ] = "fp32",
+    compile_blocks: Annotated[
+        bool,
+        option(SEARCH, "--compile", None, "blocks through torch.compile, on a CUDA GPU"),
+    ] = False,
     data: options.Data,
     class_map: options.ClassMap = None,
     classes: options.Classes = None,
@@ -134,6 +149,8 @@ def command(
         batch_size=batch_size,
         shard_size=shard_size,
         memory=memory,
+        precision=precision,
+        compile=compile_blocks,
     )
     network = flags.model_section(model, ctx.params)
     images = flags.data_section(ctx.params, train=data)

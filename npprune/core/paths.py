@@ -68,7 +68,7 @@ def clean_hidden(view: VitView, images: Tensor, scope: Scope) -> tuple[list[Tens
     hidden: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:
-        hidden.append(h[:, tokens].detach())
+        hidden.append(h[:, tokens].detach().to(images.dtype))
         return h
 
     with torch.no_grad():
@@ -87,7 +87,7 @@ def clean_gradients(
     hidden: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:
-        hidden.append(h[:, tokens].detach())
+        hidden.append(h[:, tokens].detach().to(images.dtype))
         return h
 
     streams = [view.embed(images).detach().requires_grad_()]

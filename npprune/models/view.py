@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from npprune.core.view import Given, HiddenEdit, Projections, Scope
 from npprune.errors import ModelError
 from npprune.models.attention import answer_first_query, projections
 
+Precision = Literal["fp32", "tf32", "bf16"]
+"""Of the network's products: float32; float32 with TF32's ten bits on a GPU (see
+`pipeline.device.products`); or bfloat16, the stream between the blocks staying float32."""
+
 
 class TimmView:
     """A timm vision transformer with `blocks`, each with `.attn` and an `.mlp` ending in `.fc2`.
@@ -27,13 +31,18 @@ class TimmView:
     Raises ModelError, by name and with the reason, for what is not such a transformer.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *, precision: Precision = "fp32", compiled: bool = False
+    ) -> None:
+        """compiled: whole blocks that are differentiated go through `torch.compile`."""
+        self.precision = precision
         self.model: Any = model
         self.blocks: list[Any] = _blocks(model)
         self.widths: tuple[int, ...] = tuple(block.mlp.fc2.in_features for block in self.blocks)
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))  # type: ignore[arg-type]
         self.scope: Scope = _pooled_scope(model)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._compiled: list[Any] = [torch.compile(b) for b in self.blocks] if compiled else []
 
     def tokens(self, scope: Scope) -> slice:
         if scope == "all":
@@ -57,6 +66,7 @@ class TimmView:
             return x
 
         with ExitStack() as stack:
+            stack.enter_context(self._products(images))
             for block in self.blocks:
                 stack.enter_context(_replaced(block, "forward", identity))
             features = self.model.forward_features(images)
@@ -90,14 +100,32 @@ class TimmView:
         given: Given | None = None,
         cls_only: bool = False,
     ) -> Tensor:
-        if not self._calls:
-            raise RuntimeError("call `embed` first: it records what the blocks are called with")
-        args, kwargs = self._calls[l]
+        if self._compiled and x.requires_grad and edit is None and given is None and not cls_only:
+            args, kwargs = self._called(l)
+            with self._products(x):
+                return self._compiled[l](x, *args, **kwargs)  # type: ignore[no-any-return]
+        return self._run(l, x, edit=edit, given=given, cls_only=cls_only)
+
+    def _run(
+        self, l: int, x: Tensor, *, edit: HiddenEdit | None, given: Given | None, cls_only: bool
+    ) -> Tensor:
+        args, kwargs = self._called(l)
         if cls_only:
             given = slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
         one_query = _first_query_only(self.blocks[l].attn) if cls_only else nullcontext()
-        with self._edited(l, edit), self._given(l, given), one_query:
+        with self._products(x), self._edited(l, edit), self._given(l, given), one_query:
             return self.blocks[l](x, *args, **kwargs)  # type: ignore[no-any-return]
+
+    def _called(self, l: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What block l is called with, beside the stream."""
+        if not self._calls:
+            raise RuntimeError("call `embed` first: it records what the blocks are called with")
+        return self._calls[l]
+
+    def _products(self, x: Tensor) -> Any:
+        if self.precision != "bf16":
+            return nullcontext()  # a caller's own autocast stays
+        return torch.autocast(x.device.type, torch.bfloat16)
 
     def block_and_attention(
         self, l: int, x: Tensor, *, given: Given | None = None, cls_only: bool = False
@@ -109,7 +137,7 @@ class TimmView:
 
         handle = self.blocks[l].attn.register_forward_hook(keep)
         try:
-            y = self.block(l, x, given=given, cls_only=cls_only)
+            y = self._run(l, x, edit=None, given=given, cls_only=cls_only)
         finally:
             handle.remove()
         return y, seen[0]
@@ -126,7 +154,9 @@ class TimmView:
             return self.block(l, x, given=given)
 
     def head(self, x: Tensor) -> Tensor:
-        return self.model.forward_head(self.model.norm(x))  # type: ignore[no-any-return]
+        with self._products(x):
+            logits: Tensor = self.model.forward_head(self.model.norm(x))
+        return logits.to(x.dtype)
 
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
@@ -209,13 +239,15 @@ class _FirstQueryOnly(TorchFunctionMode):
         return torch.cat([first, first.new_zeros(1, 1, 1, 1).expand(*v[:, :, 1:].shape)], 2)
 
 
-def make_view(model: nn.Module) -> TimmView:
+def make_view(
+    model: nn.Module, *, precision: Precision = "fp32", compiled: bool = False
+) -> TimmView:
     """The view of a timm vision transformer.
 
     Raises:
         ModelError: the model is not a plain vision transformer; the message says why.
     """
-    return TimmView(model)
+    return TimmView(model, precision=precision, compiled=compiled)
 
 
 def classifiers(model: nn.Module) -> list[nn.Linear]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 
 import torch
 
 from npprune._version import __version__
-from npprune.errors import DeviceError
+from npprune.errors import DeviceError, UsageError
 from npprune.records import Environment
 
 PACKAGES = ("torch", "timm", "torch-pruning", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime")
@@ -42,6 +45,40 @@ def resolve_device(asked: str = "auto") -> tuple[torch.device, str]:
     elif device.type not in ("cpu", "cuda", "mps"):
         raise DeviceError(f"`--device` must be auto, cpu, cuda, cuda:N or mps, got `{asked}`")
     return device, f"asked for `{asked}`"
+
+
+def check_shortcuts(precision: str, compiled: bool, device: torch.device) -> None:
+    """UsageError where the device has no such products, or compiling is for nothing.
+
+    On a CPU compiled blocks would round differently with the number of threads.
+    """
+    asked = {"--precision tf32": precision == "tf32", "--compile": compiled}
+    for flag, wanted in asked.items():
+        if wanted and device.type != "cuda":
+            raise UsageError(
+                f"`{flag}` needs a CUDA GPU, got `{device.type}`",
+                hint="leave it out; `npprune env` shows the devices",
+            )
+
+
+@contextmanager
+def products(precision: str, device: torch.device) -> Iterator[None]:
+    """For the duration, a GPU's float32 products and convolutions use TF32 if asked, else not.
+
+    PyTorch by itself takes TF32 for convolutions, such as the patch embedding.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    with warnings.catch_warnings():  # torch's newer switches cannot be mixed with its compiler
+        warnings.filterwarnings("ignore", message="Please use the new API settings")
+        matmul.allow_tf32 = cudnn.allow_tf32 = precision == "tf32"
+        try:
+            yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def environment(device: torch.device, reason: str, seed: int) -> Environment:

@@ -24,7 +24,7 @@ from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
 from npprune.errors import DataError, UsageError
 from npprune.models.view import make_view
-from npprune.pipeline.device import environment, resolve_device
+from npprune.pipeline.device import check_shortcuts, environment, products, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.memory import halving, images_that_fit
@@ -149,7 +149,7 @@ class _Search:
                 generator=generator,
             )
 
-        with steady(self.device):
+        with steady(self.device), products(s.precision, self.device):
             parts, limit = halving(paths, len(images), self.limit)
         if limit < self.limit:
             self._say("out of memory", limit)
@@ -171,7 +171,8 @@ def _search(
     processes: int,
     emit: Emit,
 ) -> _Search:
-    view = make_view(network.model)
+    check_shortcuts(settings.precision, settings.compile, device)
+    view = make_view(network.model, precision=settings.precision, compiled=settings.compile)
     scope = view.scope if settings.scope == "auto" else settings.scope
     view.tokens(scope)  # refuses a scope that the model does not have
     if settings.topk > min(view.widths):
@@ -281,6 +282,7 @@ def _summary(
         class_paths={
             c: class_top(table.neurons, table.labels, c, settings.topk) for c in table.classes
         },
+        precision=settings.precision,
     )
 
 

@@ -70,6 +70,8 @@ class DiscoverSection(Section):
     batch_size: int = Field(16, ge=1)  # images; points x images run as one batch
     shard_size: int = Field(256, ge=1)  # images per shard
     memory: float | None = Field(None, gt=0)  # GiB; None: as much as there is
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the network's products
+    compile: bool = False  # blocks through torch.compile
 
 
 class PruneSection(Section):

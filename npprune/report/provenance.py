@@ -33,6 +33,7 @@ def _discovery(found: DiscoverySummary) -> Facts:
         ("quadrature", f"{found.quadrature}, {text.plural(found.points, 'point')}"),
         ("neurons per block, K", str(found.topk)),
         ("accumulation", found.accumulation),
+        ("precision", found.precision),
         ("images", text.data(found.data)),
         ("time", text.seconds(found.seconds)),
     ]
