@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny import tiny_batch, tiny_vit
@@ -180,6 +182,19 @@ def test_a_path_has_the_score_that_its_method_reports(kind: str, method: str) ->
     found = find_paths(view, images, labels, topk=2, method=method)
     again = joint_attribution(view, images, labels, topk=2, scope=view.scope, neurons=found.neurons)
     torch.testing.assert_close(found.scores, again.scores, rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("scope", ["cls", "all"])
+def test_how_many_rows_go_together_changes_nothing(
+    scope: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_vit()
+    images, labels = tiny_batch()
+    together = joint_attribution(make_view(model), images, labels, scope=scope, topk=2)
+    monkeypatch.setattr(paths, "PIECE", 1)
+    one_by_one = joint_attribution(make_view(model), images, labels, scope=scope, topk=2)
+    assert torch.equal(one_by_one.neurons, together.neurons)
+    torch.testing.assert_close(one_by_one.scores, together.scores, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["neuron-path", "activation", "knowledge-neuron"])

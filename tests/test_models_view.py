@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from npprune.core.tangent import value_and_tangent
 from npprune.errors import ModelError
 from npprune.models.load import create
 from npprune.models.view import make_view
@@ -173,13 +174,16 @@ def _check_cls_only(view: Any, l: int, x: Tensor, y: Tensor) -> None:
 
 
 def _check_tangent(view: Any, l: int, x: Tensor) -> None:
-    """Forward mode through the block agrees with a central difference."""
+    """Forward mode through the block agrees with torch's own and with a central difference."""
     dx = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(l))
     with sdpa_kernel(SDPBackend.MATH):
-        _, dy = jvp(lambda v: view.block(l, v), (x,), (dx,))
+        y, dy = jvp(lambda v: view.block(l, v), (x,), (dx,))
         step = 1e-6
         difference = (view.block(l, x + step * dx) - view.block(l, x - step * dx)) / (2 * step)
     torch.testing.assert_close(dy, difference, rtol=1e-5, atol=1e-5)
+    (ours,), (dours,) = value_and_tangent(lambda v: (view.block(l, v),), x, dx)
+    torch.testing.assert_close(ours, y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(dours, dy, rtol=1e-9, atol=1e-9)
 
 
 def test_at_least_fourteen_families() -> None:

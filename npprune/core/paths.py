@@ -35,18 +35,23 @@ Letters: b images, m points, s tokens of the scope, t tokens, d width, h units, 
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import jvp
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from npprune.core.quadrature import Rule, default_points, quadrature
+from npprune.core.tangent import value_and_tangent
 from npprune.core.view import Scope, VitView, frozen
 
 Accumulation = Literal["sum", "last"]
+
+PIECE = 8 * 2**20
+"""Bytes of hidden activations a thread at which a CPU is fastest: beyond some tens of MiB every
+tensor is memory that the system has to hand out anew."""
 
 
 @dataclass
@@ -198,6 +203,7 @@ class _Walk:
             self.w, _ = clean_hidden(view, images, scope)
         with torch.no_grad():
             self.x = view.embed(images)  # the same for all alphas until a neuron is scaled
+        self.piece = _rows_at_a_time(self.x, max(view.widths))
 
     def repeat(self, value: Tensor) -> Tensor:
         """[b, ...] -> [mb, ...]."""
@@ -209,14 +215,17 @@ class _Walk:
 
     def gradient(self, x: Tensor, l: int) -> Tensor:
         """dp/dx [mb, t, d] of each row's own label, x being the streams before block l."""
-        b = len(self.labels)
-        rows = len(x) if self.clean is None else len(x) - b
-        start = x = x[:rows].detach().requires_grad_()
-        for block in range(l, self.last + 1):
-            x = self.view.block(block, x, cls_only=self.cls_only(block))
-        p = self.view.head(x).softmax(-1).gather(1, self.labels.repeat(rows // b)[:, None])
-        (dp_dx,) = torch.autograd.grad(p.sum(), start)
-        return dp_dx if self.clean is None else torch.cat([dp_dx, self.clean[l]])
+        clean = [] if self.clean is None else [self.clean[l]]
+        rows = len(x) - sum(map(len, clean))
+        labels = self.labels.repeat(self.m)[:rows, None]
+        dp_dx: list[Tensor] = []
+        for start, label in zip(x[:rows].split(self.piece), labels.split(self.piece), strict=True):
+            y = start = start.detach().requires_grad_()
+            for block in range(l, self.last + 1):
+                y = self.view.block(block, y, cls_only=self.cls_only(block))
+            p = self.view.head(y).softmax(-1).gather(1, label)
+            dp_dx += torch.autograd.grad(p.sum(), start)
+        return torch.cat(dp_dx + clean)
 
     def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
@@ -278,20 +287,22 @@ class _TangentWalk(_Walk):
         self.at = l
 
         def block(x: Tensor) -> tuple[Tensor, Tensor]:
-            return self.view.block_and_attention(l, x, cls_only=self.cls_only(l))
+            y, attention = self.view.block_and_attention(l, x, cls_only=self.cls_only(l))
+            return y, attention[:, self.tokens]
 
-        with torch.no_grad():
-            if self.dx is None:
-                y, attention = (self.repeat(v) for v in block(self.x))
-                self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
-            else:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no forward mode
-                    value, tangent = jvp(block, (self.x,), (self.dx,))  # type: ignore[misc]
-                (y, attention), (self.dy, dattention) = value, tangent
-        self.y = y
-        x, dx = self.x, torch.zeros_like(self.x) if self.dx is None else self.dx
-        self.cls = [v[:, self.tokens] for v in (x, attention)]
-        self.dcls = [v[:, self.tokens] for v in (dx, dattention)]
+        if self.dx is None:
+            with torch.no_grad():
+                self.y, attention = (self.repeat(v) for v in block(self.x))
+            self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
+        else:
+            steps = zip(self.x.split(self.piece), self.dx.split(self.piece), strict=True)
+            done = [value_and_tangent(block, *step) for step in steps]
+            self.y, attention, self.dy, dattention = (
+                torch.cat([pieces[i][j] for pieces in done]) for i in (0, 1) for j in (0, 1)
+            )
+        dx = torch.zeros_like(self.x) if self.dx is None else self.dx
+        self.cls = [self.x[:, self.tokens], attention]
+        self.dcls = [dx[:, self.tokens], dattention]
 
     def _cls_tail(self, l: int, o: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
         """The class token after block l, and its tangent, when its MLP gives o (changing by do)."""
@@ -341,6 +352,14 @@ class _GraphWalk(_Walk):
         dp_dx = self.gradient(self.x, self.last + 1)
         (dp_deps,) = torch.autograd.grad(self.x, self.eps, dp_dx)
         return self.integral(dp_deps)
+
+
+def _rows_at_a_time(x: Tensor, width: int) -> int:
+    """Streams [b, t, d] that go through the blocks together; a GPU takes them all."""
+    if x.device.type != "cpu":
+        return sys.maxsize
+    row = x.shape[1] * width * x.element_size()
+    return max(1, PIECE * torch.get_num_threads() // row)
 
 
 def _take(w: Tensor, units: Tensor) -> Tensor:
