@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from npprune.core.paths import clean_hidden, joint_attribution
-from npprune.core.quadrature import default_points, quadrature
+from npprune.core.quadrature import default_points, first_block_points, quadrature
 from npprune.core.view import Scope, VitView, frozen
 from npprune.data.loading import batches
 from npprune.data.sources import open_source
@@ -87,19 +87,23 @@ def reference(
     return torch.stack(path, 1)[..., None]
 
 
-def ours(view: VitView, scope: Scope, rule: str, points: int) -> Search:
+def ours(view: VitView, scope: Scope, rule: str, points: int | None) -> Search:
     return lambda x, y: joint_attribution(
         view, x, y, scope=scope, rule=rule, points=points  # type: ignore[arg-type]
     ).neurons  # fmt: skip
 
 
 def settings(view: VitView, scope: Scope) -> dict[str, Search]:
-    points = default_points("gauss-radau", scope)
     return {
         "reference, left-Riemann 20": lambda x, y: reference(view, x, y, scope, "left-riemann", 20),
         "npprune, left-Riemann 20": ours(view, scope, "left-riemann", 20),
-        f"npprune, Gauss-Radau {points} (default)": ours(view, scope, "gauss-radau", points),
+        f"npprune, {default(scope)} (default)": ours(view, scope, "gauss-radau", None),
     }
+
+
+def default(scope: Scope) -> str:
+    points, first = default_points("gauss-radau", scope), first_block_points("gauss-radau", scope)
+    return f"Gauss-Radau {points}" + (f", {first} in block 0" if first != points else "")
 
 
 def load_inputs(args: argparse.Namespace) -> tuple[VitView, Tensor, Tensor]:
@@ -174,7 +178,7 @@ def linear(args: argparse.Namespace) -> None:
     args.images = many
     view, images, labels = load_inputs(args)
     scope = args.scope or view.scope
-    search = ours(view, scope, "gauss-radau", default_points("gauss-radau", scope))
+    search = ours(view, scope, "gauss-radau", None)
     timed(search, images[: args.batch], labels[: args.batch], args.batch)
     ratios = []
     for _ in range(args.rounds):

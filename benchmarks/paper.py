@@ -91,8 +91,7 @@ def main() -> None:
     npprune(
         "discover", args.model, "--checkpoint", args.checkpoint, "--data", args.source,
         "--classes", ",".join(chosen), "--images-per-class", str(args.images_per_class),
-        "--topk", str(args.topk), "--quadrature", "gauss-legendre", "--points", "5",
-        "--out", str(args.out),
+        "--topk", str(args.topk), "--out", str(args.out),
     )  # fmt: skip
     for key, command in steps(str(args.out), args.methods, args.thin):
         if key in done(args.out):

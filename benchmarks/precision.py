@@ -17,10 +17,9 @@ import argparse
 import os
 
 import torch
-from discovery import Search, load_inputs, ours, reference, timed
+from discovery import Search, default, load_inputs, ours, reference, timed
 from torch import nn
 
-from npprune.core.quadrature import default_points
 from npprune.core.view import Scope
 from npprune.models.view import make_view
 from npprune.pipeline.device import products
@@ -47,9 +46,8 @@ def main() -> None:
     loaded, images, labels = load_inputs(args)
     device = images.device
     scope: Scope = args.scope or loaded.scope
-    points = default_points("gauss-radau", scope)
     names = args.settings.split(",")
-    searches = {name: search_in(name, loaded.model, scope, points) for name in names}
+    searches = {name: search_in(name, loaded.model, scope) for name in names}
     times: dict[str, list[float]] = {name: [] for name in names}
     paths: dict[str, torch.Tensor] = {}
     for name, search in searches.items():  # a warm-up, and what is compiled
@@ -80,14 +78,14 @@ def main() -> None:
         row("reference, left-Riemann 20, fp32", spent, len(few), "")
     for name in names:
         same = (paths[name] == paths[names[0]]).float().mean()
-        row(f"Gauss-Radau {points}, {name}", times[name], len(images), f"{100 * float(same):.2f} %")
+        row(f"{default(scope)}, {name}", times[name], len(images), f"{100 * float(same):.2f} %")
 
 
-def search_in(name: str, model: nn.Module, scope: Scope, points: int) -> Search:
+def search_in(name: str, model: nn.Module, scope: Scope) -> Search:
     """The default search at a setting such as `bf16+compile`."""
     precision, _, compiled = name.partition("+")
     view = make_view(model, precision=precision, compiled=bool(compiled))  # type: ignore[arg-type]
-    return ours(view, scope, "gauss-radau", points)
+    return ours(view, scope, "gauss-radau", None)
 
 
 def row(name: str, spent: list[float], images: int, agreement: str) -> None:

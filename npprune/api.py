@@ -90,8 +90,8 @@ def discover_paths(
         method: neuron-path, activation, influence-pattern, knowledge-neuron or random.
         scope: the tokens at which neurons are read: cls, patch, all, or auto (as pooled).
         quadrature: gauss-radau, gauss-legendre, or left-riemann (the paper's).
-        points: how many points; None: 4 at the class token (5 of Legendre) and 8 elsewhere, or
-            20 for left-riemann.
+        points: how many points; None: 4 at the class token and 7 elsewhere, where block 0 gets
+            12; for gauss-legendre 5 and 8; 20 for left-riemann, and for influence-pattern.
         accumulation: sum (the formula) or last (the paper's released program).
         seed: for the random method.
 

@@ -251,6 +251,14 @@ class DiscoverySummary:
     seconds of all processes in `reading`, `search` and `writing`."""
     precision: str = "fp32"
     """Of the network's products: fp32, tf32 or bf16."""
+    first_points: int | None = None
+    """Points of the integral in block 0; None: as many as in the others."""
+
+    @property
+    def integral(self) -> str:
+        """`gauss-radau, 7 points (12 in block 0)`."""
+        more = f" ({self.first_points} in block 0)" if self.first_points else ""
+        return f"{self.quadrature}, {self.points} point{'s' * (self.points != 1)}{more}"
 
 
 @dataclass

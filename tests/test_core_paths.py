@@ -13,6 +13,7 @@ from npprune.core import paths
 from npprune.core.methods import METHODS, find_paths
 from npprune.core.paths import joint_attribution, own_attribution
 from npprune.core.quadrature import Rule, quadrature
+from npprune.core.view import Scope
 from npprune.models.view import make_view
 
 MODELS = {
@@ -156,10 +157,34 @@ def test_gauss_radau_is_exact_for_polynomials_and_ends_at_one(points: int) -> No
 def test_as_many_points_as_the_scope_needs() -> None:
     view = make_view(tiny_vit())
     images, labels = tiny_batch(2)
-    for scope, points in (("cls", 4), ("patch", 8)):
+    for scope, points in (("cls", 4), ("patch", 7)):
         found = joint_attribution(view, images, labels, scope=scope)
-        same = joint_attribution(view, images, labels, scope=scope, points=points)
-        assert torch.equal(found.scores, same.scores)
+        same = joint_attribution(
+            view, images, labels, scope=scope, points=points, neurons=found.neurons
+        )
+        torch.testing.assert_close(found.scores, same.scores, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("scope", ["patch", "all"])
+def test_the_first_block_is_chosen_by_twelve_points(
+    scope: Scope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself, the search scores block 0 by 12 points; with `points`, by those."""
+    scored: list[Tensor] = []
+    gradient = paths._Walk.own_gradient
+
+    def seen(self: Any, l: int, w: Tensor) -> Tensor:
+        scored.append((w * gradient(self, l, w)).sum(1))
+        return gradient(self, l, w)
+
+    monkeypatch.setattr(paths._Walk, "own_gradient", seen)
+    view = make_view(tiny_vit())
+    images, labels = tiny_batch(3)
+    for given, used in ((None, 12), (6, 6)):
+        joint_attribution(view, images, labels, scope=scope, points=given)
+        expected = own_attribution(view, images, labels, scope=scope, points=used)[0]
+        torch.testing.assert_close(scored[0], expected, rtol=1e-12, atol=1e-15)
+        scored.clear()
 
 
 def test_the_tangent_and_the_graph_are_two_ways_to_the_same_numbers(

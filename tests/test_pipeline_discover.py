@@ -435,6 +435,29 @@ def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: Scope) -> No
     assert 0.2 < measured / (11 * 8.0 / fit) < 1
 
 
+def test_how_many_points_is_said_and_decides_the_paths(world: World) -> None:
+    """The default's points in block 0 are a setting like the others: with 7 asked for
+    everywhere, a store of the default is another one."""
+    found = world.discover(scope="patch").discovery
+    assert found is not None
+    assert found.integral == "gauss-radau, 7 points (12 in block 0)"
+    with pytest.raises(StoreError, match="settings"):
+        world.discover(scope="patch", points=7)
+    for settings, integral in (
+        ({"scope": "cls"}, "gauss-radau, 4 points"),
+        ({"scope": "patch", "points": 1}, "gauss-radau, 1 point"),
+        ({"scope": "patch", "method": "influence-pattern"}, "gauss-radau, 20 points"),
+        (
+            {"scope": "patch", "method": "knowledge-neuron"},
+            "gauss-radau, 7 points (12 in block 0)",
+        ),
+        ({"scope": "patch", "quadrature": "left-riemann"}, "left-riemann, 20 points"),
+    ):
+        summary = world.discover("-".join(map(str, settings.values())), **settings).discovery
+        assert summary is not None
+        assert summary.integral == integral
+
+
 def test_where_the_time_went(world: World) -> None:
     found = world.discover().discovery
     assert found is not None

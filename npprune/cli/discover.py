@@ -71,7 +71,8 @@ def command(
             SEARCH,
             "--points",
             "M",
-            "points of the rule \\[default: 4 at the class token, 8 elsewhere; left-riemann: 20]",
+            "points of the rule \\[default: 4 at the class token, 7 elsewhere (12 in block 0); "
+            "20 for left-riemann and influence-pattern]",
         ),
     ] = None,
     accumulation: Annotated[

@@ -41,7 +41,7 @@ def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) ->
         rows += [
             ("images", data(found.data)),
             ("method", f"{found.method} on {TOKENS.get(found.scope, found.scope)}"),
-            ("integral", f"{found.quadrature}, {text.plural(found.points, 'point')}"),
+            ("integral", found.integral),
             ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
         ]
         if found.mean_score is not None:

@@ -19,7 +19,7 @@ from npprune.core.paths import (
     joint_attribution,
     own_attribution,
 )
-from npprune.core.quadrature import Rule, default_points, quadrature
+from npprune.core.quadrature import IMAGE_POINTS, Rule, quadrature
 from npprune.core.view import Scope, VitView, frozen
 
 Method = Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
@@ -110,7 +110,7 @@ def influence_pattern(
     Influence Patterns (Lu et al., NeurIPS 2021), as the paper's released program runs them: each
     block on its own.
     """
-    m = default_points(rule, scope) if points is None else points
+    m = IMAGE_POINTS if points is None else points
     alphas, weights = (v.to(images) for v in quadrature(rule, m))
     tokens, blocks = view.tokens(scope), range(len(view.widths))
     total = [images.new_zeros(len(images), h) for h in view.widths]

@@ -16,7 +16,7 @@ with W the path's activations, G the sum of its gradients, g_i the unit's own. T
 from then on they alone are scaled in block l, the block's other units standing at the clean run's
 values on the scope's tokens.
 
-Three identities keep this exact and cheap:
+Four facts keep this exact and cheap:
 
 - Up to block l everything is settled once its units are chosen, so the stream X before the next
   block is kept for every alpha, and no block is run twice.
@@ -24,6 +24,9 @@ Three identities keep this exact and cheap:
   dX, the change of the stream when all of the path's units rise at unit rate, is carried along in
   forward mode, and G = <dp/dX, dX>: the backward pass ends at block l. With `patch` and `all`
   scope G is needed for each token, and one backward pass through the kept graph gives it.
+- In block 0 there is no path, and nothing that stays depends on the alphas. Its integral, at the
+  patches the hardest of all (a choice that goes wrong there changes all later ones), may take more
+  points than the others.
 - At alpha = 1 nothing is scaled, whatever was chosen, so dp/dX is the clean run's: one backward
   pass has it for all blocks. The last point of Gauss-Radau quadrature costs almost nothing.
 
@@ -36,14 +39,16 @@ Letters: b images, m points, s tokens of the scope, t tokens, d width, h units, 
 from __future__ import annotations
 
 import sys
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.func import jvp
+from torch.nn.functional import linear
 
-from npprune.core.quadrature import Rule, default_points, quadrature
+from npprune.core.quadrature import Rule, default_points, first_block_points, quadrature
 from npprune.core.tangent import value_and_tangent
 from npprune.core.view import Scope, VitView, frozen
 
@@ -162,15 +167,12 @@ def own_attribution(
     change of p when its hidden activations at the scope's tokens go from 0 to their values.
     """
     with frozen(view.model):
-        walk = _Walk(view, images, labels, scope, rule, points)
-        w, x, own = walk.w, walk.x, []
-        for l in range(len(view.widths)):
-            o = walk.scaled(l, w[l]).detach().requires_grad_()
-            y = view.block(l, walk.repeat(x), given=(walk.tokens, o))
-            (dp_do,) = torch.autograd.grad(y, o, walk.gradient(y, l + 1))
-            own.append((w[l] * (walk.integral(dp_do) @ view.fc2(l).weight)).sum(1))
+        walk, own = _Walk(view, images, labels, scope, rule, points), []
+        for l, w in enumerate(walk.w):
+            g = walk.first_gradient() if l == 0 else walk.own_gradient(l, w)
+            own.append((w * g).sum(1))
             with torch.no_grad():
-                x = view.block(l, x)
+                walk.x = view.block(l, walk.x)
     return own
 
 
@@ -189,21 +191,36 @@ class _Walk:
         searching: bool = True,
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
-        self.view, self.labels = view, labels
-        m = default_points(rule, scope) if points is None else points
-        alphas, self.weights = (v.to(images) for v in quadrature(rule, m))
-        self.alphas = alphas.repeat_interleave(len(images))[:, None, None]  # [mb, 1, 1]
-        self.m = len(alphas)
+        self.view, self.image_labels, self.rule = view, labels, rule
         self.tokens = view.tokens(scope)
         self.last = len(view.widths) - 1
-        self.clean: list[Tensor] | None = None  # dp/dX at alpha = 1
-        if searching and alphas[-1] == 1:
+        self.clean: list[Tensor] = []  # dp/dX at alpha = 1
+        if searching and rule == "gauss-radau":
             self.w, self.clean = clean_gradients(view, images, labels, scope)
         else:
             self.w, _ = clean_hidden(view, images, scope)
         with torch.no_grad():
             self.x = view.embed(images)  # the same for all alphas until a neuron is scaled
-        self.piece = _rows_at_a_time(self.x, max(view.widths))
+        self.step = _rows_at_a_time(self.x, max(view.widths))
+        self.first = first_block_points(rule, scope) if points is None else points
+        self.place(default_points(rule, scope) if points is None else points)
+
+    def place(self, m: int) -> None:
+        """The alphas, and the rows that go through the blocks together."""
+        alphas, self.weights = (v.to(self.x) for v in quadrature(self.rule, m))
+        b = len(self.image_labels)
+        self.m, self.labels = m, self.image_labels.repeat(m)
+        self.alphas = alphas.repeat_interleave(b)[:, None, None]  # [mb, 1, 1]
+        self.fresh = (m - 1 if self.clean else m) * b  # rows whose gradient is not known yet
+        self.step = max(1, min(self.step, self.fresh))
+        self.pieces = _slices(0, self.fresh, self.step) + _slices(self.fresh, m * b, self.step)
+
+    def first_gradient(self) -> Tensor:
+        """The integral of g_i [b, s, h] in block 0, where there is no path yet: nothing that
+        stays depends on the alphas, and there may be more of them."""
+        walk = copy(self)
+        walk.place(self.first)
+        return walk.own_gradient(0, self.w[0])
 
     def repeat(self, value: Tensor) -> Tensor:
         """[b, ...] -> [mb, ...]."""
@@ -215,17 +232,28 @@ class _Walk:
 
     def gradient(self, x: Tensor, l: int) -> Tensor:
         """dp/dx [mb, t, d] of each row's own label, x being the streams before block l."""
-        clean = [] if self.clean is None else [self.clean[l]]
-        rows = len(x) - sum(map(len, clean))
-        labels = self.labels.repeat(self.m)[:rows, None]
-        dp_dx: list[Tensor] = []
-        for start, label in zip(x[:rows].split(self.piece), labels.split(self.piece), strict=True):
-            y = start = start.detach().requires_grad_()
-            for block in range(l, self.last + 1):
-                y = self.view.block(block, y, cls_only=self.cls_only(block))
-            p = self.view.head(y).softmax(-1).gather(1, label)
-            dp_dx += torch.autograd.grad(p.sum(), start)
-        return torch.cat(dp_dx + clean)
+        return torch.cat([self.piece_gradient(x[rows], l, rows) for rows in self.pieces])
+
+    def own_gradient(self, l: int, w: Tensor) -> Tensor:
+        """The integral of g_i [b, s, h] without a path: block l's units scaled, x being [b, t, d]
+        the clean stream before it."""
+        x, o_all = self.repeat(self.x), self.scaled(l, w)
+        dp_do: list[Tensor] = []
+        for rows in self.pieces:
+            o = o_all[rows].detach().requires_grad_()
+            y = self.view.block(l, x[rows], given=(self.tokens, o))
+            dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
+        return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
+
+    def piece_gradient(self, x: Tensor, l: int, rows: slice) -> Tensor:
+        """The same for one of the pieces, whose streams x are."""
+        if rows.start >= self.fresh:
+            return self.clean[l][rows.start - self.fresh : rows.stop - self.fresh]
+        y = x = x.detach().requires_grad_()
+        for block in range(l, self.last + 1):
+            y = self.view.block(block, y, cls_only=self.cls_only(block))
+        p = self.view.head(y).softmax(-1).gather(1, self.labels[rows, None])
+        return torch.autograd.grad(p.sum(), x)[0]
 
     def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
@@ -240,7 +268,9 @@ class _Walk:
 
     def scaled(self, l: int, w: Tensor) -> Tensor:
         """The MLP's output [mb, s, d] with all units at alpha * w."""
-        return self.view.fc2(l)(self.alphas * self.repeat(w))
+        fc2 = self.view.fc2(l)
+        products = self.alphas * self.repeat(linear(w, fc2.weight))
+        return products if fc2.bias is None else products + fc2.bias
 
     def direction(self, l: int, joins: Tensor) -> Tensor:
         """The change of the MLP's output [mb, 1, d] when the joining units rise at unit rate."""
@@ -295,8 +325,8 @@ class _TangentWalk(_Walk):
                 self.y, attention = (self.repeat(v) for v in block(self.x))
             self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
         else:
-            steps = zip(self.x.split(self.piece), self.dx.split(self.piece), strict=True)
-            done = [value_and_tangent(block, *step) for step in steps]
+            x, dx = self.x, self.dx
+            done = [value_and_tangent(block, x[rows], dx[rows]) for rows in self.pieces]
             self.y, attention, self.dy, dattention = (
                 torch.cat([pieces[i][j] for pieces in done]) for i in (0, 1) for j in (0, 1)
             )
@@ -321,37 +351,50 @@ class _GraphWalk(_Walk):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.eps: Tensor | None = None
-        self.attention: Tensor | None = None
-        self.x = self.repeat(self.x)
+        x = self.repeat(self.x)
+        self.streams = [x[rows] for rows in self.pieces]
+        self.attentions: list[Tensor] = []
+        self.eps: list[Tensor] = []
+        self.path_g: Tensor | None = None  # where the last block's choice cannot change it
 
     def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
-        o = self.scaled(l, w).detach().requires_grad_()
-        y, self.attention = self.view.block_and_attention(l, self.x, given=(self.tokens, o))
-        dp_dy = self.gradient(y, l + 1)
-        if self.eps is None:
-            (dp_do,) = torch.autograd.grad(y, o, dp_dy)
-            path_g = self.integral(dp_do).new_zeros(w.shape[:2])
-        else:
-            dp_do, dp_deps = torch.autograd.grad(y, (o, self.eps), dp_dy, retain_graph=True)
-            path_g = self.integral(dp_deps)
-        return path_g, self.integral(dp_do) @ self.view.fc2(l).weight
+        if l == 0:
+            return w.new_zeros(w.shape[:2]), self.first_gradient()
+        o_all, gradients = self.scaled(l, w), []
+        for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
+            o = o_all[rows].detach().requires_grad_()
+            y, attention = self.view.block_and_attention(l, x, given=(self.tokens, o))
+            self.attentions.append(attention)
+            dp_dy = self.piece_gradient(y, l + 1, rows)
+            gradients.append(torch.autograd.grad(y, (o, eps), dp_dy, retain_graph=True))
+        dp_do, dp_deps = (torch.cat(pieces) for pieces in zip(*gradients, strict=True))
+        g, path_g = self.integral(dp_do) @ self.view.fc2(l).weight, self.integral(dp_deps)
+        if self.cls_only(l) and self.tokens.start == self.view.num_prefix_tokens:
+            self.path_g = path_g  # no one reads what block l does to the patches
+        return path_g, g
 
     def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
-        if self.eps is None:
-            self.eps = w.new_zeros(self.m * w.shape[0], w.shape[1]).requires_grad_()
-        o = self.settled(l, w, chosen) + self.eps[..., None] * self.direction(l, joins)
-        if self.attention is None:  # a given path: the block was not run for candidates
-            self.x = self.view.block(l, self.x, given=(self.tokens, o))
-        else:
-            self.x = self.view.tail(l, self.x, self.attention, given=(self.tokens, o))
-            self.attention = None
+        o_all, do = self.settled(l, w, chosen), self.direction(l, joins)
+        if not self.eps:
+            eps = w.new_zeros(o_all.shape[:2])
+            self.eps = [eps[rows].requires_grad_() for rows in self.pieces]
+        for i, rows in enumerate(self.pieces):
+            given = self.tokens, o_all[rows] + self.eps[i][..., None] * do[rows]
+            if self.attentions:
+                x, attention = self.streams[i], self.attentions[i]
+                self.streams[i] = self.view.tail(l, x, attention, given=given)
+            else:  # the first block, or a given path: not run for candidates
+                self.streams[i] = self.view.block(l, self.streams[i], given=given)
+        self.attentions = []
 
     def path_gradient(self) -> Tensor:
-        assert self.eps is not None
-        dp_dx = self.gradient(self.x, self.last + 1)
-        (dp_deps,) = torch.autograd.grad(self.x, self.eps, dp_dx)
-        return self.integral(dp_deps)
+        if self.path_g is not None:
+            return self.path_g
+        dp_deps: list[Tensor] = []
+        for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
+            dp_dx = self.piece_gradient(x, self.last + 1, rows)
+            dp_deps += torch.autograd.grad(x, eps, dp_dx)
+        return self.integral(torch.cat(dp_deps))
 
 
 def _rows_at_a_time(x: Tensor, width: int) -> int:
@@ -360,6 +403,10 @@ def _rows_at_a_time(x: Tensor, width: int) -> int:
         return sys.maxsize
     row = x.shape[1] * width * x.element_size()
     return max(1, PIECE * torch.get_num_threads() // row)
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
 def _take(w: Tensor, units: Tensor) -> Tensor:

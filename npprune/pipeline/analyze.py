@@ -80,8 +80,8 @@ def analyze_scores(
     assert summary is not None
     text = (
         f"The joint attribution score of each method's path on the same {len(found.table)} images: "
-        f"K = {s.topk} per block, {summary.scope} tokens, {summary.points} points of "
-        f"{summary.quadrature}, accumulation {s.accumulation}. Intervals are 95 %; differences "
+        f"K = {s.topk} per block, {summary.scope} tokens, {summary.integral}, "
+        f"accumulation {s.accumulation}. Intervals are 95 %; differences "
         f"are paired, {first} minus the other. The score is what the search of neuron-path seeks "
         "to raise, so this says how well it searches, not that its neurons matter more: the "
         "editing experiments test that."

@@ -18,7 +18,7 @@ import torch
 from npprune.core.methods import find_paths
 from npprune.core.metrics import mean_interval
 from npprune.core.paths import PathBatch
-from npprune.core.quadrature import default_points
+from npprune.core.quadrature import IMAGE_POINTS, default_points, first_block_points
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
@@ -205,7 +205,7 @@ def _manifest(
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
         "scope": scope,
-        "points": settings.points or default_points(settings.quadrature, scope),
+        **_points(settings, scope),
         "shard_images": _per_shard(settings),
         "model": network.info.source.sha256,
         "data": images.source.info().sha256 or _stream_settings(images),
@@ -258,6 +258,18 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
     emit(Event(STAGE, words))
 
 
+def _points(settings: DiscoverSection, scope: str) -> dict[str, int]:
+    """Points of the integral, and of the first block's where those are more."""
+    if settings.points is not None:
+        return {"points": settings.points}
+    if settings.method == "influence-pattern":
+        return {"points": IMAGE_POINTS}
+    points = default_points(settings.quadrature, scope)
+    first = first_block_points(settings.quadrature, scope)
+    by_block = settings.method in ("neuron-path", "knowledge-neuron")
+    return {"points": points} | ({"first_points": first} if by_block and first != points else {})
+
+
 def _summary(
     table: PathTable,
     settings: DiscoverSection,
@@ -269,7 +281,7 @@ def _summary(
         method=settings.method,
         scope=scope,
         quadrature=settings.quadrature,
-        points=settings.points or default_points(settings.quadrature, scope),
+        **_points(settings, scope),
         topk=settings.topk,
         accumulation=settings.accumulation,
         data=images.info(),

@@ -54,7 +54,7 @@ _HINTS = {
     "prune.target_params": "`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
     "prune.target_macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a thousand million",
     "discover.topk": "`1` finds one neuron per block, as in the paper",
-    "discover.points": "leave it out: 4 at the class token, 8 at the patches, 20 for left-Riemann",
+    "discover.points": "leave it out, or take 4 at the class token, 8 at the patches",
     "data.crop_pct": "`0.9` crops the middle 90 % of the resized image's side",
     "data.train": "for example `folder:PATH` or `digits:train`",
 }

@@ -30,7 +30,7 @@ def _discovery(found: DiscoverySummary) -> Facts:
     pairs = [
         ("method", found.method),
         ("scope (tokens)", found.scope),
-        ("quadrature", f"{found.quadrature}, {text.plural(found.points, 'point')}"),
+        ("quadrature", found.integral),
         ("neurons per block, K", str(found.topk)),
         ("accumulation", found.accumulation),
         ("precision", found.precision),
