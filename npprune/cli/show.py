@@ -306,9 +306,10 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     """Two networks side by side."""
     output.document("benchmark", to_dict(found))
     rows = []
+    saved = found.macs_ratio if found.macs_ratio and found.macs_ratio < 1 else None
     for row in found.rows:
         t = row.latency
-        gain = [text.percent(found.macs_ratio / t.ratio, 0)] if found.macs_ratio else []
+        gain = [text.percent(saved / t.ratio, 0)] if saved else []
         rows.append(
             (
                 f"{text.where(t)}, {text.plural(t.threads, 'thread')}",
@@ -324,7 +325,7 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
             )
         )
     columns = ["timed in", "dense", "pruned", "ratio"]
-    columns += ["of MACs' gain"] if found.macs_ratio else []
+    columns += ["of MACs' gain"] if saved else []
     columns += ["images/s (dense)", "memory (dense)"]
     output.table(f"{found.pruned} beside {found.dense}: median (spread)", columns, rows)
     if found.macs_ratio is not None:

@@ -206,19 +206,20 @@ class _Walk:
         self.place(default_points(rule, scope) if points is None else points)
 
     def place(self, m: int) -> None:
-        """The alphas, and the rows that go through the blocks together."""
+        """The alphas, and the pieces of rows that go through the blocks together: those at
+        alpha = 1 by themselves where their gradient is known."""
         alphas, self.weights = (v.to(self.x) for v in quadrature(self.rule, m))
         b = len(self.image_labels)
         self.m, self.labels = m, self.image_labels.repeat(m)
         self.alphas = alphas.repeat_interleave(b)[:, None, None]  # [mb, 1, 1]
         self.fresh = (m - 1 if self.clean else m) * b  # rows whose gradient is not known yet
-        self.step = max(1, min(self.step, self.fresh))
         self.pieces = _slices(0, self.fresh, self.step) + _slices(self.fresh, m * b, self.step)
 
     def first_gradient(self) -> Tensor:
         """The integral of g_i [b, s, h] in block 0, where there is no path yet: nothing that
         stays depends on the alphas, and there may be more of them."""
         walk = copy(self)
+        walk.step = max(1, min(self.step, self.fresh))  # no more memory than the other blocks
         walk.place(self.first)
         return walk.own_gradient(0, self.w[0])
 
@@ -234,17 +235,6 @@ class _Walk:
         """dp/dx [mb, t, d] of each row's own label, x being the streams before block l."""
         return torch.cat([self.piece_gradient(x[rows], l, rows) for rows in self.pieces])
 
-    def own_gradient(self, l: int, w: Tensor) -> Tensor:
-        """The integral of g_i [b, s, h] without a path: block l's units scaled, x being [b, t, d]
-        the clean stream before it."""
-        x, o_all = self.repeat(self.x), self.scaled(l, w)
-        dp_do: list[Tensor] = []
-        for rows in self.pieces:
-            o = o_all[rows].detach().requires_grad_()
-            y = self.view.block(l, x[rows], given=(self.tokens, o))
-            dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
-        return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
-
     def piece_gradient(self, x: Tensor, l: int, rows: slice) -> Tensor:
         """The same for one of the pieces, whose streams x are."""
         if rows.start >= self.fresh:
@@ -254,6 +244,17 @@ class _Walk:
             y = self.view.block(block, y, cls_only=self.cls_only(block))
         p = self.view.head(y).softmax(-1).gather(1, self.labels[rows, None])
         return torch.autograd.grad(p.sum(), x)[0]
+
+    def own_gradient(self, l: int, w: Tensor) -> Tensor:
+        """The integral of g_i [b, s, h] without a path: block l's units are scaled, and the
+        stream before it, `x` [b, t, d], is the clean run's."""
+        x, o_all = self.repeat(self.x), self.scaled(l, w)
+        dp_do: list[Tensor] = []
+        for rows in self.pieces:
+            o = o_all[rows].detach().requires_grad_()
+            y = self.view.block(l, x[rows], given=(self.tokens, o))
+            dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
+        return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
 
     def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
@@ -325,8 +326,8 @@ class _TangentWalk(_Walk):
                 self.y, attention = (self.repeat(v) for v in block(self.x))
             self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
         else:
-            x, dx = self.x, self.dx
-            done = [value_and_tangent(block, x[rows], dx[rows]) for rows in self.pieces]
+            steps = zip(self.x.split(self.step), self.dx.split(self.step), strict=True)
+            done = [value_and_tangent(block, *step) for step in steps]
             self.y, attention, self.dy, dattention = (
                 torch.cat([pieces[i][j] for pieces in done]) for i in (0, 1) for j in (0, 1)
             )

@@ -37,6 +37,7 @@ from npprune.records import (
     digest,
     to_dict,
 )
+from npprune.report import text
 from npprune.report.analyses import learning_curve
 from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoint
 from npprune.store.runs import RunFolder, read_plan
@@ -432,9 +433,10 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
         rows.append(["top-1, %", 100 * summary.dense_top1, 100 * before.top1, 100 * after.top1])
     minutes, seconds = divmod(round(summary.seconds), 60)
     spent = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
-    text = (
+    said = (
         f"{summary.source} was trained to predict as the dense network does ({summary.method}): "
-        f"{summary.images} images, {summary.epochs:.3g} epochs, {summary.steps} steps, {spent}, "
+        f"{text.plural(summary.images, 'image')}, {summary.epochs:.3g} "
+        f"epoch{'s' * (summary.epochs != 1)}, {text.plural(summary.steps, 'step')}, {spent}, "
         f"{summary.images_per_second:.3g} images a second; augmentation: "
         f"{AUGMENTATIONS[summary.augmentation]}. Measured on {summary.held_out} images that were "
         f"not trained on; the weights of step {after.step} are kept. Ended by {summary.stopped}."
@@ -450,5 +452,5 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
         y_label="nats" if summary.method != "layer-wise" else "nats; relative error of a block",
         columns=["held-out images", "dense", "pruned", "healed"],
         rows=rows,
-        text=text,
+        text=said,
     )
