@@ -254,12 +254,6 @@ class DiscoverySummary:
     first_points: int | None = None
     """Points of the integral in block 0; None: as many as in the others."""
 
-    @property
-    def integral(self) -> str:
-        """`gauss-radau, 7 points (12 in block 0)`."""
-        more = f" ({self.first_points} in block 0)" if self.first_points else ""
-        return f"{self.quadrature}, {self.points} point{'s' * (self.points != 1)}{more}"
-
 
 @dataclass
 class Plan(Document):
@@ -441,6 +435,11 @@ class Benchmark(Document):
     environment: Environment
     rows: list[BenchmarkRow]
     macs_ratio: float | None = None  # pruned over dense; None: not known
+
+    @property
+    def saved(self) -> float | None:
+        """`macs_ratio` where there are fewer MACs: what a ratio of times can be a share of."""
+        return self.macs_ratio if self.macs_ratio and self.macs_ratio < 1 else None
 
 
 @dataclass

@@ -41,7 +41,7 @@ def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) ->
         rows += [
             ("images", data(found.data)),
             ("method", f"{found.method} on {TOKENS.get(found.scope, found.scope)}"),
-            ("integral", found.integral),
+            ("integral", text.integral(found)),
             ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
         ]
         if found.mean_score is not None:
@@ -306,10 +306,9 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     """Two networks side by side."""
     output.document("benchmark", to_dict(found))
     rows = []
-    saved = found.macs_ratio if found.macs_ratio and found.macs_ratio < 1 else None
     for row in found.rows:
         t = row.latency
-        gain = [text.percent(saved / t.ratio, 0)] if saved else []
+        gain = [text.percent(found.saved / t.ratio, 0)] if found.saved else []
         rows.append(
             (
                 f"{text.where(t)}, {text.plural(t.threads, 'thread')}",
@@ -325,7 +324,7 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
             )
         )
     columns = ["timed in", "dense", "pruned", "ratio"]
-    columns += ["of MACs' gain"] if saved else []
+    columns += ["of MACs' gain"] if found.saved else []
     columns += ["images/s (dense)", "memory (dense)"]
     output.table(f"{found.pruned} beside {found.dense}: median (spread)", columns, rows)
     if found.macs_ratio is not None:

@@ -19,7 +19,13 @@ from npprune.core.paths import (
     joint_attribution,
     own_attribution,
 )
-from npprune.core.quadrature import IMAGE_POINTS, Rule, quadrature
+from npprune.core.quadrature import (
+    IMAGE_POINTS,
+    Rule,
+    default_points,
+    first_block_points,
+    quadrature,
+)
 from npprune.core.view import Scope, VitView, frozen
 
 Method = Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
@@ -82,6 +88,17 @@ def find_paths(
         best = [s.sort(dim=-1, descending=True, stable=True).indices[:, :topk] for s in scores]
         neurons = torch.stack(best, 1)
     return joint_attribution(view, images, labels, neurons=neurons, **attribute)
+
+
+def points_of(method: str, rule: str, scope: str, points: int | None) -> tuple[int, int]:
+    """Points of the integral by which `find_paths` chooses neurons, and of the one in block 0."""
+    if points is not None:
+        return points, points
+    if method == "influence-pattern":
+        return IMAGE_POINTS, IMAGE_POINTS
+    m = default_points(rule, scope)
+    by_block = method in ("neuron-path", "knowledge-neuron")
+    return m, first_block_points(rule, scope) if by_block else m
 
 
 def activation(

@@ -191,7 +191,7 @@ class _Walk:
         searching: bool = True,
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
-        self.view, self.image_labels, self.rule = view, labels, rule
+        self.view, self.image_labels, self.scope, self.rule = view, labels, scope, rule
         self.tokens = view.tokens(scope)
         self.last = len(view.widths) - 1
         self.clean: list[Tensor] = []  # dp/dX at alpha = 1
@@ -248,11 +248,13 @@ class _Walk:
     def own_gradient(self, l: int, w: Tensor) -> Tensor:
         """The integral of g_i [b, s, h] without a path: block l's units are scaled, and the
         stream before it, `x` [b, t, d], is the clean run's."""
+        with torch.no_grad():
+            attention = self.repeat(self.view.attention_output(l, self.x))
         x, o_all = self.repeat(self.x), self.scaled(l, w)
         dp_do: list[Tensor] = []
         for rows in self.pieces:
             o = o_all[rows].detach().requires_grad_()
-            y = self.view.block(l, x[rows], given=(self.tokens, o))
+            y = self.view.tail(l, x[rows], attention[rows], given=(self.tokens, o))
             dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
         return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
 
@@ -370,7 +372,7 @@ class _GraphWalk(_Walk):
             gradients.append(torch.autograd.grad(y, (o, eps), dp_dy, retain_graph=True))
         dp_do, dp_deps = (torch.cat(pieces) for pieces in zip(*gradients, strict=True))
         g, path_g = self.integral(dp_do) @ self.view.fc2(l).weight, self.integral(dp_deps)
-        if self.cls_only(l) and self.tokens.start == self.view.num_prefix_tokens:
+        if self.cls_only(l) and self.scope == "patch":
             self.path_g = path_g  # no one reads what block l does to the patches
         return path_g, g
 

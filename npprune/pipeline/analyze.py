@@ -21,7 +21,7 @@ from npprune.errors import DataError, UsageError
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.found import Found, choose_labels, open_found, paths_of, record
 from npprune.records import Analysis, FigureData, Series
-from npprune.report import five_numbers
+from npprune.report import five_numbers, text
 
 STAGE = "analyze"
 PAIRS_SHOWN = 5
@@ -78,9 +78,9 @@ def analyze_scores(
     )
     s, summary = found.settings, found.result.discovery
     assert summary is not None
-    text = (
+    said = (
         f"The joint attribution score of each method's path on the same {len(found.table)} images: "
-        f"K = {s.topk} per block, {summary.scope} tokens, {summary.integral}, "
+        f"K = {s.topk} per block, {summary.scope} tokens, {text.integral(summary)}, "
         f"accumulation {s.accumulation}. Intervals are 95 %; differences "
         f"are paired, {first} minus the other. The score is what the search of neuron-path seeks "
         "to raise, so this says how well it searches, not that its neurons matter more: the "
@@ -90,7 +90,7 @@ def analyze_scores(
         "paths by", "mean", "from", "to", "median",
         f"{first} minus it", "from", "to", f"{first} higher, % of images",
     ]  # fmt: skip
-    result = {"scores": Analysis("Joint attribution scores", text, columns, rows, figure)}
+    result = {"scores": Analysis("Joint attribution scores", said, columns, rows, figure)}
     record(found, result, command)
     return result
 
@@ -333,13 +333,13 @@ def _strips(found: Found, rows: np.ndarray, name: str, *, named: bool) -> Analys
         cells=cells,
     )
     images = f"{len(rows)} image" + ("s" if len(rows) != 1 else "")
-    text = (
+    said = (
         f"Each strip is a block; its segments are the {STRIP} neurons that the paths of {images} "
         "hold most often, the preferred one first, as wide as their share (what is missing at the "
         "right are all others). A neuron's number is its name, no place on a line."
     )
     if not named:
-        return Analysis(f"Preferred path: {name}", text, figure=figure)
+        return Analysis(f"Preferred path: {name}", said, figure=figure)
     preferred = [block[0][0] for block in frequency(neurons, 1)]
     held = (neurons == np.array(preferred)[:, None]).any(2).sum(1)
     order = np.lexsort((found.table.ids[rows], -held))
@@ -351,10 +351,10 @@ def _strips(found: Found, rows: np.ndarray, name: str, *, named: bool) -> Analys
         for i in group
     ]
     spread = Counter(held.tolist())
-    text += (
+    said += (
         f" An image follows the preferred path in so many of the {len(preferred)} blocks: "
         + ", ".join(f"{n} in {b}" for b, n in sorted(spread.items(), reverse=True))
         + "."
     )
     columns = ["preferred path", "image", "blocks in common", "score of its own path"]
-    return Analysis(f"Preferred path: {name}", text, columns, listed, figure)
+    return Analysis(f"Preferred path: {name}", said, columns, listed, figure)

@@ -158,10 +158,9 @@ def analysis(found: Benchmark) -> Analysis:
     columns += ["ratio", "quartiles", "of the MACs' speed-up", "images/s", "images/s before"]
     columns += ["memory", "memory before"]
     table: list[list[str | int | float | None]] = []
-    saved = found.macs_ratio if found.macs_ratio and found.macs_ratio < 1 else None
     for row in found.rows:
         t = row.latency
-        gain = saved / t.ratio if saved else None
+        gain = found.saved / t.ratio if found.saved else None
         table.append(
             [
                 text.runtime(t),

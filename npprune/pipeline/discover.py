@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from npprune.core.methods import find_paths
+from npprune.core.methods import find_paths, points_of
 from npprune.core.metrics import mean_interval
 from npprune.core.paths import PathBatch
-from npprune.core.quadrature import IMAGE_POINTS, default_points, first_block_points
+from npprune.core.quadrature import default_points
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
@@ -260,14 +260,8 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
 
 def _points(settings: DiscoverSection, scope: str) -> dict[str, int]:
     """Points of the integral, and of the first block's where those are more."""
-    if settings.points is not None:
-        return {"points": settings.points}
-    if settings.method == "influence-pattern":
-        return {"points": IMAGE_POINTS}
-    points = default_points(settings.quadrature, scope)
-    first = first_block_points(settings.quadrature, scope)
-    by_block = settings.method in ("neuron-path", "knowledge-neuron")
-    return {"points": points} | ({"first_points": first} if by_block and first != points else {})
+    points, first = points_of(settings.method, settings.quadrature, scope, settings.points)
+    return {"points": points} | ({"first_points": first} if first != points else {})
 
 
 def _summary(

@@ -30,7 +30,7 @@ def _discovery(found: DiscoverySummary) -> Facts:
     pairs = [
         ("method", found.method),
         ("scope (tokens)", found.scope),
-        ("quadrature", found.integral),
+        ("quadrature", text.integral(found)),
         ("neurons per block, K", str(found.topk)),
         ("accumulation", found.accumulation),
         ("precision", found.precision),

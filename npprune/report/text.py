@@ -10,7 +10,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from npprune.records import DataInfo, ExportRecord, Latency, Mean, Preprocessing, PruneSummary, Rate
+from npprune.records import (
+    DataInfo,
+    DiscoverySummary,
+    ExportRecord,
+    Latency,
+    Mean,
+    Preprocessing,
+    PruneSummary,
+    Rate,
+)
 
 DASH = "–"
 MINUS = "−"
@@ -210,6 +219,12 @@ def preprocessing(p: Preprocessing) -> str:
     std = " ".join(f"{v:.4g}" for v in p.std)
     crop = f"crop {p.crop_pct:.4g} ({p.crop_mode})"
     return f"{shape}, {p.interpolation}, {crop}, mean {mean}, std {std}"
+
+
+def integral(found: DiscoverySummary) -> str:
+    """`gauss-radau, 7 points (12 in block 0)`."""
+    first = f" ({found.first_points} in block 0)" if found.first_points else ""
+    return f"{found.quadrature}, {plural(found.points, 'point')}{first}"
 
 
 def data(info: DataInfo) -> str:
