@@ -246,7 +246,7 @@ def test_completeness_of_the_units_own_parts(scope: str) -> None:
     own = own_attribution(make_view(model), images, labels, scope=scope, points=160)
     where = positions(model, scope)
     for n in range(len(images)):
-        p = run(model, images[n], {}, where)[labels[n]]
+        p = run(model, images[n], {}, where)[labels[n]].detach()
         w = clean(model, images[n], where)
         for l in range(len(w)):
             zero = run(model, images[n], {l: torch.zeros_like(w[l])}, where)[labels[n]].detach()

@@ -78,7 +78,7 @@ def clean_hidden(view: VitView, images: Tensor, scope: Scope) -> tuple[list[Tens
     hidden: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:
-        hidden.append(h[:, tokens].detach().to(images.dtype))
+        hidden.append(_part(h, tokens, images.dtype))
         return h
 
     with torch.no_grad():
@@ -97,7 +97,7 @@ def clean_gradients(
     hidden: list[Tensor] = []
 
     def keep(h: Tensor) -> Tensor:
-        hidden.append(h[:, tokens].detach().to(images.dtype))
+        hidden.append(_part(h, tokens, images.dtype))
         return h
 
     streams = [view.embed(images).detach().requires_grad_()]
@@ -410,6 +410,11 @@ def _rows_at_a_time(x: Tensor, width: int) -> int:
 
 def _slices(start: int, stop: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+def _part(h: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
+    """A copy of h at the tokens: the whole of h need not stay for it."""
+    return h[:, tokens].detach().to(dtype, copy=True)
 
 
 def _take(w: Tensor, units: Tensor) -> Tensor:
