@@ -10,7 +10,8 @@ paper's released program, written here from the formula. All settings see the sa
 threads, and take turns after a warm-up. `agreement` is the share of blocks whose neuron is that of
 the converged integral (64 Gauss-Legendre points).
 
-Without --checkpoint and --data: random weights and noise, for the times only.
+Without --data the images are noise, without --checkpoint the weights are random: for the times
+only.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from npprune.core.paths import clean_hidden, joint_attribution
-from npprune.core.quadrature import default_points, first_block_points, quadrature
+from npprune.core.quadrature import default_points, first_block_points, quadrature, rule_for
 from npprune.core.view import Scope, VitView, frozen
 from npprune.data.loading import batches
 from npprune.data.sources import open_source
@@ -97,28 +98,35 @@ def settings(view: VitView, scope: Scope) -> dict[str, Search]:
     return {
         "reference, left-Riemann 20": lambda x, y: reference(view, x, y, scope, "left-riemann", 20),
         "npprune, left-Riemann 20": ours(view, scope, "left-riemann", 20),
-        f"npprune, {default(scope)} (default)": ours(view, scope, "gauss-radau", None),
+        f"npprune, {default(scope)} (default)": ours(view, scope, "auto", None),
     }
 
 
 def default(scope: Scope) -> str:
-    points, first = default_points("gauss-radau", scope), first_block_points("gauss-radau", scope)
-    return f"Gauss-Radau {points}" + (f", {first} in block 0" if first != points else "")
+    points, first = default_points("auto", scope), first_block_points("auto", scope)
+    return f"{rule_for('auto', scope)} {points}" + (
+        f", {first} in block 0" if first != points else ""
+    )
 
 
 def load_inputs(args: argparse.Namespace) -> tuple[VitView, Tensor, Tensor]:
+    """The network, images and labels: random weights without --checkpoint, noise without --data."""
     if args.checkpoint is None:
+        if args.data is not None:
+            sys.exit("--data needs --checkpoint: random weights say nothing about real images")
         size_of = {} if args.img_size is None else {"img_size": args.img_size}
         model = create(args.model, {"num_classes": 1000, **size_of})
-        view = make_view(model)
-        size = model.patch_embed.img_size  # type: ignore[union-attr]
-        g = torch.Generator().manual_seed(0)
-        images = torch.randn(args.images, 3, *size, generator=g)  # type: ignore[misc]
-        labels = torch.randint(0, 1000, (args.images,), generator=g)
+        shape, classes = (3, *model.patch_embed.img_size), 1000  # type: ignore[union-attr, misc]
     else:
         loaded = load(args.model, checkpoint=args.checkpoint, img_size=args.img_size)
-        view = make_view(loaded.model)
-        source = open_source(args.data, num_classes=loaded.info.num_classes)
+        model, classes = loaded.model, loaded.info.num_classes
+        shape = loaded.info.preprocessing.input_size
+    if args.data is None:
+        g = torch.Generator().manual_seed(0)
+        images = torch.randn(args.images, *shape, generator=g)
+        labels = torch.randint(0, classes, (args.images,), generator=g)
+    else:
+        source = open_source(args.data, num_classes=classes)
         assert source.items is not None
         step = max(1, len(source.items) // args.images)
         batch = next(
@@ -128,7 +136,7 @@ def load_inputs(args: argparse.Namespace) -> tuple[VitView, Tensor, Tensor]:
             )
         )  # fmt: skip
         images, labels = batch.images, batch.labels
-    device = torch.device(args.device)
+    view, device = make_view(model), torch.device(args.device)
     view.model.to(device)
     return view, images.to(device), labels.to(device)
 
@@ -178,7 +186,7 @@ def linear(args: argparse.Namespace) -> None:
     args.images = many
     view, images, labels = load_inputs(args)
     scope = args.scope or view.scope
-    search = ours(view, scope, "gauss-radau", None)
+    search = ours(view, scope, "auto", None)
     timed(search, images[: args.batch], labels[: args.batch], args.batch)
     ratios = []
     for _ in range(args.rounds):

@@ -85,7 +85,7 @@ def search_in(name: str, model: nn.Module, scope: Scope) -> Search:
     """The default search at a setting such as `bf16+compile`."""
     precision, _, compiled = name.partition("+")
     view = make_view(model, precision=precision, compiled=bool(compiled))  # type: ignore[arg-type]
-    return ours(view, scope, "gauss-radau", None)
+    return ours(view, scope, "auto", None)
 
 
 def row(name: str, spent: list[float], images: int, agreement: str) -> None:

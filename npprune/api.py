@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from npprune.core.methods import Method, find_paths
 from npprune.core.paths import Accumulation, PathBatch
-from npprune.core.quadrature import Rule, default_points
+from npprune.core.quadrature import RuleOrAuto, default_points
 from npprune.core.view import Scope
 from npprune.errors import UsageError
 from npprune.models.load import build, load
@@ -75,7 +75,7 @@ def discover_paths(
     topk: int = 1,
     method: Method = "neuron-path",
     scope: Scope | str = "auto",
-    quadrature: Rule = "gauss-radau",
+    quadrature: RuleOrAuto = "auto",
     points: int | None = None,
     accumulation: Accumulation = "sum",
     seed: int = 0,
@@ -89,9 +89,11 @@ def discover_paths(
         topk: neurons in each block, best first.
         method: neuron-path, activation, influence-pattern, knowledge-neuron or random.
         scope: the tokens at which neurons are read: cls, patch, all, or auto (as pooled).
-        quadrature: gauss-radau, gauss-legendre, or left-riemann (the paper's).
-        points: how many points; None: 4 at the class token and 7 elsewhere, where block 0 gets
-            12; for gauss-legendre 5 and 8; 20 for left-riemann, and for influence-pattern.
+        quadrature: gauss-radau, mapped-radau, gauss-legendre, left-riemann (the paper's), or auto:
+            the first at the class token, the second elsewhere.
+        points: how many points; None, at the class token and elsewhere: 4 and 7 for gauss-radau,
+            5 and 6 for mapped-radau, both 12 in block 0 elsewhere; 5 and 8 for gauss-legendre;
+            20 for left-riemann, and for influence-pattern.
         accumulation: sum (the formula) or last (the paper's released program).
         seed: for the random method.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from npprune.core import paths
 from npprune.core.methods import METHODS, find_paths
 from npprune.core.paths import joint_attribution, own_attribution
-from npprune.core.quadrature import Rule, quadrature
+from npprune.core.quadrature import END_AT_ONE, Rule, RuleOrAuto, quadrature
 from npprune.core.view import Scope
 from npprune.models.view import make_view
 
@@ -109,6 +110,7 @@ def naive(
 
 @pytest.mark.parametrize(("rule", "accumulation"), [
     ("gauss-legendre", "sum"), ("gauss-legendre", "last"), ("gauss-radau", "sum"),
+    ("mapped-radau", "sum"),
 ])  # fmt: skip
 @pytest.mark.parametrize(("kind", "scope"), [
     ("cls", "cls"), ("patch", "patch"), ("cls+registers", "cls"), ("cls", "all"),
@@ -129,15 +131,14 @@ def test_agrees_with_loops_over_neurons_points_and_images(
         assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
 
 
-def test_one_point_of_gauss_radau_is_the_clean_run() -> None:
+@pytest.mark.parametrize("rule", END_AT_ONE)
+def test_one_point_of_gauss_radau_is_the_clean_run(rule: Rule) -> None:
     """There the integral is the gradient itself, and no block is run again."""
     view = make_view(tiny_vit())
     images, labels = tiny_batch(3)
-    found = joint_attribution(view, images, labels, scope="cls", rule="gauss-radau", points=1)
+    found = joint_attribution(view, images, labels, scope="cls", rule=rule, points=1)
     for n in range(len(images)):
-        path, score = naive(
-            view.model, images[n], int(labels[n]), "cls", 1, "gauss-radau", 1, "sum"
-        )
+        path, score = naive(view.model, images[n], int(labels[n]), "cls", 1, rule, 1, "sum")
         assert found.neurons[n].tolist() == path
         assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
 
@@ -154,11 +155,33 @@ def test_gauss_radau_is_exact_for_polynomials_and_ends_at_one(points: int) -> No
         assert beyond != pytest.approx(1 / (2 * points), rel=1e-7)
 
 
+@pytest.mark.parametrize("points", [1, 2, 5, 8, 33])
+def test_the_mapped_rule_adds_up_to_one_and_ends_there(points: int) -> None:
+    nodes, weights = quadrature("mapped-radau", points)
+    assert nodes[-1] == 1
+    assert nodes[0] > 0
+    assert (nodes.diff() > 0).all()
+    assert float(weights.sum()) == pytest.approx(1, rel=1e-14)
+
+
+def test_the_mapped_rule_is_better_where_the_integrand_is_steep_near_zero() -> None:
+    """alpha / (alpha + 0.04), as steep as p at the patches: its integral is known."""
+    exact = 1 - 0.04 * math.log(1.04 / 0.04)
+
+    def error(rule: Rule, points: int) -> float:
+        nodes, weights = quadrature(rule, points)
+        return abs(float((weights * nodes / (nodes + 0.04)).sum()) - exact)
+
+    for points in (4, 6, 8):
+        assert error("mapped-radau", points) < 0.5 * error("gauss-radau", points)
+        assert error("mapped-radau", points + 8) < 0.1 * error("mapped-radau", points)
+
+
 def test_as_many_points_as_the_scope_needs() -> None:
     view = make_view(tiny_vit())
     images, labels = tiny_batch(2)
     neurons = joint_attribution(view, images, labels, scope="patch").neurons
-    for scope, points, path in (("cls", 4, None), ("patch", 7, neurons)):
+    for scope, points, path in (("cls", 4, None), ("patch", 6, neurons)):
         found = joint_attribution(view, images, labels, scope=scope, neurons=path)
         same = joint_attribution(view, images, labels, scope=scope, points=points, neurons=path)
         assert torch.equal(found.scores, same.scores)
@@ -283,18 +306,19 @@ def test_more_points_converge() -> None:
     images, labels = tiny_batch(4)
     exact = joint_attribution(view, images, labels, points=48)
 
-    def error(rule: Rule, points: int | None = None) -> float:
+    def error(rule: RuleOrAuto, points: int | None = None) -> float:
         found = joint_attribution(
             view, images, labels, neurons=exact.neurons, rule=rule, points=points
         )
         return float((found.scores - exact.scores).abs().max())
 
     released = error("left-riemann")
-    four, five = error("gauss-radau"), error("gauss-radau", 5)
+    assert error("gauss-legendre") < 0.05 * released
+    four, five = error("auto"), error("gauss-radau", 5)
     assert four < 0.25 * released  # the default, for the class token
     assert five < 0.05 * released
-    assert error("gauss-legendre") < 0.05 * released
-    assert error("gauss-radau", 6) < 0.25 * four < 0.05 * error("gauss-radau", 2)
+    for rule in END_AT_ONE:
+        assert error(rule, 6) < 0.25 * error(rule, 4) < 0.05 * error(rule, 2)
 
 
 def test_the_model_is_left_as_it_was() -> None:

@@ -431,28 +431,32 @@ def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: Scope) -> No
     assert process.exitcode == 0
     measured = answer.get()
     view, images, _ = large_search()
-    points = default_points("gauss-radau", scope)
+    points = default_points("auto", scope)
     fit = memory.images_that_fit(view, images[:1], points, 8.0, torch.device("cpu"))
     assert 0.2 < measured / (11 * 8.0 / fit) < 1
 
 
 def test_how_many_points_is_said_and_decides_the_paths(world: World) -> None:
-    """The default's points in block 0 are a setting like the others: with 7 asked for
+    """The default's points in block 0 are a setting like the others: with 6 asked for
     everywhere, a store of the default is another one."""
     found = world.discover(scope="patch").discovery
     assert found is not None
-    assert text.integral(found) == "gauss-radau, 7 points (12 in block 0)"
+    assert text.integral(found) == "mapped-radau, 6 points (12 in block 0)"
     with pytest.raises(StoreError, match="settings"):
-        world.discover(scope="patch", points=7)
+        world.discover(scope="patch", points=6)
     for settings, integral in (
         ({"scope": "cls"}, "gauss-radau, 4 points"),
-        ({"scope": "patch", "points": 1}, "gauss-radau, 1 point"),
-        ({"scope": "patch", "method": "influence-pattern"}, "gauss-radau, 20 points"),
+        ({"scope": "patch", "points": 1}, "mapped-radau, 1 point"),
+        ({"scope": "patch", "method": "influence-pattern"}, "mapped-radau, 20 points"),
         (
             {"scope": "patch", "method": "knowledge-neuron"},
-            "gauss-radau, 7 points (12 in block 0)",
+            "mapped-radau, 6 points (12 in block 0)",
         ),
         ({"scope": "patch", "quadrature": "left-riemann"}, "left-riemann, 20 points"),
+        (
+            {"scope": "patch", "quadrature": "gauss-radau"},
+            "gauss-radau, 7 points (12 in block 0)",
+        ),
     ):
         summary = world.discover("-".join(map(str, settings.values())), **settings).discovery
         assert summary is not None

@@ -59,19 +59,22 @@ def command(
         choice(
             SEARCH,
             "--quadrature",
-            "rule of the attribution integral",
+            "rule of the attribution integral (auto: gauss-radau at the class token, mapped-radau "
+            "elsewhere)",
+            "auto",
             "gauss-radau",
+            "mapped-radau",
             "gauss-legendre",
             "left-riemann",
         ),
-    ] = "gauss-radau",
+    ] = "auto",
     points: Annotated[
         int | None,
         option(
             SEARCH,
             "--points",
             "M",
-            "points of the rule \\[default: 4 at the class token, 7 elsewhere (12 in block 0); "
+            "points of the rule \\[default: 4 at the class token, 6 elsewhere (12 in block 0); "
             "20 for left-riemann and influence-pattern]",
         ),
     ] = None,

@@ -21,10 +21,11 @@ from npprune.core.paths import (
 )
 from npprune.core.quadrature import (
     IMAGE_POINTS,
-    Rule,
+    RuleOrAuto,
     default_points,
     first_block_points,
     quadrature,
+    rule_for,
 )
 from npprune.core.view import Scope, VitView, frozen
 
@@ -40,7 +41,7 @@ def find_paths(
     topk: int = 1,
     method: Method = "neuron-path",
     scope: Scope | Literal["auto"] = "auto",
-    rule: Rule = "gauss-radau",
+    rule: RuleOrAuto = "auto",
     points: int | None = None,
     accumulation: Accumulation = "sum",
     generator: torch.Generator | None = None,
@@ -90,7 +91,7 @@ def find_paths(
     return joint_attribution(view, images, labels, neurons=neurons, **attribute)
 
 
-def points_of(method: str, rule: str, scope: str, points: int | None) -> tuple[int, int]:
+def points_of(method: str, rule: RuleOrAuto, scope: str, points: int | None) -> tuple[int, int]:
     """Points of the integral by which `find_paths` chooses neurons, and of the one in block 0."""
     if points is not None:
         return points, points
@@ -118,7 +119,7 @@ def influence_pattern(
     labels: Tensor,
     *,
     scope: Scope,
-    rule: Rule = "gauss-radau",
+    rule: RuleOrAuto = "auto",
     points: int | None = None,
 ) -> list[Tensor]:
     """The mean gradient of p in every unit while the input image is scaled from 0: [b, h] per
@@ -128,7 +129,7 @@ def influence_pattern(
     block on its own.
     """
     m = IMAGE_POINTS if points is None else points
-    alphas, weights = (v.to(images) for v in quadrature(rule, m))
+    alphas, weights = (v.to(images) for v in quadrature(rule_for(rule, scope), m))
     tokens, blocks = view.tokens(scope), range(len(view.widths))
     total = [images.new_zeros(len(images), h) for h in view.widths]
     with frozen(view.model):
@@ -154,7 +155,7 @@ def knowledge_neuron(
     labels: Tensor,
     *,
     scope: Scope,
-    rule: Rule = "gauss-radau",
+    rule: RuleOrAuto = "auto",
     points: int | None = None,
 ) -> list[Tensor]:
     """Each unit's own activation times its integrated gradient: [b, h] per block.

@@ -28,7 +28,7 @@ Four facts keep this exact and cheap:
   patches the hardest of all (a choice that goes wrong there changes all later ones), may take more
   points than the others.
 - At alpha = 1 nothing is scaled, whatever was chosen, so dp/dX is the clean run's: one backward
-  pass has it for all blocks. The last point of Gauss-Radau quadrature costs almost nothing.
+  pass has it for all blocks. The last point of the Radau rules costs almost nothing.
 
 Unit i acts through its column of fc2 alone, so with o the MLP's output, g_i = <W2[:, i], dp/do>,
 and the gradient can be integrated over alpha before it is multiplied by W2.
@@ -48,7 +48,14 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.functional import linear
 
-from npprune.core.quadrature import Rule, default_points, first_block_points, quadrature
+from npprune.core.quadrature import (
+    END_AT_ONE,
+    RuleOrAuto,
+    default_points,
+    first_block_points,
+    quadrature,
+    rule_for,
+)
 from npprune.core.tangent import value_and_tangent
 from npprune.core.view import Scope, VitView, frozen
 
@@ -114,7 +121,7 @@ def joint_attribution(
     *,
     topk: int = 1,
     scope: Scope = "cls",
-    rule: Rule = "gauss-radau",
+    rule: RuleOrAuto = "auto",
     points: int | None = None,
     accumulation: Accumulation = "sum",
     neurons: Tensor | None = None,
@@ -158,7 +165,7 @@ def own_attribution(
     labels: Tensor,
     *,
     scope: Scope,
-    rule: Rule = "gauss-radau",
+    rule: RuleOrAuto = "auto",
     points: int | None = None,
 ) -> list[Tensor]:
     """Each unit's own part, no path: w_i * integral of g_i, [b, h] per block.
@@ -185,17 +192,18 @@ class _Walk:
         images: Tensor,
         labels: Tensor,
         scope: Scope,
-        rule: Rule,
+        rule: RuleOrAuto,
         points: int | None,
         *,
         searching: bool = True,
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
-        self.view, self.image_labels, self.scope, self.rule = view, labels, scope, rule
+        self.view, self.image_labels, self.scope = view, labels, scope
+        self.rule = rule_for(rule, scope)
         self.tokens = view.tokens(scope)
         self.last = len(view.widths) - 1
         self.clean: list[Tensor] = []  # dp/dX at alpha = 1
-        if searching and rule == "gauss-radau":
+        if searching and self.rule in END_AT_ONE:
             self.w, self.clean = clean_gradients(view, images, labels, scope)
         else:
             self.w, _ = clean_hidden(view, images, scope)

@@ -18,7 +18,7 @@ import torch
 from npprune.core.methods import find_paths, points_of
 from npprune.core.metrics import mean_interval
 from npprune.core.paths import PathBatch
-from npprune.core.quadrature import default_points
+from npprune.core.quadrature import default_points, rule_for
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
@@ -70,7 +70,7 @@ def discover(
             data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit
         )
         search = _search(network, settings, seed, where, team.local_count, emit)
-        manifest = _manifest(out.name, network, images, settings, search.scope, where, reason, seed)
+        manifest = _manifest(out.name, network, images, search, where, reason)
         return network, images, search, manifest
 
     network, images, search, manifest = team.together(open_all)
@@ -93,7 +93,7 @@ def discover(
             images.skipped = table.skipped
             if len(table) == 0:
                 raise DataError("no image could be read", hint="the warnings above name them")
-            summary = _summary(table, settings, search.scope, images, timing)
+            summary = _summary(table, search.settings, search.scope, images, timing)
             result = _result(manifest, network, images, summary)
             _keep_earlier(folder, result)
             add_command(result, command)
@@ -180,6 +180,7 @@ def _search(
             f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
             f"block, got {settings.topk}"
         )
+    settings = settings.model_copy(update={"quadrature": rule_for(settings.quadrature, scope)})
     return _Search(view, settings, scope, seed, device, processes, emit)
 
 
@@ -192,16 +193,15 @@ def _manifest(
     name: str,
     network: Network,
     images: Images,
-    settings: DiscoverSection,
-    scope: str,
+    search: _Search,
     where: torch.device,
     reason: str,
-    seed: int,
 ) -> Manifest:
     """The manifest of this run; its settings are what decides the bits of the paths.
 
     `memory` is not among them: a run that was too large may go on with less.
     """
+    settings, scope, seed = search.settings, search.scope, search.seed
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
         "scope": scope,

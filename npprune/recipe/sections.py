@@ -57,14 +57,16 @@ class DataSection(Section):
 
 
 class DiscoverSection(Section):
-    """How paths are found. `points` None: see `core.quadrature.default_points`."""
+    """How paths are found. `quadrature` auto, `points` None: see `core.quadrature`."""
 
     topk: int = Field(1, ge=1)
     method: Literal[
         "neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"
     ] = "neuron-path"
     scope: Literal["auto", "cls", "patch", "all"] = "auto"
-    quadrature: Literal["gauss-radau", "gauss-legendre", "left-riemann"] = "gauss-radau"
+    quadrature: Literal["auto", "gauss-radau", "mapped-radau", "gauss-legendre", "left-riemann"] = (
+        "auto"
+    )
     points: int | None = Field(None, ge=1, le=256)
     accumulation: Literal["sum", "last"] = "sum"
     batch_size: int = Field(16, ge=1)  # images; points x images run as one batch

@@ -222,7 +222,7 @@ def preprocessing(p: Preprocessing) -> str:
 
 
 def integral(found: DiscoverySummary) -> str:
-    """`gauss-radau, 7 points (12 in block 0)`."""
+    """`mapped-radau, 6 points (12 in block 0)`."""
     first = f" ({found.first_points} in block 0)" if found.first_points else ""
     return f"{found.quadrature}, {plural(found.points, 'point')}{first}"
 
