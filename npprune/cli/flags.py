@@ -33,7 +33,7 @@ HINTS = {
     "--target-latency": "`0.6` asks for 60 % of the dense latency, `4.5` for 4.5 milliseconds",
     "--crop-pct": "`0.9` crops the middle 90 % of the resized image's side",
     "--max-drop": "`1.0` allows top-1 to fall by one point, as predicted on held-out images",
-    "--points": "4 points do at the class token, 8 at the patches; left out is best",
+    "--points": "4 points do at the class token, 6 at the patches; left out is best",
 }
 MODEL_FLAGS = ("checkpoint", "num_classes", "img_size", "num_heads", "released_head")
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")

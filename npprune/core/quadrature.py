@@ -61,7 +61,7 @@ def quadrature(rule: Rule, points: int) -> tuple[Tensor, Tensor]:
         ValueError: unknown rule, or fewer than one point.
     """
     if rule not in RULES:
-        raise ValueError(f"`quadrature` must be one of {', '.join(RULES)}, got {rule!r}")
+        raise ValueError(f"`quadrature` must be one of auto, {', '.join(RULES)}, got {rule!r}")
     if points < 1:
         raise ValueError(f"`points` must be at least 1, got {points}")
     m = points
