@@ -306,7 +306,8 @@ def _one(token: str | int, labels: Labels, where: str) -> int:
         low, high = min(known, default=0), max(known, default=0)
         raise DataError(f"class index `{token}` must be one of {low}..{high}{place}")
     names = sorted(set().union(*labels.aliases.values())) if labels.aliases else []
-    raise DataError(f"unknown class `{token}`{place}", hint=_nearest(text, names))
+    how = "classes are indices, synsets or names, parted by commas, or a file with one a line"
+    raise DataError(f"unknown class `{token}`{place}", hint=_nearest(text, names) or how)
 
 
 def _shown(info: ClassInfo) -> str:
