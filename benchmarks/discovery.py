@@ -30,8 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from npprune.core.methods import points_of
 from npprune.core.paths import clean_hidden, joint_attribution
-from npprune.core.quadrature import default_points, first_block_points, quadrature, rule_for
+from npprune.core.quadrature import quadrature, rule_for
 from npprune.core.view import Scope, VitView, frozen
 from npprune.data.loading import batches
 from npprune.data.sources import open_source
@@ -103,10 +104,9 @@ def settings(view: VitView, scope: Scope) -> dict[str, Search]:
 
 
 def default(scope: Scope) -> str:
-    points, first = default_points("auto", scope), first_block_points("auto", scope)
-    return f"{rule_for('auto', scope)} {points}" + (
-        f", {first} in block 0" if first != points else ""
-    )
+    points, first = points_of("neuron-path", "auto", scope, None)
+    more = f", {first} in block 0" if first != points else ""
+    return f"{rule_for('auto', scope)} {points}{more}"
 
 
 def load_inputs(args: argparse.Namespace) -> tuple[VitView, Tensor, Tensor]:

@@ -199,11 +199,11 @@ class _Walk:
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
         self.view, self.image_labels, self.scope = view, labels, scope
-        self.rule = rule_for(rule, scope)
+        self.rule = rule = rule_for(rule, scope)
         self.tokens = view.tokens(scope)
         self.last = len(view.widths) - 1
         self.clean: list[Tensor] = []  # dp/dX at alpha = 1
-        if searching and self.rule in END_AT_ONE:
+        if searching and rule in END_AT_ONE:
             self.w, self.clean = clean_gradients(view, images, labels, scope)
         else:
             self.w, _ = clean_hidden(view, images, scope)

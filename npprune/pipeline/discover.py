@@ -93,7 +93,7 @@ def discover(
             images.skipped = table.skipped
             if len(table) == 0:
                 raise DataError("no image could be read", hint="the warnings above name them")
-            summary = _summary(table, search.settings, search.scope, images, timing)
+            summary = _summary(table, search.settings, images, timing)
             result = _result(manifest, network, images, summary)
             _keep_earlier(folder, result)
             add_command(result, command)
@@ -110,8 +110,7 @@ class _Search:
     """Finds the paths of one batch, on the device, within its memory."""
 
     view: VitView
-    settings: DiscoverSection
-    scope: Any
+    settings: DiscoverSection  # nothing in it is `auto`
     seed: int
     device: torch.device
     processes: int  # that share this machine
@@ -126,7 +125,7 @@ class _Search:
     def __call__(self, batch: Batch) -> PathBatch:
         s, images, labels = self.settings, batch.images, batch.labels
         if self.limit is None:
-            points = s.points or default_points(s.quadrature, self.scope)
+            points = s.points or default_points(s.quadrature, s.scope)
             self.limit = images_that_fit(
                 self.view, images[:1], points, s.memory, self.device, processes=self.processes
             )
@@ -142,7 +141,7 @@ class _Search:
                 labels[lo:hi].to(self.device),
                 topk=s.topk,
                 method=s.method,
-                scope=self.scope,
+                scope=s.scope,
                 rule=s.quadrature,
                 points=s.points,
                 accumulation=s.accumulation,
@@ -180,8 +179,9 @@ def _search(
             f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
             f"block, got {settings.topk}"
         )
-    settings = settings.model_copy(update={"quadrature": rule_for(settings.quadrature, scope)})
-    return _Search(view, settings, scope, seed, device, processes, emit)
+    found = {"scope": scope, "quadrature": rule_for(settings.quadrature, scope)}
+    settings = settings.model_copy(update=found)
+    return _Search(view, settings, seed, device, processes, emit)
 
 
 def _per_shard(settings: DiscoverSection) -> int:
@@ -201,11 +201,10 @@ def _manifest(
 
     `memory` is not among them: a run that was too large may go on with less.
     """
-    settings, scope, seed = search.settings, search.scope, search.seed
+    settings, seed = search.settings, search.seed
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
-        "scope": scope,
-        **_points(settings, scope),
+        **_points(settings),
         "shard_images": _per_shard(settings),
         "model": network.info.source.sha256,
         "data": images.source.info().sha256 or _stream_settings(images),
@@ -258,24 +257,24 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
     emit(Event(STAGE, words))
 
 
-def _points(settings: DiscoverSection, scope: str) -> dict[str, int]:
+def _points(settings: DiscoverSection) -> dict[str, int]:
     """Points of the integral, and of the first block's where those are more."""
-    points, first = points_of(settings.method, settings.quadrature, scope, settings.points)
+    s = settings
+    points, first = points_of(s.method, s.quadrature, s.scope, s.points)
     return {"points": points} | ({"first_points": first} if first != points else {})
 
 
 def _summary(
     table: PathTable,
     settings: DiscoverSection,
-    scope: str,
     images: Images,
     timing: dict[str, float],
 ) -> DiscoverySummary:
     return DiscoverySummary(
         method=settings.method,
-        scope=scope,
+        scope=settings.scope,
         quadrature=settings.quadrature,
-        **_points(settings, scope),
+        **_points(settings),
         topk=settings.topk,
         accumulation=settings.accumulation,
         data=images.info(),
