@@ -1,0 +1,92 @@
+"""Measured harm against networks really changed, block by block."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from npprune.core.compensation import compensate
+from npprune.core.harm import Replacement, candidates_for, measure_harm, predict, replaced
+from npprune.core.metrics import divergence
+from npprune.core.statistics import collect_statistics
+from npprune.errors import UsageError
+from npprune.models.view import TimmView, make_view
+from tests.core.test_statistics import data, tiny_view
+
+
+def replacement(l: int, width: int) -> Replacement:
+    g = torch.Generator().manual_seed(10 * l + width)
+    keep = sorted(torch.randperm(24, generator=g)[:width].tolist())
+    return Replacement(
+        keep,
+        torch.randn(12, width, generator=g, dtype=torch.float64) * 0.3,
+        torch.randn(12, generator=g, dtype=torch.float64) * 0.3,
+    )
+
+
+def changed(view: TimmView, replacements: dict[int, Replacement]) -> TimmView:
+    """A copy with the neurons removed for real."""
+    model = copy.deepcopy(view.model)
+    for l, r in replacements.items():
+        mlp = model.blocks[l].mlp  # type: ignore[union-attr,index]
+        first, second = nn.Linear(12, len(r.keep)), nn.Linear(len(r.keep), 12)
+        first.weight.data, first.bias.data = mlp.fc1.weight[r.keep], mlp.fc1.bias[r.keep]
+        second.weight.data, second.bias.data = r.weight, r.bias
+        mlp.fc1, mlp.fc2 = first, second
+    return make_view(model)
+
+
+def test_replaced_equals_removed_and_is_undone() -> None:
+    view, (images, _) = tiny_view(), data()
+    dense = predict(view, [images])
+    torch.testing.assert_close(dense, view.model(images))
+    both = {0: replacement(0, 8), 2: replacement(2, 16)}
+    got = predict(view, images.split(3), both)
+    torch.testing.assert_close(got, changed(view, both).model(images), rtol=0, atol=1e-12)
+    with pytest.raises(RuntimeError, match="stop"), replaced(view, both):
+        raise RuntimeError("stop")
+    assert torch.equal(predict(view, [images]), dense)
+
+
+@pytest.mark.parametrize("around", [{}, {0: replacement(0, 12), 1: replacement(1, 12)}])
+def test_harm_is_the_divergence_of_the_network_really_changed(
+    around: dict[int, Replacement],
+) -> None:
+    view, (images, _) = tiny_view(), data()
+    dense = predict(view, [images])
+    candidates = [{w: replacement(l, w) for w in (8, 16)} for l in range(3)]
+    rows: list[int] = []
+    table = measure_harm(
+        view,
+        images.split(4),
+        candidates,
+        others=around,
+        on_block=lambda l, row: rows.append(l),
+    )
+    assert rows == [0, 1, 2]
+    for l in range(3):
+        for w in (8, 16):
+            logits = changed(view, {**around, l: candidates[l][w]}).model(images).detach()
+            assert table[l][w] == pytest.approx(float(divergence(dense, logits).mean()), rel=1e-9)
+        assert table[l].get(24) == (None if around else 0.0)
+
+
+def test_candidates_are_the_best_scored_refitted() -> None:
+    view, (images, _) = tiny_view(), data()
+    stats = collect_statistics(view, [(images, None)], needs=["moments"])
+    scores = [torch.arange(24.0)] * 3
+    made = candidates_for(view, stats.moments, scores, [[4, 8]] * 3, protected=[[0], [], []])
+    assert made[0][4].keep == [0, 21, 22, 23]
+    assert made[2][8].keep == list(range(16, 24))
+    fc2 = view.fc2(2)
+    refit = compensate(stats.moments(2), fc2.weight, fc2.bias, range(16, 24))
+    torch.testing.assert_close(made[2][8].weight, refit.weight)
+    torch.testing.assert_close(made[2][8].bias, refit.bias)
+
+
+def test_refusal() -> None:
+    with pytest.raises(UsageError, match="3 blocks, got 1"):
+        measure_harm(tiny_view(), [data()[0]], [{}])

@@ -1,0 +1,306 @@
+"""Heads and query/key dimensions beside hidden units: chosen, carried out, exported, shown."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import npprune
+from npprune.cli import show
+from npprune.cli.console import Output
+from npprune.core import cost
+from npprune.errors import ModelError, UsageError
+from npprune.models.info import count_macs, model_info, model_sizes, state
+from npprune.models.load import create
+from npprune.models.surgery import mask_plan
+from npprune.models.view import make_view
+from npprune.pipeline.axes import AttentionAxes, check_settings
+from npprune.pipeline.evaluate import evaluate
+from npprune.pipeline.events import ignore
+from npprune.pipeline.export import export_checkpoint
+from npprune.pipeline.heal import heal
+from npprune.pipeline.planning import Planner
+from npprune.pipeline.prune import prune
+from npprune.pipeline.results import render_report
+from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.recipe import (
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    HealSection,
+    ModelSection,
+    PruneSection,
+)
+from npprune.records import CheckpointConfig, ModelSource, Variant
+from npprune.store.checkpoints import write_checkpoint
+from npprune.store.runs import RunFolder, read_plan
+from tests.helpers.digits_network import SMALL, write_digits_network
+from tests.helpers.tiny import tiny_batch, tiny_vit
+
+DIGITS = DataSection(calibration="digits:calibration", batch_size=64)
+ALL = ["mlp", "heads", "qk"]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks, each of two heads of 16 dimensions and 128 hidden units, on the digits."""
+    folder = tmp_path_factory.mktemp("dense") / "dense"
+    model = create(ARCHITECTURE, SMALL)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            size = 0.3 if name.endswith("weight") and p.dim() > 1 else 0.03
+            p.copy_(size * torch.randn(p.shape, generator=g))
+            if "norm" in name and name.endswith("weight"):
+                p.add_(1)
+    return write_digits_network(folder, model, SMALL)
+
+
+def settings(**more: Any) -> PruneSection:
+    return PruneSection(**{"axes": ALL, "target_macs": 0.6, "calibration_images": 200, **more})
+
+
+@pytest.fixture(scope="module")
+def small(dense: Path) -> tuple[Path, Variant]:
+    out = dense.parent / "small"
+    return out, prune(ModelSection(name=str(dense)), DIGITS, settings(), out)
+
+
+def test_the_budget_is_met_and_the_mix_recorded(small: tuple[Path, Variant]) -> None:
+    out, variant = small
+    model = npprune.load_model(out)
+    source = npprune.load_model(out.parent / "dense")
+    size = variant.model.preprocessing.input_size
+    macs = count_macs(model, size)
+    assert macs == variant.model.macs == cost.macs(model_sizes(model))
+    assert 0.55 < macs / count_macs(source, size) <= 0.6
+    plan = read_plan(out)
+    kept = variant.prune.details["attention"]
+    assert plan.heads is not None
+    assert [len(h) for h in plan.heads] == kept["heads"] == variant.model.heads
+    assert plan.query_dims == kept["query_dims"]
+    assert (kept["dense_heads"], kept["dense_query_dims"]) == ([2, 2], [16, 16])
+    assert kept["heads"] != [2, 2] or kept["query_dims"] != [16, 16]
+    assert plan.how["axes"] == ALL
+
+
+def test_it_evaluates_heals_exports_and_is_reported(
+    small: tuple[Path, Variant], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, variant = small
+    found = evaluate(out, DataSection(val="digits:test"), EvaluateSection(latency=False))
+    assert found.pruned_model is not None
+    assert found.pruned_model.macs == variant.model.macs
+    record = export_checkpoint(out, DataSection(val="digits:test"), ExportSection(latency=False))
+    assert record.passed
+    html, markdown = render_report(out)
+    show.pruned(Output(as_json=False), variant, out, dry_run=False)
+    shown = capsys.readouterr().out
+    kept = variant.prune.details["attention"]
+    changed = [f"{n} of 2" for n in kept["heads"]] + [f"{r} of 16" for r in kept["query_dims"]]
+    for text in (html.read_text(), markdown.read_text(), shown):
+        assert "query/key dimensions" in text
+        assert all(cell in text for cell in changed)
+
+
+def test_healing_trains_it(dense: Path) -> None:
+    out, healed = dense.parent / "worse", dense.parent / "healed"
+    chosen = settings(target_macs=0.4, compensation="none")
+    prune(ModelSection(name=str(dense)), DIGITS, chosen, out)
+    found = heal(out, DIGITS, HealSection(epochs=2, lr=1e-3), healed).heal
+    assert found is not None
+    assert found.after.divergence_nats < found.before.divergence_nats
+    before, after = (npprune.load_model(p).state_dict() for p in (out, healed))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    qkv = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(before[qkv], after[qkv])
+
+
+def test_heads_removed_equal_heads_masked_with_the_same_values(dense: Path) -> None:
+    out = dense.parent / "heads"
+    chosen = settings(axes=["mlp", "heads"], target_macs=0.5)
+    prune(ModelSection(name=str(dense)), DIGITS, chosen, out)
+    plan, model, pruned = read_plan(out), npprune.load_model(dense), npprune.load_model(out)
+    assert plan.query_dims is None
+    assert plan.heads is not None
+    masked = mask_plan(model, plan)
+    for l, (heads, keep) in enumerate(zip(plan.heads, plan.keep, strict=True)):
+        small: Any = pruned.blocks[l]  # type: ignore[index,union-attr]
+        columns = [16 * h + i for h in heads for i in range(16)]
+        view = make_view(masked)
+        for layer, kept, values in (
+            (view.attention(l).proj, columns, small.attn.proj),
+            (view.fc2(l), keep, small.mlp.fc2),
+        ):
+            with torch.no_grad():
+                layer.weight[:, kept] = values.weight
+                layer.bias.copy_(values.bias)
+    masked.head.load_state_dict(pruned.head.state_dict())  # type: ignore[union-attr]
+    x = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(x), masked(x), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_alone_leaves_the_widths(dense: Path) -> None:
+    out = dense.parent / "attention"
+    chosen = settings(axes=["heads", "qk"], target_macs=0.85)
+    variant = prune(ModelSection(name=str(dense)), DIGITS, chosen, out)
+    assert variant.prune.widths == variant.prune.dense_widths
+    assert variant.model.macs <= 0.85 * count_macs(
+        npprune.load_model(dense), variant.model.preprocessing.input_size
+    )
+
+
+@pytest.mark.parametrize("compensation", ["none", "least-squares"])
+def test_parameters_and_other_compensations(dense: Path, compensation: str) -> None:
+    chosen = settings(target_macs=None, target_params=0.7, compensation=compensation)
+    variant = prune(ModelSection(name=str(dense)), DIGITS, chosen, dense.parent / "x", dry_run=True)
+    whole = sum(p.numel() for p in npprune.load_model(dense).parameters())
+    assert 0.6 * whole < variant.model.params <= 0.7 * whole
+
+
+def test_what_was_pruned_can_be_pruned_further(small: tuple[Path, Variant]) -> None:
+    out, variant = small
+    again = prune(
+        ModelSection(name=str(out)), DIGITS, settings(target_macs=0.7), out.with_name("again")
+    )
+    assert again.model.macs <= 0.7 * variant.model.macs
+    kept, before = again.prune.details["attention"], variant.prune.details["attention"]
+    assert kept["dense_heads"] == before["heads"]
+    assert kept["dense_query_dims"] == before["query_dims"]
+    model = npprune.load_model(out.with_name("again"))
+    assert count_macs(model, again.model.preprocessing.input_size) == again.model.macs
+
+
+def test_max_drop_searches_over_the_macs(dense: Path) -> None:
+    chosen = settings(target_macs=None, max_drop=100)
+    out = dense.parent / "least"
+    variant = prune(ModelSection(name=str(dense)), DIGITS, chosen, out)
+    assert variant.prune.details["attention"]["heads"] == [1, 1]
+    assert variant.prune.details["attention"]["query_dims"] == [8, 8]
+    assert variant.prune.widths == [16, 16]
+
+
+def planner_of(model: nn.Module, **more: Any) -> Planner:
+    images, labels = tiny_batch(24)
+    batches = [(images[:12], labels[:12]), (images[12:], labels[12:])]
+    section = settings(**{"round_to": 16, "min_keep": 16, **more})
+    return Planner(
+        make_view(model), batches, None, section, lambda: model_sizes(model),
+        torch.Generator().manual_seed(0), ignore,
+    )  # fmt: skip
+
+
+def test_the_mix_is_the_best_there_is() -> None:
+    model = tiny_vit(embed_dim=32, num_heads=2, depth=2, mlp_ratio=1.5)
+    planner = planner_of(model)
+    budget = planner.budget()
+    assert budget is not None
+    found = planner.select(budget)
+    table, attention = planner._harm.table, planner._harm.attention
+    assert table is not None
+    sizes = model_sizes(model)
+    assert [set(row) for row in attention] == [set(product((1, 2), (8, 16)))] * 2
+    from npprune.core.selection import smooth
+
+    rows = [smooth(row, [16, 32, 48]) for row in table]
+    goal, best = 0.6 * cost.macs(sizes), (float("inf"), 0.0)
+    for widths in product((16, 32, 48), repeat=2):
+        for pairs in product(product((1, 2), (8, 16)), repeat=2):
+            whole = replace(
+                sizes, hidden=widths, queries=tuple(n * r for n, r in pairs),
+                values=tuple(16 * n for n, _ in pairs),
+            )  # fmt: skip
+            if cost.macs(whole) > goal:
+                continue
+            harm = sum(rows[l][w] for l, w in enumerate(widths))
+            harm += sum(attention[l][p] for l, p in enumerate(pairs))
+            best = min(best, (harm, float(cost.macs(whole))))
+            if (list(widths), list(pairs)) == (found.widths, found.others):
+                assert cost.macs(whole) - cost.macs(sizes) == pytest.approx(
+                    found.achieved - found.total
+                )
+    assert found.harm == pytest.approx(best[0], rel=1e-9)
+
+
+def test_hidden_units_are_refitted_on_the_attention_that_stays() -> None:
+    model = tiny_vit(embed_dim=32, num_heads=2, depth=2)
+    planner = planner_of(model, axes=["heads", "qk"], target_macs=0.8)
+    budget = planner.budget()
+    assert budget is not None
+    chosen = planner.at(budget)
+    fc2 = make_view(model).fc2(1)
+    assert chosen.keep[1] == list(range(fc2.in_features))
+    # makes up for what was lost
+    assert not torch.equal(chosen.refitted.second[1].weight, fc2.weight)
+
+
+def test_options_are_few_and_regular() -> None:
+    view = make_view(tiny_vit(embed_dim=384, num_heads=6, depth=1))
+    images, _ = tiny_batch(2)
+    axes = AttentionAxes(view, ALL, [images], torch.Generator().manual_seed(0))
+    assert axes.heads(0) == [1, 2, 3, 4, 5, 6]
+    assert axes.query_dims(0) == [16, 24, 32, 48, 64]
+    axes.axes = ["heads"]
+    assert axes.query_dims(0) == [64]
+    axes.axes = ["qk"]
+    assert axes.heads(0) == [6]
+
+
+def test_pruning_again_replaces_what_was_pruned(dense: Path) -> None:
+    out, source = dense.parent / "twice", ModelSection(name=str(dense))
+    prune(source, DIGITS, PruneSection(keep=0.5, calibration_images=100), out)
+    variant = prune(source, DIGITS, PruneSection(keep=0.75, calibration_images=100), out)
+    assert read_plan(out).kept_widths == variant.prune.widths
+    assert RunFolder(out).read_result().variants == [variant]
+
+
+def test_the_default_is_hidden_units_alone(dense: Path) -> None:
+    plain = {"target_macs": 0.7, "calibration_images": 100}
+    outs = [dense.parent / name for name in ("default", "named")]
+    for out, more in zip(outs, ({}, {"axes": ["mlp"]}), strict=True):
+        variant = prune(ModelSection(name=str(dense)), DIGITS, PruneSection(**plain, **more), out)
+        assert "attention" not in variant.prune.details
+    one, two = ((out / "model.safetensors").read_bytes() for out in outs)
+    assert one == two
+    assert read_plan(outs[0]) == read_plan(outs[1])
+    assert (read_plan(outs[0]).heads, read_plan(outs[0]).query_dims) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"keep": 0.5, "target_macs": None}, r"`--keep` is a share .* and `--axes mlp,heads,qk`"),
+        ({"target_latency": 0.5, "target_macs": None}, "`--target-latency` knows what hidden"),
+        ({"topk": 1, "target_macs": None}, "`--topk` alone keeps .* needs a budget"),
+        ({"selection": "global"}, "needs `--selection measured`, got `global`"),
+    ],
+)
+def test_what_does_not_go_together_is_said(change: dict[str, Any], match: str) -> None:
+    with pytest.raises(UsageError, match=match) as err:
+        check_settings(settings(**change))
+    assert err.value.hint
+    check_settings(settings(**{**change, "axes": ["mlp"]}))
+
+
+def test_refusals_come_before_any_work(dense: Path, tmp_path: Path) -> None:
+    section = settings(keep=0.5, target_macs=None)
+    with pytest.raises(UsageError, match="`--keep` is a share"):
+        prune(ModelSection(name=str(dense)), DIGITS, section, tmp_path / "x")
+    args = {**MODEL_ARGS, "depth": 1, "embed_dim": 32, "num_heads": 2, "qk_norm": True}
+    model = create(ARCHITECTURE, args)
+    info = model_info(model, ModelSource(ARCHITECTURE, args))
+    config = CheckpointConfig(
+        source=info.source, widths=info.widths, heads=info.heads, num_classes=10,
+        preprocessing=PREPROCESSING, classes=[], weights_sha256="",
+    )  # fmt: skip
+    write_checkpoint(tmp_path / "normed", config, state(model))
+    with pytest.raises(ModelError, match=r"`qk` cannot be narrowed in .* LayerNorm between"):
+        prune(ModelSection(name=str(tmp_path / "normed")), DIGITS, settings(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()

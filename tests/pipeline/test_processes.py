@@ -1,0 +1,255 @@
+"""Several processes on one run: the same bits as one, one message where it fails, resumable."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from npprune.errors import PeerError
+from npprune.pipeline.processes import Processes, backend
+from npprune.records import Manifest, from_json
+from npprune.store.runs import RunFolder
+from tests.helpers.discovering import COUNTS, FORK, World, make_world, run_rank
+
+PATIENCE = 60.0  # seconds; what hangs is a failure
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return make_world(tmp_path)
+
+
+def command(world: World, *more: str, out: str = "run") -> list[str]:
+    return [
+        "discover", "auto", "--checkpoint", str(world.root / "w.safetensors"), "--num-heads", "3",
+        "--data", f"folder:{world.images}", "--topk", "2", "--batch-size", "4",
+        "--shard-size", "8", "--device", "cpu", "--out", str(world.root / out), *more,
+    ]  # fmt: skip
+
+
+class Team:
+    """Processes as torchrun starts them, without its start-up time; texts go to files."""
+
+    def __init__(self, root: Path, args: list[str], count: int = 2, pause: float = 0.0) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.root = root
+        self.ranks = [
+            FORK.Process(target=run_rank, args=(root, args, rank, count, port, pause))
+            for rank in range(count)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def end(self) -> list[int | None]:
+        """The exit codes; a rank that hangs is a failure."""
+        for process in self.ranks:
+            process.join(PATIENCE)
+        hung = [process for process in self.ranks if process.is_alive()]
+        for process in hung:
+            process.kill()
+        assert not hung
+        return [process.exitcode for process in self.ranks]
+
+    def text(self, name: str) -> str:
+        return (self.root / name).read_text()
+
+
+def test_two_processes_give_the_bits_of_one(world: World) -> None:
+    world.discover("one")
+    (world.images / "class_1" / "notes.txt").write_text("not an image")
+    team = Team(world.root, command(world, "--json"))
+    assert team.end() == [0, 0], team.text("err0") + team.text("err1")
+    assert world.files() == world.files("one")
+    result = json.loads(team.text("out0"))
+    assert result["discovery"]["images"] == sum(COUNTS)
+    assert result["discovery"]["timing"]["images"] == sum(COUNTS)
+    assert result["discovery"]["timing"]["processes"] == 2
+    assert team.text("out1") == team.text("err1") == ""  # only rank 0 talks
+    one, two = (
+        from_json(Manifest, RunFolder(world.root / name).manifest_path.read_text())
+        for name in ("one", "run")
+    )
+    assert one.settings_sha256 == two.settings_sha256
+
+
+def test_more_processes_than_shards(world: World) -> None:
+    world.discover("one", shard_size=64)
+    team = Team(world.root, command(world, "--shard-size", "64"), count=3)
+    assert team.end() == [0, 0, 0], team.text("err0")
+    assert world.files() == world.files("one")
+
+
+def test_one_of_two_killed_ends_both_and_the_same_command_resumes(world: World) -> None:
+    world.discover("one")
+    team = Team(world.root, command(world), pause=0.3)
+    first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
+    deadline = time.monotonic() + PATIENCE
+    while not first.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    team.ranks[1].kill()
+    assert team.end() == [2, -9]
+    assert "bug" not in team.text("err0")
+    partial = world.files()
+    assert "00001.json" in partial
+    assert "00003.json" not in partial
+    team = Team(world.root, command(world))
+    assert team.end() == [0, 0], team.text("err0")
+    assert world.files() == world.files("one")
+
+
+@pytest.mark.parametrize("holder", [True, False])
+def test_what_rank_0_finds_wrong_ends_all_with_one_message(world: World, holder: bool) -> None:
+    folder = RunFolder(world.root / "run")
+    started = time.monotonic()
+    if holder:
+        with folder.lock():
+            team = Team(world.root, command(world))
+            codes = team.end()
+        message = "is in use by process"
+    else:
+        world.discover(topk=1)
+        team = Team(world.root, command(world))
+        codes = team.end()
+        message = "belongs to a run of other settings: `topk`: 1 -> 2"
+    assert codes == [2, 2]
+    assert time.monotonic() - started < 30
+    assert team.text("err0").count("error: ") == 1
+    assert message in team.text("err0")
+    assert team.text("err1") == ""
+
+
+def test_what_every_rank_finds_wrong_is_said_once(world: World) -> None:
+    team = Team(world.root, command(world, "--topk", "4000"))
+    assert team.end() == [2, 2]
+    assert "error: `--topk` must be at most 48" in team.text("err0")
+    assert team.text("err1") == ""
+
+
+def test_what_only_rank_1_finds_wrong_is_said_by_it(world: World) -> None:
+    (world.images / "class_1" / "5.png").write_bytes(b"not an image")  # in shard 1
+    team = Team(world.root, command(world, "--on-bad-image", "error"))
+    assert team.end() == [2, 2]
+    assert "[rank 1] error: " in team.text("err1")
+    assert "class_1/5.png" in team.text("err1")
+    assert "error: " not in team.text("err0")
+
+
+def test_a_recipe_is_pruned_by_one_of_them(world: World) -> None:
+    """Discovery and healing are shared; the rest would be two processes in one folder."""
+    images = f"folder:{world.images}"
+    recipe = world.root / "recipe.yaml"
+    recipe.write_text(
+        f"name: line\nmodel: {{name: auto, checkpoint: {world.root}/w.safetensors, num_heads: 3}}\n"
+        f"data: {{train: '{images}', calibration: '{images}', val: '{images}', batch_size: 8}}\n"
+        "discover: {batch_size: 4, shard_size: 8}\n"
+        "prune: {keep: 0.5, round_to: 1, min_keep: 1}\nheal: {epochs: 1, batch_size: 4}\n"
+        "evaluate: {latency: false}\nexport: null\ndevice: cpu\n"
+    )
+    team = Team(world.root, ["run", str(recipe), "--root", str(world.root)])
+    assert team.end() == [0, 0], (world.root / "err0").read_text()
+    result = RunFolder(world.root / "reports" / "line").read_result()
+    assert [v.name for v in result.variants] == ["line", "line_healed"]
+    assert all(v.evaluation is not None for v in result.variants)
+    assert (world.root / "reports" / "line" / "report.html").is_file()
+    assert (world.root / "err0").read_text().count("prune: wrote") == 1
+    assert (world.root / "err1").read_text().count("prune: wrote") == 0
+
+
+def test_one_process_alone_waits_for_nobody() -> None:
+    alone = Processes()
+    assert alone.on_first(lambda: 3) == alone.together(lambda: 3) == 3
+    assert alone.sums([1.0, 2.0]) == [1.0, 2.0]
+    assert alone.device("auto") == "auto"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "expected"),
+    [(0, 2, "gloo"), (2, 2, "cpu:gloo,cuda:nccl"), (8, 4, "cpu:gloo,cuda:nccl"), (1, 2, "gloo")],
+)
+def test_gpus_talk_through_nccl_where_each_process_has_one(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, processes: int, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    assert backend(processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "raised"),
+    [("[gloo/transport/tcp/pair.cc:534] Connection closed by peer", PeerError),
+     ("CUDA out of memory", RuntimeError)],
+)  # fmt: skip
+def test_only_a_peer_that_is_gone_is_blamed_on_it(message: str, raised: type) -> None:
+    def fails(gradient: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(message)
+
+    loss = torch.ones((), requires_grad=True)
+    loss.register_hook(fails)
+    with pytest.raises(raised) as caught:
+        Processes(0, 2, 0, 2).backward(2 * loss)
+    assert caught.type is raised
+
+
+# ---------------------------------------------------------------- torchrun itself
+
+
+def torchrun(world: World, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "npprune",
+        *command(world, *more),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_torchrun(world: World) -> None:
+    world.discover("one")
+    done = finish(world, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["discovery"]["images"] == sum(COUNTS)
+    assert world.files() == world.files("one")
+    before = world.files()
+    done = finish(world, "--batch-size", "8")
+    assert done.returncode != 0
+    assert done.stderr.count("error: `") == 1
+    assert world.files() == before
+
+
+@pytest.mark.slow
+def test_torchrun_with_one_process_killed(world: World) -> None:
+    slow = ("--points", "128")
+    world.discover("one", points=128)
+    job = subprocess.Popen(torchrun(world, *slow), stderr=subprocess.PIPE, text=True)
+    first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
+    deadline = time.monotonic() + PATIENCE
+    while not first.is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    children = psutil.Process(job.pid).children()
+    victim = next(p for p in children if p.environ().get("RANK") == "1")
+    victim.suspend()  # until a second job was refused
+    second = finish(world, *slow)
+    assert second.returncode != 0
+    assert second.stderr.count("is in use by process") == 1
+    victim.kill()
+    _, said = job.communicate(timeout=PATIENCE)
+    assert job.returncode != 0
+    assert "Signal 9 (SIGKILL)" in said
+    assert "bug" not in said
+    assert len(world.files()) < len(world.files("one"))
+    assert finish(world, *slow).returncode == 0
+    assert world.files() == world.files("one")
+
+
+def finish(world: World, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(torchrun(world, *more), capture_output=True, text=True, timeout=180)
