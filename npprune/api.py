@@ -9,27 +9,44 @@ smaller = npprune.apply_plan(model, plan)
 
 from __future__ import annotations
 
+import copy
+import operator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from npprune.core.methods import Method, find_paths
-from npprune.core.paths import Accumulation, PathBatch
-from npprune.core.quadrature import RuleOrAuto, default_points
-from npprune.core.view import Scope
-from npprune.errors import UsageError
+from npprune.core.methods import find_paths
+from npprune.core.paths import PathBatch
+from npprune.core.quadrature import default_points
+from npprune.core.view import VitView, frozen
+from npprune.errors import DataError, ModelError, UsageError
 from npprune.models.load import build, load
 from npprune.models.surgery import apply_plan as _apply_plan
-from npprune.models.view import make_view
+from npprune.models.view import classifiers, make_view
 from npprune.pipeline.memory import halving, images_that_fit
 from npprune.records import Plan
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
+from npprune.words import (
+    ACCUMULATIONS,
+    METHODS,
+    RULES,
+    SCOPES,
+    Accumulation,
+    Method,
+    RuleOrAuto,
+    ScopeOrAuto,
+    check_word,
+)
 
 __all__ = ["PathBatch", "Plan", "apply_plan", "discover_paths", "load_model"]
 
 BATCH = 16  # images searched at a time
+POINTS = 256  # at most
+SEEDS = 2**32
 
 
 def load_model(
@@ -52,9 +69,16 @@ def load_model(
         num_heads: attention heads, where neither name nor file says.
 
     Raises:
+        UsageError: a number that cannot be one of classes, pixels or heads.
         ModelError: an unknown or unsupported network, or weights that do not fit it.
         StoreError: a checkpoint folder that is incomplete or was changed.
     """
+    num_classes = _number("num_classes", num_classes, 1)
+    num_heads = _number("num_heads", num_heads, 1)
+    if isinstance(img_size, (tuple, list)) and len(img_size) == 2:
+        img_size = (_whole("img_size", img_size[0], 1), _whole("img_size", img_size[1], 1))
+    else:
+        img_size = _number("img_size", img_size, 1)
     if is_checkpoint(name_or_path):
         config, tensors = read_checkpoint(name_or_path)
         return build(config, tensors)
@@ -69,12 +93,12 @@ def load_model(
 
 def discover_paths(
     model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
+    images: Any,
+    labels: Any,
     *,
     topk: int = 1,
     method: Method = "neuron-path",
-    scope: Scope | str = "auto",
+    scope: ScopeOrAuto = "auto",
     quadrature: RuleOrAuto = "auto",
     points: int | None = None,
     accumulation: Accumulation = "sum",
@@ -83,9 +107,11 @@ def discover_paths(
     """The most influential neuron path of each image.
 
     Args:
-        model: a plain timm vision transformer (see `load_model`), on any device.
-        images: float [images, channels, height, width], preprocessed for the model.
-        labels: int64 [images], one for each image, in any mixture of classes.
+        model: a plain timm vision transformer (see `load_model`), on any device, of any precision
+            and in any mode; it is left as it was.
+        images: float [images, channels, height, width], preprocessed for the model: a tensor, an
+            array, or a list of images.
+        labels: whole numbers [images], one for each image, in any mixture of classes.
         topk: neurons in each block, best first.
         method: neuron-path, activation, influence-pattern, knowledge-neuron or random.
         scope: the tokens at which neurons are read: cls, patch, all, or auto (as pooled).
@@ -103,37 +129,47 @@ def discover_paths(
 
     Raises:
         UsageError: arguments that do not fit each other or the model.
-        ModelError: a model that is not a plain vision transformer.
+        DataError: an image that holds NaN or infinity.
+        ModelError: a model that is not a plain vision transformer, has one output, or gives NaN or
+            infinity (its weights, or an overflow of its precision).
 
     Source: "Discovering Influential Neuron Path in Vision Transformers", ICLR 2025.
     """
-    if images.dim() != 4 or len(images) == 0:
-        raise UsageError(f"`images` must be [images, channels, height, width], got {images.shape}")
-    if labels.shape != (len(images),):
-        raise UsageError(
-            f"`labels` must be [{len(images)}], one for each image, got {list(labels.shape)}"
-        )
-    view = make_view(model)
-    parameter = next(model.parameters())
-    device = parameter.device
-    generator = torch.Generator().manual_seed(seed)
+    check_word("method", method, METHODS)
+    check_word("scope", scope, ("auto", *SCOPES))
+    check_word("quadrature", quadrature, ("auto", *RULES))
+    check_word("accumulation", accumulation, ACCUMULATIONS)
+    _check_model(model)
     options: dict[str, Any] = {
-        "topk": topk, "method": method, "scope": scope, "rule": quadrature, "points": points,
-        "accumulation": accumulation, "generator": generator,
+        "topk": _whole("topk", topk, 1), "method": method, "scope": scope, "rule": quadrature,
+        "points": _number("points", points, 1, POINTS), "accumulation": accumulation,
+        "generator": torch.Generator().manual_seed(_whole("seed", seed, 0, SEEDS - 1)),
     }  # fmt: skip
+    with torch.inference_mode(False):
+        tensors = chain(model.parameters(), model.buffers())
+        if any(t.is_inference() for t in tensors):  # these cannot be differentiated
+            model = copy.deepcopy(model)
+        view = make_view(model)
+        x = _images(images)
+        y = _labels(labels, len(x), classifiers(model)[0].out_features)
+        with frozen(model):
+            return _find(view, x, y, options)
+
+
+def _find(view: VitView, images: Tensor, labels: Tensor, options: dict[str, Any]) -> PathBatch:
+    """The paths, as many images at a time as fit."""
+    parameter = next(view.model.parameters())
+    device = parameter.device
 
     def paths(lo: int, hi: int) -> PathBatch:
-        return find_paths(
-            view, images[lo:hi].to(parameter), labels[lo:hi].to(device).long(), **options
-        )
+        return find_paths(view, images[lo:hi].to(parameter), labels[lo:hi].to(device), **options)
 
-    try:
-        tokens = view.scope if scope == "auto" else scope
-        m = points or default_points(quadrature, tokens)
-        fit = images_that_fit(view, images[:1].to(parameter), m, None, device)
-        parts, _ = halving(paths, len(images), min(BATCH, fit))
-    except ValueError as err:
-        raise UsageError(str(err)) from err
+    tokens = view.scope if options["scope"] == "auto" else options["scope"]
+    m = options["points"] or default_points(options["rule"], tokens)
+    first = images[:1].to(parameter)
+    _check_size(view, first)
+    fit = images_that_fit(view, first, m, None, device)
+    parts, _ = halving(paths, len(images), min(BATCH, fit))
     return PathBatch(
         torch.cat([p.neurons.cpu() for p in parts]), torch.cat([p.scores.cpu() for p in parts])
     )
@@ -148,6 +184,111 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
         force: apply the plan although it was made for other weights of the same widths.
 
     Raises:
+        UsageError: not a network, or not a plan.
         ModelError: the plan was made for another network, or the network cannot be pruned.
     """
+    _check_model(model)
+    if not isinstance(plan, Plan):
+        raise UsageError(
+            f"`plan` must be an npprune.Plan, got {type(plan).__name__}",
+            hint="`npprune.Plan(keep=..., widths=...)`: the neurons that stay, block by block",
+        )
     return _apply_plan(model, plan, force=force)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"`model` must be a network, got {type(model).__name__}",
+            hint="`npprune.load_model(NAME)` gives one",
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError("the network has no weights: its parameters are on the meta device")
+
+
+def _check_size(view: VitView, image: Tensor) -> None:
+    """UsageError where the network does not take an image [1, channels, height, width]."""
+    try:
+        with torch.no_grad():
+            view.embed(image)
+    except torch.OutOfMemoryError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as err:  # timm's and PyTorch's own words
+        raise UsageError(
+            f"`images` of {list(image.shape[1:])} do not fit the network: {err}",
+            hint="`npprune.load_model(..., img_size=PIXELS)` builds it for another size",
+        ) from err
+
+
+def _images(value: Any) -> Tensor:
+    images = _tensor("images", value)
+    if images.dim() != 4 or images.numel() == 0:
+        raise UsageError(
+            f"`images` must be [images, channels, height, width], at least one, got "
+            f"{list(images.shape)}",
+            hint="one image is `image[None]`" if images.dim() == 3 else None,
+        )
+    if not images.is_floating_point():
+        raise UsageError(
+            f"`images` must be floating-point numbers, got {_dtype(images)}",
+            hint="prepare them as the network was trained: scaled to [0, 1] and normalised",
+        )
+    bad = (~torch.isfinite(images)).flatten(1).any(dim=1)
+    if bool(bad.any()):
+        raise DataError(f"image {int(bad.nonzero()[0])} holds NaN or infinity")
+    return images
+
+
+def _labels(value: Any, count: int, outputs: int) -> Tensor:
+    labels = _tensor("labels", value)
+    if labels.shape != (count,):
+        raise UsageError(
+            f"`labels` must be [{count}], one for each image, got {list(labels.shape)}"
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise UsageError(f"`labels` must be whole numbers, got {_dtype(labels)}")
+    labels = labels.long()
+    bad = labels[(labels < 0) | (labels >= outputs)]
+    if len(bad):
+        raise UsageError(
+            f"`labels` must lie in 0..{outputs - 1}, the network's outputs, got {int(bad[0])}"
+        )
+    return labels
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    """A tensor that autograd takes, from one, an array, or a list of either."""
+    try:
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            value = torch.stack(list(value))
+        elif not isinstance(value, Tensor):
+            value = torch.from_numpy(np.array(value))
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise UsageError(f"`{name}` must be a tensor or an array of numbers: {err}") from err
+    value = value.detach()
+    return value.clone() if value.is_inference() else value
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _number(name: str, value: Any, least: int, most: int | None = None) -> int | None:
+    """As `_whole`, or None."""
+    return None if value is None else _whole(name, value, least, most)
+
+
+def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """A whole number within bounds, of any integer type."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    inside = number is not None and number >= least and (most is None or number <= most)
+    if number is None or isinstance(value, bool) or not inside:
+        bounds = f"at least {least}" if most is None else f"in {least}..{most}"
+        raise UsageError(f"`{name}` must be a whole number {bounds}, got {value!r}")
+    return number

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
+from operator import index
 from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
@@ -255,6 +256,14 @@ class DiscoverySummary:
     """Points of the integral in block 0; None: as many as in the others."""
 
 
+def _whole(name: str, values: Any) -> list[int]:
+    """A list of whole numbers, from one of any integer type or an array."""
+    try:
+        return [index(value) for value in values]
+    except TypeError as err:
+        raise StoreError(f"`{name}` must be a list of whole numbers, got {values!r}") from err
+
+
 @dataclass
 class Plan(Document):
     """The neurons that stay. Can be read, edited and applied."""
@@ -272,6 +281,13 @@ class Plan(Document):
     query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
 
     def __post_init__(self) -> None:
+        self.keep = [_whole(f"keep[{l}]", kept) for l, kept in enumerate(self.keep)]
+        self.widths = _whole("widths", self.widths)
+        if self.heads is not None:
+            self.heads = [_whole(f"heads[{l}]", kept) for l, kept in enumerate(self.heads)]
+        for name in ("classes", "query_dims"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _whole(name, getattr(self, name)))
         if len(self.keep) != len(self.widths):
             raise StoreError(
                 f"a plan keeps neurons in every block: {len(self.widths)} blocks, "

@@ -30,7 +30,9 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core.compensation import Mode, compensate
+from npprune.core.finite import check_logits
 from npprune.core.harm import Replacement
+from npprune.core.linear import check_finite
 from npprune.core.statistics import Moments, cotangent, double, logits_of
 from npprune.core.view import Projections, VitView
 from npprune.errors import UsageError
@@ -38,7 +40,9 @@ from npprune.errors import UsageError
 SALIENCE = 0.5
 """Share of the token weighting by the squared loss gradient at `proj`'s output."""
 FLOOR = 1e-6
-"""Least eigenvalue of a second moment, over the mean one."""
+"""Least eigenvalue of a second moment, over the mean one;"""
+LEAST = 1e-20
+"""which is held at this where nothing varies."""
 
 Factors = tuple[Tensor, Tensor]
 """A and B of every head, [n, r, q] each."""
@@ -94,6 +98,7 @@ def collect_attention(
     for images in batches:
         with _recorded(layers) as seen, torch.enable_grad():
             logits = logits_of(view, images, True)
+        check_logits(view, images, logits, first=count)
         v = cotangent(logits.detach(), "fisher", None, generator)
         grads = torch.autograd.grad(logits, [seen[p.proj][1] for p in layers], v)
         for p, total, g in zip(layers, sums, grads, strict=True):
@@ -254,7 +259,8 @@ def _mixed(
 
 def _roots(c: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric square roots of [n, q, q] and of its inverse, eigenvalues held off zero."""
+    check_finite(c)
     values, vectors = torch.linalg.eigh(double(c))
-    least = FLOOR * values.mean(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    least = FLOOR * values.mean(-1, keepdim=True).clamp_min(LEAST)
     root = values.clamp_min(least).sqrt()[:, None, :]
     return (vectors * root) @ vectors.mT, (vectors / root) @ vectors.mT

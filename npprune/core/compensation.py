@@ -21,14 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from npprune.core.elimination import SHRINKAGE
+from npprune.core.linear import check_finite, factor, ridge
 from npprune.core.statistics import Moments
 from npprune.errors import UsageError
+from npprune.words import check_word
 
 Mode = Literal["none", "mean", "least-squares"]
 SHRINKAGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
@@ -85,14 +87,13 @@ def compensate(
     Raises:
         UsageError: an unknown mode, or a keep set that does not fit.
     """
+    check_word("compensation", mode, get_args(Mode))
     w, kept, removed, b = _prepare(moments, weight, bias, keep)
     condition, w_k = 1.0, w[:, kept]
     if mode == "least-squares" and (len(removed) or cross is not None):
         w_k, condition = _refit(
             moments.covariance.to(w), w, kept, removed, shrinkage, cross, diagnose
         )
-    elif mode not in ("none", "mean", "least-squares"):
-        raise UsageError(f"compensation must be none, mean or least-squares, got {mode!r}")
     if mode != "none":
         mu = moments.mean.to(w)
         # exact where nothing changes: only differences enter
@@ -160,6 +161,7 @@ def choose_shrinkage(
             offset = offset + held_out_cross.mean.to(s)
             lost = lost + 2 * (change * held_out_cross.covariance.to(s)).sum()
         scores[c] = float(lost + offset.square().sum())
+    check_finite(torch.tensor(list(scores.values())))
     return min(scores, key=lambda c: scores[c]), scores
 
 
@@ -196,14 +198,14 @@ def _refit(
     diagnose: bool,
 ) -> tuple[Tensor, float]:
     """W_:K + (W_:R S_RK + Cov(e, h_K)) (S_KK + lambda I)^-1, and the condition of the bracket."""
-    scale = float(s.diagonal().mean())
-    ridge = shrinkage * scale if scale > 0 else 1.0
-    system = s[kept][:, kept] + ridge * torch.eye(len(kept), dtype=s.dtype, device=s.device)
+    eye = torch.eye(len(kept), dtype=s.dtype, device=s.device)
+    system = s[kept][:, kept] + ridge(s, shrinkage) * eye
     right = s[kept][:, removed] @ w[:, removed].T
     if cross is not None:
         right = right + cross.covariance.to(s)[:, kept].T
-    solved = torch.cholesky_solve(right, torch.linalg.cholesky(system))
+    solved = torch.cholesky_solve(right, factor(system))
     if not diagnose:
         return w[:, kept] + solved.T, math.nan
     eigen = torch.linalg.eigvalsh(system)
-    return w[:, kept] + solved.T, float(eigen[-1] / eigen[0])
+    least = eigen[0].clamp_min(float(eigen[-1]) * torch.finfo(eigen.dtype).eps)
+    return w[:, kept] + solved.T, float(eigen[-1] / least)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from npprune.core.elimination import SHRINKAGE, Elimination, eliminate
 from npprune.core.statistics import Moments, Need, Statistics
 from npprune.errors import UsageError
+from npprune.words import check_word
 
 DAMPING = 0.1
 """Identity added to the curvature, over its mean diagonal, in `curvature-obs`."""
@@ -27,7 +28,7 @@ class Context:
 
     Args:
         second: fc2 of each block (weight [d, h]).
-        first: fc1 of each block where there is a plain one (weight [h or 2h, d]); `magnitude`.
+        first: the layers before the neurons, per block (see `VitView.first`); `magnitude`.
         statistics: one pass' sums, with what the criterion needs.
         votes: per block [h], how many class paths hold each neuron, weighted by rank.
         attribution: per block [h], the summed path score of each neuron.
@@ -40,7 +41,7 @@ class Context:
     """
 
     second: Sequence[nn.Linear]
-    first: Sequence[nn.Linear] | None = None
+    first: Sequence[Sequence[nn.Linear]] | None = None
     statistics: Statistics | None = None
     votes: Sequence[Tensor] | None = None
     attribution: Sequence[Tensor] | None = None
@@ -79,7 +80,7 @@ class Criterion:
     paths: bool = False  # reads a run's paths
 
 
-CRITERIA: dict[str, Criterion] = {}
+CRITERIA: dict[str, Criterion] = {}  # by the words of `npprune.words`
 
 
 def criterion(
@@ -103,11 +104,7 @@ def score(name: str, context: Context, blocks: Sequence[int] | None = None) -> l
     Raises:
         UsageError: an unknown criterion, or one whose statistics or paths are missing.
     """
-    if name not in CRITERIA:
-        raise UsageError(
-            f"criterion must be one of {', '.join(CRITERIA)}, got {name!r}",
-            hint="see npprune.core.criteria for what each one is",
-        )
+    check_word("criterion", name, CRITERIA)
     out = []
     for l in range(len(context.second)) if blocks is None else blocks:
         s = CRITERIA[name].function(context, l).detach().to("cpu", torch.float64)
@@ -141,8 +138,8 @@ def magnitude(context: Context, l: int) -> Tensor:
     norm = context.weight(l).norm(dim=0)
     if context.first is None:
         return norm
-    rows = context.first[l].weight.detach().to(torch.float64).norm(dim=1)
-    return norm * rows.reshape(-1, len(norm)).norm(dim=0)  # two rows where the MLP is gated
+    rows = [layer.weight.detach().to(norm).norm(dim=1) for layer in context.first[l]]
+    return norm * torch.cat(rows).reshape(-1, len(norm)).norm(dim=0)  # two where there is a gate
 
 
 @criterion("activation", "mean absolute activation: Hu et al. (network trimming), 2016", "moments")

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from npprune.core.linear import check_finite, factor, regularised
 from npprune.errors import UsageError
 
 SHRINKAGE = 1e-3
@@ -170,11 +171,7 @@ def inverse(covariance: Tensor, shrinkage: float) -> Tensor:
 
     A covariance of zeros (a dead block) gets lambda = 1, so that the inverse exists.
     """
-    s = covariance.to(torch.float64)
-    scale = float(s.diagonal().mean())
-    ridge = shrinkage * scale if scale > 0 else 1.0
-    eye = torch.eye(len(s), dtype=s.dtype, device=s.device)
-    return torch.cholesky_inverse(torch.linalg.cholesky(s + ridge * eye))
+    return torch.cholesky_inverse(factor(regularised(covariance.to(torch.float64), shrinkage)))
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
@@ -187,6 +184,7 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 def square_root(matrix: Tensor) -> Tensor:
     """R with R^T R = matrix, for a positive semidefinite [d, d]."""
+    check_finite(matrix)
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     return values.clamp_min(0).sqrt()[:, None] * vectors.T
 

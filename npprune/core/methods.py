@@ -7,13 +7,12 @@ attribution score of that path, so that they can be set side by side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from npprune.core.paths import (
-    Accumulation,
     PathBatch,
     clean_hidden,
     joint_attribution,
@@ -21,16 +20,24 @@ from npprune.core.paths import (
 )
 from npprune.core.quadrature import (
     IMAGE_POINTS,
-    RuleOrAuto,
     default_points,
     first_block_points,
     quadrature,
     rule_for,
 )
-from npprune.core.view import Scope, VitView, frozen
-
-Method = Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
-METHODS: tuple[str, ...] = get_args(Method)
+from npprune.core.view import VitView, frozen
+from npprune.errors import UsageError
+from npprune.words import (
+    ACCUMULATIONS,
+    METHODS,
+    SCOPES,
+    Accumulation,
+    Method,
+    RuleOrAuto,
+    Scope,
+    ScopeOrAuto,
+    check_word,
+)
 
 
 def find_paths(
@@ -40,7 +47,7 @@ def find_paths(
     *,
     topk: int = 1,
     method: Method = "neuron-path",
-    scope: Scope | Literal["auto"] = "auto",
+    scope: ScopeOrAuto = "auto",
     rule: RuleOrAuto = "auto",
     points: int | None = None,
     accumulation: Accumulation = "sum",
@@ -59,14 +66,14 @@ def find_paths(
         generator: on the CPU, for `random`; seed 0 if not given.
 
     Raises:
-        ValueError: an unknown name, or K outside 1..the narrowest block's width.
+        UsageError: an unknown word, or K outside 1..the narrowest block's width.
+        ModelError: the network has one output, or gives no finite numbers on these images.
     """
-    if method not in METHODS:
-        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
-    if accumulation not in get_args(Accumulation):
-        raise ValueError(f"`accumulation` must be sum or last, got {accumulation!r}")
+    check_word("method", method, METHODS)
+    check_word("scope", scope, ("auto", *SCOPES))
+    check_word("accumulation", accumulation, ACCUMULATIONS)
     if not 1 <= topk <= min(view.widths):
-        raise ValueError(
+        raise UsageError(
             f"`topk` must be in 1..{min(view.widths)} (the narrowest block's hidden units), "
             f"got {topk}"
         )

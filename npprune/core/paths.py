@@ -41,25 +41,25 @@ from __future__ import annotations
 import sys
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import jvp
 from torch.nn.functional import linear
 
+from npprune.core.finite import check_logits, check_scores
 from npprune.core.quadrature import (
     END_AT_ONE,
-    RuleOrAuto,
     default_points,
     first_block_points,
     quadrature,
     rule_for,
 )
 from npprune.core.tangent import value_and_tangent
-from npprune.core.view import Scope, VitView, frozen
-
-Accumulation = Literal["sum", "last"]
+from npprune.core.view import VitView, frozen
+from npprune.errors import ModelError
+from npprune.words import Accumulation, RuleOrAuto, Scope
 
 PIECE = 8 * 2**20
 """Bytes of hidden activations a thread at which a CPU is fastest: beyond some tens of MiB every
@@ -92,7 +92,9 @@ def clean_hidden(view: VitView, images: Tensor, scope: Scope) -> tuple[list[Tens
         x = view.embed(images)
         for l in range(len(view.widths)):
             x = view.block(l, x, edit=keep)
-        return hidden, view.head(x)
+        logits = view.head(x)
+    _check_outputs(view, images, logits)
+    return hidden, logits
 
 
 def clean_gradients(
@@ -110,8 +112,20 @@ def clean_gradients(
     streams = [view.embed(images).detach().requires_grad_()]
     for l in range(len(view.widths)):
         streams.append(view.block(l, streams[-1], edit=keep))
-    p = view.head(streams[-1]).softmax(-1).gather(1, labels[:, None])
+    logits = view.head(streams[-1])
+    _check_outputs(view, images, logits)
+    p = logits.softmax(-1).gather(1, labels[:, None])
     return hidden, list(torch.autograd.grad(p.sum(), streams))
+
+
+def _check_outputs(view: VitView, images: Tensor, logits: Tensor) -> None:
+    """ModelError, DataError where the predictions say nothing of the neurons."""
+    if logits.shape[1] < 2:
+        raise ModelError(
+            "paths need a network of at least two outputs, got one: its probability is 1 whatever "
+            "the neurons do"
+        )
+    check_logits(view, images, logits)
 
 
 def joint_attribution(
@@ -137,6 +151,10 @@ def joint_attribution(
 
     Returns:
         The paths and their scores, detached, on the images' device.
+
+    Raises:
+        DataError, ModelError: an image, the weights, the network's answers or the scores are not
+            finite, or there is one output.
     """
     walk = _TangentWalk if scope == "cls" else _GraphWalk
     with frozen(view.model):
@@ -144,10 +162,12 @@ def joint_attribution(
         w = state.w
         path_w = torch.zeros_like(w[0][..., 0])  # W [b, s]
         path: list[Tensor] = []
+        highest = [path_w.new_zeros(len(images))]  # of each block; NaN is above every number
         for l in range(len(view.widths)):
             if neurons is None:
                 path_g, g = state.candidates(l, w[l])  # G [b, s], g [b, s, h]
                 unit_scores = ((path_w[..., None] + w[l]) * (path_g[..., None] + g)).sum(1)
+                highest.append(unit_scores.amax(dim=1))
                 chosen = unit_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
             else:
                 chosen = neurons[:, l].to(images.device)
@@ -156,6 +176,8 @@ def joint_attribution(
             state.settle(l, w[l], chosen, joins)
             path.append(chosen)
         score = (path_w * state.path_gradient()).sum(1)
+    found = torch.stack([*highest, score.detach()], 1)
+    check_scores(found, what="attribution scores", dtype=images.dtype)
     return PathBatch(torch.stack(path, 1), score.detach())
 
 

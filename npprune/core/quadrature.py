@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import numpy as np
 import torch
 from numpy.polynomial import legendre
 from torch import Tensor
 
-Rule = Literal["gauss-radau", "mapped-radau", "gauss-legendre", "left-riemann"]
-RuleOrAuto = Rule | Literal["auto"]
-
-RULES: tuple[str, ...] = get_args(Rule)
-"""Left-Riemann is the paper's."""
+from npprune.errors import UsageError
+from npprune.words import RULES, Rule, RuleOrAuto, check_word
 
 END_AT_ONE: tuple[Rule, ...] = ("gauss-radau", "mapped-radau")
 """Their last point is the clean run, where one backward pass serves all blocks."""
@@ -58,12 +53,11 @@ def quadrature(rule: Rule, points: int) -> tuple[Tensor, Tensor]:
     where p is steepest.
 
     Raises:
-        ValueError: unknown rule, or fewer than one point.
+        UsageError: unknown rule, or fewer than one point.
     """
-    if rule not in RULES:
-        raise ValueError(f"`quadrature` must be one of auto, {', '.join(RULES)}, got {rule!r}")
+    check_word("quadrature", rule, ("auto", *RULES))
     if points < 1:
-        raise ValueError(f"`points` must be at least 1, got {points}")
+        raise UsageError(f"`points` must be at least 1, got {points}")
     m = points
     if rule == "mapped-radau":
         t, dt = quadrature("gauss-radau", m)

@@ -16,15 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from npprune import words
 from npprune.errors import GateError, UsageError
 
-Method = Literal["uniform", "global", "measured"]
-METHODS: tuple[Method, ...] = ("uniform", "global", "measured")
 Table = Sequence[Mapping[Any, float]]
 """Per block: width -> harm, or width -> price. Per other item: option -> harm, or price."""
 
@@ -65,7 +64,7 @@ def select(
     scores: Sequence[Tensor],
     budget: float,
     *,
-    method: Method = "uniform",
+    method: words.Selection = "uniform",
     prices: Sequence[Mapping[int, float] | float] | None = None,
     harm: Table | None = None,
     protected: Sequence[Sequence[int]] | None = None,
@@ -95,8 +94,7 @@ def select(
         GateError: the floors alone exceed the budget.
     """
     dense = [len(s) for s in scores]
-    if method not in METHODS:
-        raise UsageError(f"selection must be one of {METHODS}, got {method!r}")
+    words.check_word("selection", method, words.SELECTIONS)
     if (harm is None) == (method == "measured"):
         raise UsageError("a harm table is needed by `measured` selection, and by that alone")
     if others is not None and harm is None:
@@ -117,7 +115,8 @@ def select(
         open_ = [[w for w in row if w >= f] for row, f in zip(choices, floors, strict=True)]
         fill = interpolate if harm is None else smooth
         filled = [fill(row, ws) for row, ws in zip(table, open_, strict=True)]
-        taken = solve([*filled, *more.harm], [*price, *more.prices], budget)
+        harms, costs = [*filled, *more.harm], [*price, *more.prices]
+        taken = fill_up(solve(harms, costs, budget), harms, costs, budget)
         widths, chosen = taken[: len(dense)], taken[len(dense) :]
     keep, warnings = keep_sets(scores, widths, sets, votes)
     achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
@@ -225,6 +224,33 @@ def solve(harm: Table, prices: Table, budget: float) -> list[Any]:
         at, pick = divmod(flat, len(widths))
         chosen.append(widths[pick])
     return chosen[::-1]
+
+
+def fill_up(chosen: Sequence[Any], harm: Table, prices: Table, budget: float) -> list[Any]:
+    """What `solve` left of the budget, spent where the next dearer option does no more harm: the
+    item with the least share of its own goes first.
+
+    Harm that does not tell options apart would else have the cheapest of each, whatever was asked.
+    """
+    out = list(chosen)
+    spent = sum(p[o] for p, o in zip(prices, out, strict=True))
+    free = [
+        sorted((p[o], o) for o in row if row[o] <= row[now] and p[o] > p[now])
+        for row, p, now in zip(harm, prices, out, strict=True)
+    ]
+    dearest = [max(p[o] for o in row) for row, p in zip(harm, prices, strict=True)]
+    while any(free):
+        i = min(
+            (i for i, options in enumerate(free) if options),
+            key=lambda i: prices[i][out[i]] / dearest[i],
+        )
+        cost, option = free[i].pop(0)
+        rise = cost - prices[i][out[i]]
+        if spent + rise > budget * (1 + 1e-12):
+            free[i] = []
+        elif rise > 0:
+            spent, out[i] = spent + rise, option
+    return out
 
 
 def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:

@@ -31,6 +31,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from npprune.core.finite import check_logits, check_scores
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 
@@ -38,6 +39,8 @@ Need = Literal["moments", "salience", "gates", "curvature"]
 Target = Literal["labels", "sampled", "fisher"]
 NEEDS: tuple[Need, ...] = ("moments", "salience", "gates", "curvature")
 TARGETS: tuple[Target, ...] = ("labels", "sampled", "fisher")
+STILL = 1e-6
+"""A variance over the squared mean that is rounding, in products of float32."""
 
 
 @dataclass
@@ -73,13 +76,21 @@ class BlockSums:
 class Moments:
     """Mean [h] and covariance [h, h] of a block's hidden activations, float64.
 
-    `mean_absolute` [h] is the mean of |h| and `tokens` the (effective) number of rows.
+    `mean_absolute` [h] is the mean of |h| and `tokens` the (effective) number of rows. A unit that
+    does not vary beyond rounding has a covariance of exactly 0 with every other: as a ridge
+    regression sees it, it is a part of the bias.
     """
 
     mean: Tensor
     covariance: Tensor
     mean_absolute: Tensor
     tokens: float
+
+    def __post_init__(self) -> None:
+        still = self.covariance.diagonal() <= STILL * self.mean.square()
+        if bool(still.any()):
+            fixed = still[:, None] | still[None, :]
+            self.covariance = self.covariance.masked_fill(fixed, 0.0)
 
     @property
     def variance(self) -> Tensor:
@@ -241,6 +252,7 @@ def collect_statistics(
 
     Raises:
         UsageError: an unknown need or target, or labels or a generator missing.
+        DataError, ModelError: an image, the weights or the network's answers are not finite.
     """
     stats = state if state is not None else Statistics(target, _checked(needs), 0, {})
     wanted = range(len(view.widths)) if blocks is None else blocks
@@ -253,6 +265,7 @@ def collect_statistics(
     for images, labels in batches:
         with _recorded(view, wanted) as seen, torch.set_grad_enabled(gradients):
             logits = logits_of(view, images, gradients)
+        check_logits(view, images, logits, first=stats.images)
         for l in wanted:  # a block at a time: the batch's own sums are as large as the running ones
             sums = stats.blocks.setdefault(l, BlockSums())
             sums.add(_moments(seen[l][0].detach(), stats.needs))
@@ -260,6 +273,8 @@ def collect_statistics(
             v = cotangent(logits.detach(), stats.target, labels, generator)
             ys = [seen[l][1] for l in wanted]
             gs = torch.autograd.grad(logits, ys, v, retain_graph=draw + 1 < draws)
+            sizes = [g.flatten(1).sum(1, dtype=torch.float32) for g in gs]
+            check_scores(torch.stack(sizes, 1), what="gradients", dtype=images.dtype)
             for l, g in zip(wanted, gs, strict=True):
                 h = seen[l][0].detach()
                 _add_gradient(stats.blocks[l], view.fc2(l), h, g, stats.needs, draws)

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-Scope = Literal["cls", "patch", "all"]
-"""The tokens a neuron is read and scaled at: class token, patch tokens, or all of them."""
+from npprune.words import Scope
 
 HiddenEdit = Callable[[Tensor], Tensor]
 """Maps the hidden activations [b, t, h] of one block (all tokens) to edited ones, same shape."""
@@ -117,6 +116,11 @@ class VitView(Protocol):
 
     def fc2(self, l: int) -> nn.Linear:
         """The second linear layer of block l's MLP: weight [d, h]."""
+        ...
+
+    def first(self, l: int) -> list[nn.Linear]:
+        """The linear layers that give block l's neurons: one (weight [h, d], or [2h, d] with a
+        gate), or gate and value apart."""
         ...
 
     def attention(self, l: int) -> Projections:

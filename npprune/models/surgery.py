@@ -29,6 +29,7 @@ from npprune.records import Plan
 def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
     """A copy of the network with only the plan's neurons, heads, query dimensions and classes.
 
+    Every parameter keeps its type, device and `requires_grad`, every module its mode.
     Narrower queries and keys are the best that the weights alone can say; `set_qkv` gives
     them the values that calibration found, as `set_fc2` does for the second layers.
 
@@ -47,12 +48,12 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
         view = make_view(pruned)
         for l, kept in enumerate(plan.keep):
             _remove_units(view, l, kept)
-    for l, heads in enumerate(plan.heads or []):
-        _remove_heads(view, l, heads)
-    for l, query_dims in enumerate(plan.query_dims or []):
-        _narrow(view, l, query_dims)
-    if plan.classes is not None:
-        _cut(pruned, plan.classes)
+        for l, heads in enumerate(plan.heads or []):
+            _remove_heads(view, l, heads)
+        for l, query_dims in enumerate(plan.query_dims or []):
+            _narrow(view, l, query_dims)
+        if plan.classes is not None:
+            _cut(pruned, plan.classes)
     widths = list(make_view(pruned).widths)
     if widths != plan.kept_widths:
         raise AssertionError(f"pruned widths {widths}, planned {plan.kept_widths}")
@@ -228,7 +229,7 @@ def _remove_units(view: TimmView, l: int, kept: list[int]) -> None:
     gone = sorted(set(range(fc2.in_features)) - set(kept))
     if not gone:
         return
-    trainable = {p: p.requires_grad for p in mlp.parameters()}
+    trainable = {name: p.requires_grad for name, p in mlp.named_parameters()}
     names = {id(module): name for name, module in mlp.named_modules()}
     mlp.requires_grad_(True)
     example = fc2.weight.new_zeros(1, 2, fc2.out_features)
@@ -243,8 +244,8 @@ def _remove_units(view: TimmView, l: int, kept: list[int]) -> None:
             f"{', '.join(sorted(reached))}, not {', '.join(sorted(wanted))} alone"
         )
     group.prune()
-    grad = next(iter(trainable.values()))
-    mlp.requires_grad_(grad)
+    for name, p in mlp.named_parameters():  # torch-pruning has made new ones
+        p.requires_grad_(trainable[name])
     rows = len(kept) * (2 if isinstance(mlp, GluMlp) else 1)
     if fc2.in_features != len(kept) or first.out_features != rows:
         raise AssertionError(

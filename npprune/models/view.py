@@ -161,6 +161,10 @@ class TimmView:
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
 
+    def first(self, l: int) -> list[nn.Linear]:
+        mlp = self.blocks[l].mlp
+        return [getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]
+
     def attention(self, l: int) -> Projections:
         attn = self.blocks[l].attn
         found = projections(attn)

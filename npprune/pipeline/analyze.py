@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from npprune.core import similarity as like
-from npprune.core.methods import METHODS
 from npprune.core.metrics import mean_interval
 from npprune.core.votes import class_top, frequency
 from npprune.data.hierarchy import imagenet_hierarchy, read_hierarchy
@@ -22,6 +21,7 @@ from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.found import Found, choose_labels, open_found, paths_of, record
 from npprune.records import Analysis, FigureData, Series
 from npprune.report import five_numbers, text
+from npprune.words import METHODS, check_word
 
 STAGE = "analyze"
 PAIRS_SHOWN = 5
@@ -52,9 +52,8 @@ def analyze_scores(
         NpPruneError: an unknown method, or what `discover` raises.
     """
     found = open_found(run)
-    unknown = [m for m in methods or () if m not in METHODS]
-    if unknown:
-        raise UsageError(f"`--methods` must be of {', '.join(METHODS)}, got `{unknown[0]}`")
+    for m in methods or ():
+        check_word("--methods", m, METHODS)
     chosen = list(dict.fromkeys(methods or METHODS))
     tables = {m: paths_of(found, m, device=device, emit=emit) for m in chosen}
     first = found.settings.method if found.settings.method in tables else chosen[0]

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +33,11 @@ from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.latency import LATENCY_TOLERANCE, LatencyTable
 from npprune.pipeline.statistics import Batches, Collected, Shelf, collect
 from npprune.recipe import PruneSection
+from npprune.words import check_word
 
 HARM_IMAGES = 100
 HARM_STEPS = 8  # widths measured in a block: multiples of an eighth
+RECONSTRUCTION = "obs"  # stands in where predictions cannot tell neurons apart
 SALIENCE = 0.5  # share of the token weighting by the squared loss gradient
 
 
@@ -112,6 +113,8 @@ class Planner:
         like: Planner | None = None,
         shelf: Shelf | None = None,
     ) -> None:
+        settings, self.notes = told_apart(settings, view)
+        self.notes += scarce(view, batches)
         self.view, self.batches, self.settings, self.emit = view, batches, settings, emit
         self.paths, self.sizes, self.latency = paths, sizes, latency
         self.held_out: Batches = held_out or []
@@ -131,6 +134,7 @@ class Planner:
             self.scores = score(
                 criterion.name,
                 Context(
+                    first=[view.first(l) for l in range(len(view.widths))],
                     second=[view.fc2(l) for l in range(len(view.widths))],
                     statistics=self.stats,
                     votes=paths.votes if paths is not None else None,
@@ -239,7 +243,7 @@ class Planner:
             selection.keep,
             refitted,
             kept_paths,
-            [*selection.warnings, *self._crowded(selection)],
+            [*self.notes, *selection.warnings, *self._crowded(selection)],
             {**details, "seconds": dict(self.seconds)},
             attention,
         )
@@ -447,14 +451,64 @@ def draws(criterion: str) -> bool:
     return criterion == "random" or needs_of(criterion) != {"moments"}
 
 
+def told_apart(settings: PruneSection, view: VitView) -> tuple[PruneSection, list[str]]:
+    """Where a network has one output, its predictions never change: another criterion stands in
+    for one that asks how they do, and a warning says so.
+
+    Raises:
+        UsageError: what is asked for is measured on the predictions alone.
+    """
+    if view.classifiers()[0].out_features > 1:
+        return settings, []
+    hint = "keep more outputs (`--keep-head` or more `--classes`), or leave it out"
+    if settings.max_drop is not None:
+        raise UsageError(
+            "`--max-drop` is predicted from how predictions change, and those of one output never "
+            "do",
+            hint=hint,
+        )
+    if beyond_mlp(settings):
+        raise UsageError(
+            f"`--axes {','.join(settings.axes)}` compares harm to the predictions, and those of "
+            "one output never change",
+            hint=hint,
+        )
+    notes = [
+        "the network has one output: its predictions never change, so accuracy and divergence say "
+        "nothing of what was lost"
+    ]
+    if {"gates", "curvature"} & set(CRITERIA[settings.criterion].needs):
+        notes.append(
+            f"criterion `{settings.criterion}` reads the gradient of the predictions, which is 0: "
+            f"`{RECONSTRUCTION}` decides, by the error of each block's output"
+        )
+        settings = settings.model_copy(update={"criterion": RECONSTRUCTION})
+    return settings, notes
+
+
+def scarce(view: VitView, batches: Batches) -> list[str]:
+    """Warnings where calibration images say too little: too few of them, or all the same."""
+    images = sum(len(x) for x, _ in batches)
+    first = batches[0][0][0]
+    if images > 1 and all(bool((x == first).all()) for x, _ in batches):
+        return [
+            f"the {images} calibration images are all the same: what stays is chosen and refitted "
+            "for that one image (others: `--calibration`)"
+        ]
+    with torch.no_grad():
+        where = next(view.model.parameters()).device
+        tokens = images * view.embed(batches[0][0][:1].to(where)).shape[1]
+    if tokens >= max(view.widths):
+        return []
+    return [
+        f"too few calibration images: {images} of {tokens} tokens in all, for up to "
+        f"{max(view.widths)} hidden units a block (more: `--calibration`)"
+    ]
+
+
 def check_criterion(name: str, paths: bool) -> None:
     """UsageError for an unknown criterion, or one that reads paths where there are none."""
-    if name not in CRITERIA:
-        near = difflib.get_close_matches(name, CRITERIA, n=1)
-        raise UsageError(
-            f"`--criterion` must be one of {', '.join(CRITERIA)}, got `{name}`",
-            hint=f"did you mean `{near[0]}`?" if near else None,
-        )
+    check_word("--criterion", name, CRITERIA)
     if CRITERIA[name].paths and not paths:
         raise UsageError(
             f"criterion `{name}` reads paths, and no run folder was given",

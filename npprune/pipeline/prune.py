@@ -136,7 +136,7 @@ def prune(
 
         def attempt(budget: float) -> Attempt:
             chosen = planner.at(budget)
-            plan = _plan(network, chosen, settings, classes, run, seed)
+            plan = _plan(network, chosen, planner.settings, classes, run, seed)
             smaller = carried_out(network, plan, chosen)
             return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
 
@@ -148,7 +148,7 @@ def prune(
             done.chosen.warnings[:0] = warnings
     plan, smaller = done.plan, done.model
     used = len(calibration) + len(held_out)
-    summary = _summary(settings, done, images, used, time.perf_counter() - started)
+    summary = _summary(planner.settings, done, images, used, time.perf_counter() - started)
     info = model_info(smaller, replace(network.info.source, sha256=""))
     info.preprocessing = images.preprocessing
     variant = Variant(name=out.resolve().name, checkpoint="", model=info, prune=summary)

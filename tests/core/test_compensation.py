@@ -137,7 +137,7 @@ def test_a_dead_block_is_solved() -> None:
 
 def test_refusals() -> None:
     x, (w, b) = sample(), layer()
-    with pytest.raises(UsageError, match="got 'magic'"):
+    with pytest.raises(UsageError, match="got `magic`"):
         compensate(moments(x), w, b, KEEP, mode="magic")  # type: ignore[arg-type]
     for bad in ([], [2, 1], [1, 1], [9], [-1, 2]):
         with pytest.raises(UsageError, match=r"ascending neurons of 0\.\.8"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from npprune import words
 from npprune.core.criteria import CRITERIA, Context, path_prior, score
 from npprune.core.statistics import Statistics, collect_statistics
 from npprune.errors import UsageError
@@ -29,7 +30,7 @@ def context(statistics: Statistics, **over: Any) -> Context:
     g = torch.Generator().manual_seed(0)
     fields: dict[str, Any] = {
         "second": [view.fc2(l) for l in range(3)],
-        "first": [block.mlp.fc1 for block in view.blocks],  # type: ignore[union-attr]
+        "first": [view.first(l) for l in range(3)],
         "statistics": statistics,
         "votes": [torch.randint(5, (24,), generator=g) for _ in range(3)],
         "attribution": [torch.rand(24, generator=g) for _ in range(3)],
@@ -39,7 +40,8 @@ def context(statistics: Statistics, **over: Any) -> Context:
 
 
 def test_the_registry_is_complete_and_every_entry_has_a_source() -> None:
-    assert list(CRITERIA) == NAMES
+    assert list(CRITERIA) == NAMES == list(words.CRITERIA)
+    assert {n for n, c in CRITERIA.items() if c.paths} == set(words.PATH_CRITERIA)
     assert all(c.source and c.name == name for name, c in CRITERIA.items())
 
 
@@ -49,7 +51,7 @@ def test_scores_match_their_formulas(statistics: Statistics) -> None:
     v = m.covariance.diagonal()
     assert ctx.first is not None
     expected: dict[str, Tensor] = {
-        "magnitude": w.norm(dim=0) * ctx.first[l].weight.norm(dim=1),
+        "magnitude": w.norm(dim=0) * ctx.first[l][0].weight.norm(dim=1),
         "activation": m.mean_absolute,
         "variance": v,
         "variance-weight": (w**2).sum(0) * v,
@@ -97,13 +99,19 @@ def test_a_prior_moves_neurons_up(statistics: Statistics) -> None:
 
 def test_gated_first_layers_have_two_rows_a_neuron() -> None:
     first, second = nn.Linear(4, 12), nn.Linear(6, 4)
-    got = score("magnitude", Context([second], first=[first]))[0]
+    got = score("magnitude", Context([second], first=[[first]]))[0]
+    gate, value = nn.Linear(4, 6), nn.Linear(4, 6)
+    with torch.no_grad():
+        gate.weight.copy_(first.weight[:6])
+        value.weight.copy_(first.weight[6:])
+    apart = score("magnitude", Context([second], first=[[gate, value]]))[0]
+    torch.testing.assert_close(apart, got)
     rows = (first.weight[:6].norm(dim=1) ** 2 + first.weight[6:].norm(dim=1) ** 2).sqrt()
     torch.testing.assert_close(got, (rows * second.weight.norm(dim=0)).double())
 
 
 def test_refusals(statistics: Statistics) -> None:
-    with pytest.raises(UsageError, match="got 'vote'"):
+    with pytest.raises(UsageError, match="got `vote`"):
         score("vote", context(statistics))
     with pytest.raises(UsageError, match="none were given"):
         score("variance", context(None))  # type: ignore[arg-type]

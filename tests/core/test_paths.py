@@ -14,6 +14,7 @@ from npprune.core.methods import METHODS, find_paths
 from npprune.core.paths import joint_attribution, own_attribution
 from npprune.core.quadrature import END_AT_ONE, Rule, RuleOrAuto, quadrature
 from npprune.core.view import Scope
+from npprune.errors import UsageError
 from npprune.models.view import make_view
 from tests.helpers.tiny import tiny_batch, tiny_vit
 
@@ -336,11 +337,12 @@ def test_the_model_is_left_as_it_was() -> None:
     ({"method": "magic"}, "`method` must be one of"),
     ({"rule": "simpson"}, "`quadrature` must be one of"),
     ({"points": 0}, "`points` must be at least 1"),
-    ({"accumulation": "mean"}, "`accumulation` must be sum or last"),
+    ({"scope": "class"}, "`scope` must be one of"),
+    ({"accumulation": "mean"}, "`accumulation` must be one of `sum`, `last`"),
 ])  # fmt: skip
 def test_wrong_arguments_are_named(wrong: dict[str, object], message: str) -> None:
     images, labels = tiny_batch(1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         find_paths(make_view(tiny_vit()), images, labels, **wrong)
 
 

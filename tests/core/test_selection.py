@@ -155,7 +155,7 @@ def test_ties_are_broken_by_index() -> None:
 
 def test_refusals() -> None:
     scores = [torch.arange(32.0)]
-    with pytest.raises(UsageError, match="got 'best'"):
+    with pytest.raises(UsageError, match="got `best`"):
         selection.select(scores, 16, method="best")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="harm table"):
         selection.select(scores, 16, method="measured")

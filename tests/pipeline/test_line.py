@@ -328,7 +328,7 @@ def test_the_python_api_needs_no_files() -> None:
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
-    ({"topk": 0}, "`topk` must be in"),
+    ({"topk": 0}, "`topk` must be a whole number at least 1, got 0"),
     ({"method": "x"}, "`method` must be one of"),
     ({"labels": torch.tensor([1])}, "`labels` must be"),
 ])  # fmt: skip
