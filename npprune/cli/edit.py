@@ -12,6 +12,7 @@ from npprune.cli import flags
 from npprune.cli.console import Output
 from npprune.cli.options import choice, option
 from npprune.errors import UsageError
+from npprune.words import METHODS
 
 if TYPE_CHECKING:
     from npprune.recipe.sections import EditSection
@@ -121,7 +122,7 @@ def words(text: str | None) -> list[str] | None:
 def methods(text: str | None) -> list[str] | None:
     """`--methods`: names parted by commas; `all` stands for every method."""
     if text == "all":
-        return ["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
+        return list(METHODS)
     return words(text)
 
 

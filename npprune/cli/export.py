@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from npprune import words
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, choice, option
@@ -45,10 +46,10 @@ def command(
     ],
     *,
     format: Annotated[
-        str, choice(FILE, "--format", "torch is a torch.export archive", "onnx", "torch", "timm")
+        str, choice(FILE, "--format", "torch is a torch.export archive", *words.FORMATS)
     ] = "onnx",
     precision: Annotated[
-        str, choice(FILE, "--precision", "of the weights", "fp32", "fp16", "int8")
+        str, choice(FILE, "--precision", "of the weights", *words.FILE_PRECISIONS)
     ] = "fp32",
     max_drop: Annotated[
         float | None,
@@ -70,7 +71,7 @@ def command(
         ),
     ] = False,
     provider: Annotated[
-        str, choice(FILE, "--provider", "runs the comparison", "auto", "cpu", "cuda", "tensorrt")
+        str, choice(FILE, "--provider", "runs the comparison", *words.PROVIDERS)
     ] = "auto",
     latency: Annotated[
         bool, option(FILE, "--latency/--no-latency", None, "time it beside the dense network")

@@ -6,7 +6,6 @@ command line: `--keep` must be in (0, 1], got `1.5`.
 
 from __future__ import annotations
 
-import difflib
 import re
 import shlex
 from collections.abc import Callable, Mapping
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from npprune.errors import DataError, ModelError, StoreError, UsageError
+from npprune.words import PROVIDERS, check_word, did_you_mean
 
 if TYPE_CHECKING:
     import typer
     from pydantic import ValidationError
 
-    from npprune.recipe import DataSection, ModelSection, PruneSection, Section
+    from npprune.recipe import DataSection, ModelSection, Section
 
 S = TypeVar("S", bound="Section")
 
@@ -42,14 +42,19 @@ HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
 def section(cls: type[S], /, **values: Any) -> S:
     """A recipe section from flags; None leaves the section's default.
 
-    UsageError in the words of the command line where a value is out of bounds.
+    UsageError in the words of the command line where a value is out of bounds, or contradicts
+    another.
     """
     from pydantic import ValidationError
 
+    from npprune.recipe import check
+
     try:
-        return cls(**{name: value for name, value in values.items() if value is not None})
+        settings = cls(**{name: value for name, value in values.items() if value is not None})
     except ValidationError as err:
         raise _usage_error(cls, err) from err
+    check(settings)
+    return settings
 
 
 def _usage_error(cls: type[Section], err: ValidationError) -> UsageError:
@@ -62,12 +67,12 @@ def _usage_error(cls: type[Section], err: ValidationError) -> UsageError:
     if first["type"] == "literal_error":
         options = re.findall(r"'([^']*)'", first["ctx"]["expected"])
         rule = f"must be one of {', '.join(f'`{option}`' for option in options)}"
-        near = difflib.get_close_matches(str(value), options, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else hint
+        hint = did_you_mean(value, options) or hint
     else:
         limits = bounds(cls, field)
         said = first["msg"].lower().replace("input should", "must")
-        rule = f"must be {limits}" if limits else said
+        finite = first["type"] == "finite_number" and not limits.startswith("in ")
+        rule = f"must be {limits}" if limits and not finite else said
     return UsageError(f"`{flag}` {rule}, got `{value}`", hint=hint)
 
 
@@ -172,22 +177,6 @@ def device(text: str) -> str:
     return text
 
 
-def one_budget(settings: PruneSection) -> None:
-    """At most one of the budgets, and at least something that says how much stays."""
-    budgets = ("keep", "target_params", "target_macs", "target_latency")
-    given = [
-        "`--" + name.replace("_", "-") + "`"
-        for name in budgets
-        if getattr(settings, name) is not None
-    ]
-    if len(given) > 1:
-        raise UsageError(
-            "a budget is one of `--keep`, `--target-params`, `--target-macs` and "
-            f"`--target-latency`, got {' and '.join(given)}",
-            hint="leave all but one out",
-        )
-
-
 def command_line(ctx: typer.Context) -> str:
     """The command as it was given: a result remembers what made it."""
     return shlex.join(["npprune", *(ctx.obj or [])])
@@ -220,11 +209,7 @@ def folder_name(model: ModelSection) -> str:
 
 def provider(text: str) -> str:
     """The word of `--provider`; whether it is there is found out later."""
-    known = ("auto", "cpu", "cuda", "tensorrt")
-    if text not in known:
-        raise UsageError(
-            f"`--provider` must be one of {', '.join(f'`{k}`' for k in known)}, got `{text}`"
-        )
+    check_word("--provider", text, PROVIDERS)
     return text
 
 

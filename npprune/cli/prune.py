@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from npprune import words
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, choice, option, required
@@ -77,20 +78,18 @@ def command(
     ] = None,
     axes: Annotated[
         str,
-        choice(CHOICE, "--axes", "what may go, parted by commas", "mlp", "heads", "qk"),
+        choice(CHOICE, "--axes", "what may go, parted by commas", *words.AXES),
     ] = "mlp",
     topk: Annotated[
         int | None,
         option(CHOICE, "--topk", "K", "path neurons a block of each class \\[default: all]"),
     ] = None,
     criterion: Annotated[
-        str, option(CHOICE, "--criterion", "WORD", "ranks the neurons that no path names")
+        str, choice(CHOICE, "--criterion", "ranks the neurons that no path names", *words.CRITERIA)
     ] = "curvature-obs",
     selection: Annotated[
         str,
-        choice(
-            CHOICE, "--selection", "how blocks share the budget", "uniform", "global", "measured"
-        ),
+        choice(CHOICE, "--selection", "how blocks share the budget", *words.SELECTIONS),
     ] = "measured",
     protect_paths: Annotated[
         bool,
@@ -107,10 +106,7 @@ def command(
             CHOICE,
             "--compensation",
             "closed-form change to what stays",
-            "none",
-            "mean",
-            "least-squares",
-            "sequential",
+            *words.COMPENSATIONS,
         ),
     ] = "sequential",
     shrinkage: Annotated[
@@ -208,7 +204,6 @@ def command(
         max_drop=max_drop,
         memory=memory,
     )
-    flags.one_budget(settings)
     start = flags.run_or_model(source, ctx.params)
     folder = flags.out_folder(out)
     images = flags.data_section(ctx.params, calibration=calibration)

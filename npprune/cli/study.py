@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from npprune import words
 from npprune.cli import flags, options
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, option, required
@@ -45,11 +46,11 @@ def command(
         str | None, option(COMPARED, "--criteria", "LIST", "rank the neurons \\[default: all]")
     ] = None,
     selections: Annotated[
-        str, option(COMPARED, "--selections", "LIST", "of uniform, global, measured")
+        str, option(COMPARED, "--selections", "LIST", f"of {', '.join(words.SELECTIONS)}")
     ] = "uniform",
     compensations: Annotated[
         str,
-        option(COMPARED, "--compensations", "LIST", "of none, mean, least-squares, sequential"),
+        option(COMPARED, "--compensations", "LIST", f"of {', '.join(words.COMPENSATIONS)}"),
     ] = "least-squares",
     keep: Annotated[
         str, option(COMPARED, "--keep", "LIST", "shares of the hidden units that stay")

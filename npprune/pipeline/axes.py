@@ -18,7 +18,6 @@ from npprune.core.cost import Sizes, attention_price
 from npprune.core.elimination import eliminate_groups
 from npprune.core.harm import Replacement, measure_attention_harm
 from npprune.core.view import VitView
-from npprune.errors import UsageError
 from npprune.recipe import PruneSection
 
 Pair = tuple[int, int]
@@ -32,37 +31,6 @@ QUERY_MULTIPLE = 8
 def beyond_mlp(settings: PruneSection) -> bool:
     """Whether attention shares the budget."""
     return set(settings.axes) != {"mlp"}
-
-
-def check_settings(settings: PruneSection) -> None:
-    """UsageError where other axes than hidden units do not go with the rest of the settings."""
-    if not beyond_mlp(settings):
-        return
-    axes = f"`--axes {','.join(settings.axes)}`"
-    hint = "use `--target-macs X` or `--target-params X`, or `--max-drop POINTS` alone"
-    if settings.keep is not None:
-        raise UsageError(
-            f"`--keep` is a share of the hidden units, and {axes} shares a budget among more",
-            hint=hint,
-        )
-    if settings.target_latency is not None:
-        raise UsageError(
-            f"`--target-latency` knows what hidden units cost, not attention: it does not go with "
-            f"{axes}",
-            hint=hint,
-        )
-    if settings.target_params is settings.target_macs is settings.max_drop is None:
-        raise UsageError(
-            f"`--topk` alone keeps the paths' hidden units, and {axes} needs a budget that "
-            "attention can share",
-            hint=hint,
-        )
-    if settings.selection != "measured":
-        raise UsageError(
-            f"{axes} needs `--selection measured`, got `{settings.selection}`: only measured harm "
-            "compares hidden units with heads",
-            hint="leave `--selection` out",
-        )
 
 
 class AttentionAxes:

@@ -35,7 +35,7 @@ from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export_images import ExportImages, read_images, whole_batches
 from npprune.pipeline.inputs import Network, class_names, open_checkpoint, open_network
 from npprune.pipeline.results import update_variant
-from npprune.recipe import DataSection, ExportSection, ModelSection
+from npprune.recipe import DataSection, ExportSection, ModelSection, check
 from npprune.records import CheckpointConfig, ClassInfo, ExportRecord, Preprocessing, Variant
 from npprune.store import atomic
 
@@ -161,6 +161,7 @@ class _Subject:
 
 def _check(settings: ExportSection, provider: str, target: Path) -> None:
     """What is wrong before anything is loaded."""
+    check(settings)
     suffix = SUFFIXES[settings.format]
     if target.suffix != suffix and suffix:
         raise UsageError(
@@ -170,20 +171,11 @@ def _check(settings: ExportSection, provider: str, target: Path) -> None:
         raise UsageError(f"`--out` must be a folder for `--format timm`, got the file `{target}`")
     if settings.format != "timm" and target.is_dir():
         raise UsageError(f"`--out` must be a file, got the folder `{target}`")
-    if settings.format == "onnx":
-        return
-    fixed = settings.batch != "dynamic" and settings.format == "timm"
-    for flag, wrong in (
-        ("--precision " + settings.precision, settings.precision != "fp32"),
-        ("--with-preprocessing", settings.with_preprocessing),
-        ("--provider " + provider, provider != "auto"),
-        (f"--batch {settings.batch}", fixed),
-    ):
-        if wrong:
-            raise UsageError(
-                f"`{flag}` does not go with `--format {settings.format}`",
-                hint="leave it out, or export with `--format onnx`",
-            )
+    if settings.format != "onnx" and provider != "auto":
+        raise UsageError(
+            f"`--provider {provider}` does not go with `--format {settings.format}`",
+            hint="leave it out, or export with `--format onnx`",
+        )
 
 
 def _dense(

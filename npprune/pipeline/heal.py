@@ -27,7 +27,7 @@ from npprune.pipeline.pool import Memory, Pool
 from npprune.pipeline.processes import Processes, processes
 from npprune.pipeline.results import add_command, run_of
 from npprune.pipeline.teacher import Held, Outcome, Teacher, feature_weight
-from npprune.recipe import DataSection, HealSection
+from npprune.recipe import DataSection, HealSection, check
 from npprune.records import (
     Analysis,
     CheckpointConfig,
@@ -176,12 +176,7 @@ def healed_folder(checkpoint: Path) -> Path:
 
 
 def _check(settings: HealSection, checkpoint: Path, out: Path, peers: Processes) -> None:
-    if (settings.epochs is None) == (settings.minutes is None):
-        both = settings.epochs is not None
-        raise UsageError(
-            "one of `--epochs` and `--minutes` says how long, got " + ("both" if both else "none"),
-            hint="`--epochs 8` goes through the images eight times",
-        )
+    check(settings)
     if out.resolve() == checkpoint.resolve():
         raise UsageError(
             f"`--out` must be another folder than the checkpoint that is healed, got `{out}`",
@@ -197,26 +192,8 @@ def _check(settings: HealSection, checkpoint: Path, out: Path, peers: Processes)
             f"`--batch-size` must be a multiple of the {peers.count} processes that share it, "
             f"got {settings.batch_size}"
         )
-    if not settings.layerwise:
-        return
-    if settings.epochs is None:
-        raise UsageError("`--layerwise` goes by `--epochs`, got `--minutes`")
-    if peers.count > 1:
+    if settings.layerwise and peers.count > 1:
         raise UsageError(f"`--layerwise` runs in one process, got {peers.count}")
-    other = {
-        "--label-weight": settings.label_weight,
-        "--feature-weight": settings.feature_weight,
-    }
-    for flag, value in other.items():
-        if value:
-            raise UsageError(
-                f"`{flag}` is for training the whole network, and `--layerwise` is given",
-                hint="leave one of the two out",
-            )
-    if settings.augment not in ("auto", "none"):
-        raise UsageError(
-            f"`--layerwise` takes images as they are, got `--augment {settings.augment}`"
-        )
 
 
 def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit) -> Teacher:

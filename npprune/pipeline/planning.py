@@ -33,7 +33,6 @@ from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.latency import LATENCY_TOLERANCE, LatencyTable
 from npprune.pipeline.statistics import Batches, Collected, Shelf, collect
 from npprune.recipe import PruneSection
-from npprune.words import check_word
 
 HARM_IMAGES = 100
 HARM_STEPS = 8  # widths measured in a block: multiples of an eighth
@@ -507,8 +506,7 @@ def scarce(view: VitView, batches: Batches) -> list[str]:
 
 
 def check_criterion(name: str, paths: bool) -> None:
-    """UsageError for an unknown criterion, or one that reads paths where there are none."""
-    check_word("--criterion", name, CRITERIA)
+    """UsageError for a criterion that reads paths where there are none."""
     if CRITERIA[name].paths and not paths:
         raise UsageError(
             f"criterion `{name}` reads paths, and no run folder was given",

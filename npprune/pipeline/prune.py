@@ -30,7 +30,6 @@ from npprune.models.surgery import (
     set_qkv,
 )
 from npprune.models.view import make_view
-from npprune.pipeline.axes import check_settings
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
@@ -40,7 +39,7 @@ from npprune.pipeline.planning import Chosen, Planner, check_criterion
 from npprune.pipeline.prepare import HELD_OUT, Held, calibration_images, origin, read_paths
 from npprune.pipeline.results import add_command
 from npprune.pipeline.statistics import Shelf, identity, statistics_home
-from npprune.recipe import DataSection, ModelSection, PruneSection
+from npprune.recipe import BUDGETS, DataSection, ModelSection, PruneSection, check
 from npprune.records import (
     CheckpointConfig,
     ClassInfo,
@@ -83,17 +82,13 @@ def prune(
     started = time.perf_counter()
     where, reason = resolve_device(device)
     model, data, run = origin(source, data)
-    if settings.topk is None and settings.max_drop is None and not _has_budget(settings):
-        raise UsageError(
-            "a budget is needed: how much of the network stays",
-            hint="`--keep 0.5` keeps half of the hidden units; `--topk K` alone keeps the paths'",
-        )
+    check_budget(settings)
     if run is None and settings.topk is not None:
         raise UsageError(
             "`--topk` keeps path neurons, and no run folder was given",
             hint="`npprune discover` makes one; give it in place of the model's name",
         )
-    check_settings(settings)
+    check(settings)
     check_criterion(settings.criterion, run is not None)
     network = open_network(model, where, emit, STAGE)
     check_prunable(network.model)
@@ -174,10 +169,13 @@ def prune(
     return variant
 
 
-def _has_budget(settings: PruneSection) -> bool:
-    s = settings
-    budgets = (s.keep, s.target_params, s.target_macs, s.target_latency)
-    return any(v is not None for v in budgets)
+def check_budget(settings: PruneSection) -> None:
+    """UsageError where nothing says how much of the network stays."""
+    if all(getattr(settings, name) is None for name in (*BUDGETS, "topk", "max_drop")):
+        raise UsageError(
+            "a budget is needed: how much of the network stays",
+            hint="`--keep 0.5` keeps half of the hidden units; `--topk K` alone keeps the paths'",
+        )
 
 
 @dataclass
@@ -214,7 +212,11 @@ def _within(
     best: Attempt | None = None
     while high - low > 1:
         middle = (low + high) // 2
-        tried = attempt(whole * middle / SEARCH_STEPS)
+        try:
+            tried = attempt(whole * middle / SEARCH_STEPS)
+        except GateError:  # less than the smallest widths allowed
+            low = middle
+            continue
         _require_prediction(tried.predicted)
         share = tried.plan.kept_fraction if least == 0 else middle / SEARCH_STEPS
         emit(Event(STAGE, f"{share:.1%} kept: predicted drop {tried.drop:.2f} points"))

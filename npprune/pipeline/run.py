@@ -12,7 +12,7 @@ from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export import export_checkpoint
 from npprune.pipeline.heal import heal_pruned
 from npprune.pipeline.processes import processes
-from npprune.pipeline.prune import prune
+from npprune.pipeline.prune import check_budget, prune
 from npprune.pipeline.results import render_report
 from npprune.recipe import ModelSection, Recipe
 from npprune.records import Result
@@ -49,6 +49,8 @@ def run_recipe(
             "`data.val` is needed: the images to evaluate on",
             hint="add it to the recipe, or `--set data.val=folder:PATH`",
         )
+    if recipe.prune is not None:
+        check_budget(recipe.prune)
     if recipe.model.name == digits_network.NAME:
         if dry_run:
             raise UsageError(

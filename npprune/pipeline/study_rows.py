@@ -129,7 +129,9 @@ def settings_of(study: StudySection, with_paths: bool) -> list[Setting]:
             "and no run folder was given",
             hint="`npprune discover` makes one; give it in place of the model's name",
         )
-    names = study.criteria or [n for n, c in CRITERIA.items() if with_paths or not c.paths]
+    names: list[str] = list(study.criteria or ()) or [
+        n for n, c in CRITERIA.items() if with_paths or not c.paths
+    ]
     for name in names:
         check_criterion(name, with_paths)
     protect = study.protect or (["off", "on"] if with_paths else ["off"])

@@ -6,7 +6,9 @@ number, and every message carries file:line.
 
 from npprune.recipe.loading import load_recipe, recipe_yaml, shipped_recipes
 from npprune.recipe.messages import bounds
+from npprune.recipe.rules import check
 from npprune.recipe.sections import (
+    BUDGETS,
     DataSection,
     DiscoverSection,
     EvaluateSection,
@@ -20,6 +22,7 @@ from npprune.recipe.sections import (
 )
 
 __all__ = [
+    "BUDGETS",
     "DataSection",
     "DiscoverSection",
     "EvaluateSection",
@@ -31,6 +34,7 @@ __all__ = [
     "Section",
     "StudySection",
     "bounds",
+    "check",
     "load_recipe",
     "recipe_yaml",
     "shipped_recipes",

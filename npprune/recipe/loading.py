@@ -12,11 +12,12 @@ from pydantic import ValidationError
 
 from npprune.errors import RecipeError
 from npprune.recipe.messages import place_of, recipe_error
+from npprune.recipe.rules import conflict, key
 from npprune.recipe.sections import Recipe
 from npprune.recipe.tree import Dumper, Place, override, parse
+from npprune.words import PATH_CRITERIA
 
 _FOLDER_NAME = re.compile(r"^[^./\\\s][^/\\\n]*\Z")
-_BUDGETS = ("keep", "target_params", "target_macs")
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -60,13 +61,23 @@ def _check(recipe: Recipe, places: dict[Place, str]) -> None:
             f"({place_of(places, ('name',))})",
             hint="no `/`, and no `.` or blank in front",
         )
-    budgets = [b for b in _BUDGETS if getattr(recipe.prune, b, None) is not None]
-    if len(budgets) > 1:
-        raise RecipeError(
-            f"`prune` takes one budget, got `{budgets[0]}` and `{budgets[1]}`"
-            f" ({place_of(places, ('prune', budgets[1]))})",
-            hint=f"leave one out, or set it to null: `--set prune.{budgets[0]}=null`",
-        )
+    for name in ("prune", "heal", "export"):
+        section = getattr(recipe, name)
+        found = conflict(section, key(name)) if section is not None else None
+        if found is not None:
+            place = place_of(places, (name, found.field))
+            raise RecipeError(f"{found.message} ({place})", hint=found.hint)
+    if recipe.discover is None and recipe.prune is not None:
+        for field, value, reads in (
+            ("topk", recipe.prune.topk, recipe.prune.topk is not None),
+            ("criterion", recipe.prune.criterion, recipe.prune.criterion in PATH_CRITERIA),
+        ):
+            if reads:
+                raise RecipeError(
+                    f"`prune.{field}: {value}` reads paths, and `discover` is null "
+                    f"({place_of(places, ('prune', field))})",
+                    hint="leave one of the two out",
+                )
 
 
 def _find(source: str | Path) -> Path:

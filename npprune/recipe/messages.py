@@ -12,6 +12,7 @@ from pydantic_core import ErrorDetails
 from npprune.errors import RecipeError
 from npprune.recipe.sections import Recipe, Section
 from npprune.recipe.tree import Place, show
+from npprune.words import did_you_mean
 
 
 def bounds(section: type[BaseModel], name: str) -> str:
@@ -34,7 +35,7 @@ _RULES = {  # fields whose rule is not said by their type and bounds
     "device": "one of `auto`, `cpu`, `cuda`, `cuda:N`, `mps`",
     "data.classes": "a list of indices, synsets or names, or a file's path",
     "data.mean": "a list of numbers, one per channel",
-    "data.std": "a list of numbers, one per channel",
+    "data.std": "a list of numbers above 0, one per channel",
     "evaluate.batches": "a list of batch sizes, each at least 1",
     "export.batch": "`dynamic` or a whole number of at least 1",
 }
@@ -79,8 +80,7 @@ def recipe_error(
     hint = _HINTS.get(field)
     if first["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
-        near = difflib.get_close_matches(str(first["input"]), choices, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else hint
+        hint = did_you_mean(first["input"], choices) or hint
     value = show(_at_path(data, path))
     return RecipeError(f"`{name}` must be {_rule(first, field)}, got {value}{where}", hint=hint)
 
@@ -97,6 +97,8 @@ def _rule(error: ErrorDetails, field: str) -> str:
     if kind == "literal":
         choices = re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
         return "one of " + ", ".join(f"`{c}`" for c in choices)
+    if kind == "finite" and not limits.startswith("in "):
+        return f"a finite number {limits}".rstrip()
     if kind in _KINDS:
         return f"{_KINDS[kind]} {limits}".rstrip()
     if kind == "not":  # a bool where a number or text belongs

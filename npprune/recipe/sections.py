@@ -7,11 +7,17 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from npprune import words
+
+BUDGETS = ("keep", "target_params", "target_macs", "target_latency")
+"""Fields of the prune section of which one says how much stays."""
+
 
 class Section(BaseModel):
-    """Base of the sections: unknown keys are refused, values are checked on assignment."""
+    """Base of the sections: unknown keys and numbers that are not finite are refused, values are
+    checked on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -50,7 +56,7 @@ class DataSection(Section):
     preprocessing: Literal["model", "released"] = "model"
     # what differs from it; None takes it as it is
     mean: list[float] | None = None
-    std: list[float] | None = None
+    std: list[Annotated[float, Field(gt=0)]] | None = None
     interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] | None = None
     crop_pct: float | None = Field(None, gt=0, le=1)
     crop_mode: Literal["center", "squash", "border"] | None = None
@@ -60,19 +66,15 @@ class DiscoverSection(Section):
     """How paths are found. `quadrature` auto, `points` None: see `core.quadrature`."""
 
     topk: int = Field(1, ge=1)
-    method: Literal[
-        "neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"
-    ] = "neuron-path"
-    scope: Literal["auto", "cls", "patch", "all"] = "auto"
-    quadrature: Literal["auto", "gauss-radau", "mapped-radau", "gauss-legendre", "left-riemann"] = (
-        "auto"
-    )
+    method: words.Method = "neuron-path"
+    scope: words.ScopeOrAuto = "auto"
+    quadrature: words.RuleOrAuto = "auto"
     points: int | None = Field(None, ge=1, le=256)
-    accumulation: Literal["sum", "last"] = "sum"
+    accumulation: words.Accumulation = "sum"
     batch_size: int = Field(16, ge=1)  # images; points x images run as one batch
     shard_size: int = Field(256, ge=1)  # images per shard
     memory: float | None = Field(None, gt=0)  # GiB; None: as much as there is
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of the network's products
+    precision: words.SearchPrecision = "fp32"  # of the network's products
     compile: bool = False  # blocks through torch.compile
 
 
@@ -82,10 +84,7 @@ class PruneSection(Section):
     `axes` beside `mlp` need measured selection, and one of target_params, target_macs, max_drop.
     """
 
-    axes: list[Literal["mlp", "heads", "qk"]] = Field(
-        default_factory=lambda: ["mlp"],  # type: ignore[arg-type]
-        min_length=1,
-    )
+    axes: list[words.Axis] = Field(["mlp"], min_length=1)
     topk: int | None = Field(None, ge=1)
     keep: float | None = Field(None, gt=0, le=1)
     target_params: float | None = Field(None, gt=0)  # <= 1: share of dense; else a count
@@ -93,9 +92,9 @@ class PruneSection(Section):
     target_latency: float | None = Field(None, gt=0)  # <= 1: share of dense; else milliseconds
     latency_batch: int = Field(1, ge=1)  # images at once while timing
     latency_threads: int | None = Field(None, ge=1)  # None: as many as PyTorch uses
-    criterion: str = "curvature-obs"
-    selection: str = "measured"
-    compensation: Literal["none", "mean", "least-squares", "sequential"] = "sequential"
+    criterion: words.Criterion = "curvature-obs"
+    selection: words.Selection = "measured"
+    compensation: words.Compensation = "sequential"
     shrinkage: float | None = Field(None, gt=0)  # of the refit; None: chosen on held-out images
     protect_paths: bool = True
     round_to: int = Field(16, ge=1)
@@ -113,21 +112,11 @@ class StudySection(Section):
     a run with paths.
     """
 
-    criteria: list[str] | None = Field(None, min_length=1)  # None: all
-    compensations: list[Literal["none", "mean", "least-squares", "sequential"]] = Field(
-        default_factory=lambda: ["least-squares"],  # type: ignore[arg-type]
-        min_length=1,
-    )
-    selections: list[Literal["uniform", "global", "measured"]] = Field(
-        default_factory=lambda: ["uniform"],  # type: ignore[arg-type]
-        min_length=1,
-    )
-    keep: list[Annotated[float, Field(gt=0, le=1)]] = Field(
-        default_factory=lambda: [0.5], min_length=1
-    )
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field(
-        default_factory=lambda: [0], min_length=1
-    )
+    criteria: list[words.Criterion] | None = Field(None, min_length=1)  # None: all
+    compensations: list[words.Compensation] = Field(["least-squares"], min_length=1)
+    selections: list[words.Selection] = Field(["uniform"], min_length=1)
+    keep: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.5], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
     protect: list[Literal["on", "off"]] | None = Field(None, min_length=1)
     topk: int | None = Field(None, ge=1)
     round_to: int = Field(16, ge=1)
@@ -152,7 +141,7 @@ class HealSection(Section):
     label_weight: float = Field(0.0, ge=0)  # of the cross-entropy with the labels
     layerwise: bool = False  # each block's MLP on its own
     augment: Literal["auto", "mixed", "flips", "strong", "none"] = "auto"  # auto: by the length
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: words.TrainingPrecision = "fp32"
     patience: int = Field(3, ge=1)  # measurements in a row that may rise
     unlabelled: str | None = None  # more images to train on; their labels are not read
 
@@ -161,7 +150,7 @@ class EvaluateSection(Section):
     """How the pruned network is measured."""
 
     latency: bool = True
-    batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 16])
+    batches: list[Annotated[int, Field(ge=1)]] = Field([1, 16])
 
 
 class EditSection(Section):
@@ -172,30 +161,21 @@ class EditSection(Section):
 
     edit: Literal["remove", "enhance", "keep"] = "remove"
     factor: float = 2.0  # of enhance
-    paths: list[Literal["image", "class", "predicted", "union"]] = Field(
-        default_factory=lambda: ["image"]  # type: ignore[arg-type]
-    )
-    methods: (
-        list[
-            Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
-        ]
-        | None
-    ) = None
+    paths: list[Literal["image", "class", "predicted", "union"]] = Field(["image"])
+    methods: list[words.Method] | None = None
     topk: list[Annotated[int, Field(ge=1)]] | None = None
-    fraction: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=lambda: [1.0])
+    fraction: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0])
     depth: list[Annotated[int, Field(ge=1)]] | None = None
-    scope: list[Literal["auto", "cls", "patch", "all"]] = Field(
-        default_factory=lambda: ["auto"]  # type: ignore[arg-type]
-    )
+    scope: list[words.ScopeOrAuto] = Field(["auto"])
     seeds: int = Field(1, ge=1)  # draws of a fraction below 1
 
 
 class ExportSection(Section):
     """How it is shipped."""
 
-    format: Literal["onnx", "torch", "timm"] = "onnx"
+    format: words.Format = "onnx"
     opset: int = Field(20, ge=17, le=23)
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: words.FilePrecision = "fp32"
     batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = "dynamic"
     with_preprocessing: bool = False
     max_drop: float | None = Field(None, ge=0, le=100)  # points of top-1; None: 0.5 fp16, 1 int8

@@ -20,7 +20,7 @@ from npprune.models.info import count_macs, model_info, model_sizes, state
 from npprune.models.load import create
 from npprune.models.surgery import mask_plan
 from npprune.models.view import make_view
-from npprune.pipeline.axes import AttentionAxes, check_settings
+from npprune.pipeline.axes import AttentionAxes
 from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import ignore
 from npprune.pipeline.export import export_checkpoint
@@ -36,6 +36,7 @@ from npprune.recipe import (
     HealSection,
     ModelSection,
     PruneSection,
+    check,
 )
 from npprune.records import CheckpointConfig, ModelSource, Variant
 from npprune.store.checkpoints import write_checkpoint
@@ -284,9 +285,9 @@ def test_the_default_is_hidden_units_alone(dense: Path) -> None:
 )
 def test_what_does_not_go_together_is_said(change: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match) as err:
-        check_settings(settings(**change))
+        check(settings(**change))
     assert err.value.hint
-    check_settings(settings(**{**change, "axes": ["mlp"]}))
+    check(settings(**{**change, "axes": ["mlp"]}))
 
 
 def test_refusals_come_before_any_work(dense: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from npprune.pipeline import latency as timing
 from npprune.pipeline.latency import LatencyTable, build_table, correct, outcome
 from npprune.pipeline.prune import prune
 from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
-from npprune.recipe import DataSection, ModelSection, PruneSection
+from npprune.recipe import DataSection, ModelSection, PruneSection, check
 from npprune.records import CheckpointConfig, ClassInfo, Latency, ModelSource
 from npprune.store.checkpoints import read_config, write_checkpoint
 
@@ -203,7 +203,5 @@ def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_budget() -> None:
-    from npprune.cli.flags import one_budget
-
     with pytest.raises(UsageError, match="`--keep` and `--target-latency`"):
-        one_budget(PruneSection(keep=0.5, target_latency=0.5))
+        check(PruneSection(keep=0.5, target_latency=0.5))

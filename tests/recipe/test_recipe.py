@@ -218,11 +218,14 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
         load_recipe(tmp_path / "x.yaml")
 
 
-def test_two_budgets_contradict_each_other(tmp_path: Path) -> None:
-    err = _refused(tmp_path, GOOD + "  target_macs: 0.7\n")
+@pytest.mark.parametrize("other", ["target_params", "target_macs", "target_latency"])
+def test_two_budgets_contradict_each_other(tmp_path: Path, other: str) -> None:
+    err = _refused(tmp_path, GOOD + f"  {other}: 0.7\n")
     assert err.message == (
-        f"`prune` takes one budget, got `keep` and `target_macs` ({tmp_path / 'x.yaml'}:8)"
+        "a budget is one of `prune.keep`, `prune.target_params`, `prune.target_macs`, "
+        f"`prune.target_latency`, got `prune.keep` and `prune.{other}` ({tmp_path / 'x.yaml'}:8)"
     )
+    assert f"`prune.{other}` (--set" in _refused(tmp_path, GOOD, f"prune.{other}=0.7").message
     recipe = load_recipe(_file(tmp_path, GOOD + "  target_macs: 0.7\n"), ["prune.keep=null"])
     assert (recipe.prune.keep, recipe.prune.target_macs) == (None, 0.7)
 
@@ -284,7 +287,7 @@ def test_overrides(tmp_path: Path) -> None:
     assert recipe.data.train == "folder:/a b/c=d"
     assert recipe.evaluate.batches == [1]
     assert load_recipe(path, ["data.train="]).data.train is None
-    assert load_recipe(path, ["prune={topk: 3}"]).prune == PruneSection(topk=3)
+    assert load_recipe(path, ["prune={topk: 3}", "discover={}"]).prune == PruneSection(topk=3)
     assert load_recipe(path, ["prune.keep=0.1", "prune.keep=0.2"]).prune.keep == 0.2
 
 
@@ -385,6 +388,67 @@ def test_bounds_in_words() -> None:
     assert bounds(PruneSection, "round_to") == "at least 1"
     assert bounds(PruneSection, "target_macs") == "greater than 0"
     assert bounds(PruneSection, "criterion") == ""
+
+
+# ---------------------------------------------------------------- words and contradictions
+
+
+@pytest.mark.parametrize(
+    ("line", "message", "hint"),
+    [
+        ("criterion: varience", "`prune.criterion` must be one of `random`, ", "variance"),
+        ("selection: mesured", "`prune.selection` must be one of `uniform`, ", "measured"),
+        ("compensation: sequental", "`prune.compensation` must be one of `none`, ", "sequential"),
+        ("target_params: .inf", "`prune.target_params` must be a finite number greater", None),
+        ("shrinkage: .nan", "`prune.shrinkage` must be a finite number greater than 0", None),
+        ("axes: [mlp, qk]", "`prune.keep` is a share of the hidden units, and `prune.axes", None),
+        ("max_drop: 101", "`prune.max_drop` must be in (0, 100], got `101`", None),
+    ],
+)
+def test_what_would_fail_after_minutes_is_refused_at_once(
+    tmp_path: Path, line: str, message: str, hint: str | None
+) -> None:
+    name, _, value = line.partition(": ")
+    for err in (
+        _refused(tmp_path, GOOD + f"  {line}\n"),
+        _refused(tmp_path, GOOD, f"prune.{name}={value}"),
+    ):
+        assert err.message.startswith(message)
+        assert err.message.endswith((".yaml:8)", ".yaml:7)", f"(--set prune.{name}={value})"))
+        assert hint is None or err.hint == f"did you mean `{hint}`?"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("heal: {lr: 1e-4}", "one of `heal.epochs` and `heal.minutes` says how long, got none"),
+        ("heal: {epochs: 1, minutes: 1}", "one of `heal.epochs` and `heal.minutes` says how long"),
+        ("heal: {minutes: .inf}", "`heal.minutes` must be a finite number greater than 0"),
+        ("heal: {minutes: 1, layerwise: true}", "`heal.layerwise` goes by `heal.epochs`"),
+        ("heal: {epochs: 1, precision: fp16}", "`heal.precision` must be one of `fp32`, `bf16`"),
+        ("export: {format: timm, precision: int8}", "`export.precision: int8` does not go with"),
+        ("export: {precision: int4}", "`export.precision` must be one of `fp32`, `fp16`, `int8`"),
+        ("discover: {precision: fp16}", "`discover.precision` must be one of `fp32`, `tf32`"),
+        ("discover: {method: activations}", "`discover.method` must be one of `neuron-path`"),
+        ("device: cuda:x", "`device` must be one of `auto`"),
+    ],
+)
+def test_contradictions_of_other_sections(tmp_path: Path, section: str, message: str) -> None:
+    err = _refused(tmp_path, GOOD + section + "\n")
+    assert err.message.startswith(message)
+    assert err.message.endswith(":8)")
+
+
+@pytest.mark.parametrize("line", ["topk: 2", "criterion: path-votes"])
+def test_what_reads_paths_needs_discovery(tmp_path: Path, line: str) -> None:
+    err = _refused(tmp_path, GOOD + f"  {line}\ndiscover: null\n")
+    assert err.message.startswith(f"`prune.{line}` reads paths, and `discover` is null (")
+    load_recipe(_file(tmp_path, GOOD + f"  {line}\n"))
+
+
+def test_a_standard_deviation_is_positive(tmp_path: Path) -> None:
+    err = _refused(tmp_path, GOOD.replace("train: folder:a", "std: [0.5, 0, 0.5]"))
+    assert err.message.startswith("`data.std.1` must be a list of numbers above 0")
 
 
 def test_recipes_load_without_torch() -> None:
