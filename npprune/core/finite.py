@@ -12,12 +12,15 @@ from npprune.core.view import VitView
 from npprune.errors import DataError, ModelError, NpPruneError
 
 
-def check_logits(view: VitView, images: Tensor, logits: Tensor, *, first: int = 0) -> None:
+def check_logits(
+    view: VitView, images: Tensor, logits: Tensor, *, first: int | None = None
+) -> None:
     """The usual case costs one reduction of the logits.
 
     Args:
         images: [b, 3, H, W]; logits: [b, c], what the network gave on them.
-        first: the number of the first image, for the message.
+        first: the number of the first image, for the message; None: images are counted within
+            their batch.
 
     Raises:
         DataError: an image holds values that are not finite.
@@ -26,7 +29,8 @@ def check_logits(view: VitView, images: Tensor, logits: Tensor, *, first: int = 
     good = torch.isfinite(logits.detach().logsumexp(dim=1))
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
-        raise explained(view, images[row : row + 1], first + row)
+        name = f"image {row} of its batch" if first is None else f"image {first + row}"
+        raise explained(view, images[row : row + 1], name)
 
 
 def check_scores(scores: Tensor, *, what: str, dtype: torch.dtype) -> None:
@@ -35,25 +39,24 @@ def check_scores(scores: Tensor, *, what: str, dtype: torch.dtype) -> None:
     if not bool(good.all()):
         raise ModelError(
             f"{what} must be finite, got NaN or infinity for image {int((~good).nonzero()[0])} of "
-            f"the batch: gradients overflow in {_name(dtype)}",
+            f"its batch: gradients overflow in {_name(dtype)}",
             hint="run the network in float32: `model.float()`",
         )
 
 
 @torch.no_grad()
-def explained(view: VitView, image: Tensor, number: int) -> NpPruneError:
+def explained(view: VitView, image: Tensor, name: str) -> NpPruneError:
     """Where the numbers of one image [1, 3, H, W] end, as the error to raise."""
     if not bool(torch.isfinite(image).all()):
         bad = int((~torch.isfinite(image)).sum())
         return DataError(
-            f"image {number} must hold finite values, got NaN or infinity in {bad} of "
-            f"{image.numel()}",
+            f"{name} must hold finite values, got NaN or infinity in {bad} of {image.numel()}",
             hint="check its file and the mean and standard deviation it is normalised by",
         )
-    for name, value in view.model.named_parameters():
+    for part, value in view.model.named_parameters():
         if not bool(torch.isfinite(value).all()):
             return ModelError(
-                f"the weights must be finite, got NaN or infinity in `{name}`",
+                f"the weights must be finite, got NaN or infinity in `{part}`",
                 hint="the file is damaged, or training diverged: take other weights",
             )
     x, where = view.embed(image), "the embedding"
@@ -64,7 +67,7 @@ def explained(view: VitView, image: Tensor, number: int) -> NpPruneError:
     if bool(torch.isfinite(x).all()):
         where = "the classifier"
     return ModelError(
-        f"the network gives no finite numbers after {where} for image {number}: it overflows in "
+        f"the network gives no finite numbers after {where} for {name}: it overflows in "
         f"{_name(x.dtype)}",
         hint="run it in float32: `model.float()`, or `--precision fp32`",
     )

@@ -178,10 +178,11 @@ def _check(logits: Tensor, labels: Tensor) -> None:
             "logits must be [n, c] and labels [n], got "
             f"{tuple(logits.shape)} and {tuple(labels.shape)}"
         )
-    if bool(torch.isnan(logits).any()):
-        bad = int(torch.isnan(logits).any(dim=1).sum())
+    bad = (torch.isnan(logits) | (logits == math.inf)).any(dim=1)
+    if bool(bad.any()):
         raise UsageError(
-            f"logits must be numbers, got NaN for {bad} of {len(logits)} images",
+            f"logits must be numbers, got NaN or infinity for {int(bad.sum())} of {len(logits)} "
+            f"images, number {int(bad.nonzero()[0])} the first",
             hint="the network overflowed: check its weights and the precision it runs in",
         )
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):

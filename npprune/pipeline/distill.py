@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from npprune.core import healing
 from npprune.core.view import VitView
-from npprune.errors import GateError
+from npprune.errors import GateError, NpPruneError
 from npprune.models.view import make_view
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.pool import Chunk, Memory, Pool
@@ -34,6 +34,7 @@ from npprune.pipeline.teacher import (
     feature_weight,
     measure,
     weights,
+    without_numbers,
 )
 from npprune.recipe import HealSection
 from npprune.records import HealPoint
@@ -310,8 +311,10 @@ class Distillation:
             loss = loss + self.settings.label_weight * right
         return loss
 
-    def _not_finite(self, loss: float) -> GateError:
+    def _not_finite(self, loss: float) -> NpPruneError:
         self.processes.on_first(self.folder.remove)
+        if self.progress.step == 0:
+            return without_numbers(self.held)
         return GateError(
             f"the loss became {loss} at step {self.progress.step} of "
             f"{self.course.expected_steps}: training diverged, and nothing was written",

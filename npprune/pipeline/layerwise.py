@@ -20,7 +20,7 @@ from npprune.models.view import make_view
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.pool import MEMORY_SHARE, Memory
 from npprune.pipeline.processes import Processes
-from npprune.pipeline.teacher import Held, Outcome, Teacher, measure, weights
+from npprune.pipeline.teacher import Held, Outcome, Teacher, measure, weights, without_numbers
 from npprune.recipe import HealSection
 from npprune.records import HealPoint
 from npprune.store.training import TrainingFolder
@@ -62,6 +62,8 @@ def reconstruct(
             step=block, seconds=time.perf_counter() - started, loss=loss,
         )  # fmt: skip
         if not point.divergence_nats < float("inf"):
+            if block == 0:
+                raise without_numbers(held)
             raise GateError(
                 f"block {block - 1} was trained to give no numbers any more",
                 hint=f"a smaller `--lr` than {settings.lr:g}",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from npprune.core import healing
 from npprune.core.view import VitView
+from npprune.errors import ModelError
 from npprune.models.view import make_view
 from npprune.pipeline.pool import Memory
 from npprune.pipeline.processes import Processes
@@ -141,6 +142,16 @@ def measure(
     divergence, agreement, right, labelled = processes.sums(sums)
     top1 = right / labelled if labelled else None
     return HealPoint(step, seconds, divergence / n, agreement / n, loss, top1)
+
+
+def without_numbers(held: Held) -> ModelError:
+    """Why the divergence is not a number before anything was trained."""
+    dense = bool(torch.isfinite(held.chosen.logsumexp(dim=1)).all())
+    return ModelError(
+        f"the {'pruned' if dense else 'dense'} network gives NaN or infinity on the held-out "
+        "images, before the first step: there is nothing to train from",
+        hint="its weights are damaged, or it overflows: `npprune eval` measures it",
+    )
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

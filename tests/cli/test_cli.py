@@ -324,6 +324,27 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
             "leave all but one out",
         ),
         (
+            [*PRUNE, "--keep", "0.5", "--target-latency", "4"],
+            "got `--keep` and `--target-latency`",
+            "leave all but one out",
+        ),
+        (
+            [*PRUNE, "--keep", "0.5", "--criterion", "varience"],
+            "`--criterion` must be one of `random`",
+            "did you mean `variance`?",
+        ),
+        (
+            [*PRUNE, "--keep", "0.5", "--selection", "mesured"],
+            "`--selection` must be one of `uniform`, `global`, `measured`, got `mesured`",
+            "did you mean `measured`?",
+        ),
+        (
+            ["study", "vit_test", "--val", "digits", "--out", "x", "--criteria", "obs,fishr"],
+            "`--criteria` must be one of `random`",
+            "did you mean `fisher`?",
+        ),
+        ([*PRUNE, "--target-macs", "inf"], "`--target-macs` must", ""),
+        (
             [*DISCOVER, "--method", "neuron-pth"],
             "`--method` must be one of `neuron-path`, `activation`",
             "did you mean `neuron-path`?",

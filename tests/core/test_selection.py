@@ -169,3 +169,17 @@ def test_refusals() -> None:
         selection.select(scores, 16, prices=[{32: 1.0}])
     with pytest.raises(GateError, match="cost 16, and the budget is 8"):
         selection.select(scores, 8, method="global")
+
+
+def test_harm_that_tells_nothing_apart_leaves_the_budget_spent_evenly() -> None:
+    scores = [torch.arange(64.0)] * 3
+    flat = [{16: 0.0, 32: 0.0, 64: 0.0}] * 3
+    found = selection.select(scores, 96, method="measured", harm=flat)
+    assert found.widths == [32, 32, 32]
+    half = [flat[0], {16: 1.0, 32: 0.5, 64: 0.0}, flat[2]]
+    found = selection.select(scores, 128, method="measured", harm=half)
+    assert found.widths == [32, 64, 32]
+    options = [{1: 0.0, 2: 0.0}], [{1: 10.0, 2: 20.0}]
+    others = selection.Others(*options)
+    found = selection.select(scores, 116, method="measured", harm=flat, others=others)
+    assert (found.widths, found.others) == ([32, 32, 32], [2])

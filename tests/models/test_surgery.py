@@ -296,3 +296,15 @@ def test_pruned_equals_masked_on_a_real_network(shared_testbed: Path) -> None:
             pruned = apply_plan(model, plan)(images)
         # Float32 sums in another order: relative to the largest logit, as parity is measured.
         assert (pruned - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3, SwiGLU", "dinov2, packed SwiGLU"])
+def test_surgery_leaves_every_parameter_as_trainable_as_it_was(name: str) -> None:
+    model, _ = family(name, torch.float32)
+    for i, (part, p) in enumerate(model.named_parameters()):
+        p.requires_grad_(part.endswith("bias") if "mlp" in part else i % 2 == 0)
+    before = {part: (p.requires_grad, p.dtype, p.device) for part, p in model.named_parameters()}
+    pruned = apply_plan(model.train(), some_plan(model, classes=[0, 3]))
+    after = {part: (p.requires_grad, p.dtype, p.device) for part, p in pruned.named_parameters()}
+    assert after == before
+    assert pruned.training
