@@ -116,5 +116,5 @@ def test_magnitude_sees_both_layers(run: Prune, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(planning, "score", kept)
     run(7, noise(12), criterion="magnitude", selection="uniform")
     for scores, block in zip(seen, tiny_vit().float().blocks, strict=True):  # type: ignore[arg-type]
-        first, second = block.mlp.fc1.weight, block.mlp.fc2.weight
-        torch.testing.assert_close(scores, (first.double().norm(dim=1) * second.double().norm(dim=0))
+        first, second = block.mlp.fc1.weight.double(), block.mlp.fc2.weight.double()
+        torch.testing.assert_close(scores, first.norm(dim=1) * second.norm(dim=0))
