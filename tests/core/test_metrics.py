@@ -63,7 +63,7 @@ def test_accuracy_counts_and_probability() -> None:
 
 
 def test_accuracy_refuses_nan_shapes_and_labels() -> None:
-    with pytest.raises(UsageError, match="NaN for 1 of 2 images"):
+    with pytest.raises(UsageError, match="NaN or infinity for 1 of 2 images, number"):
         metrics.accuracy(torch.tensor([[0.0, math.nan], [0, 1]]), torch.tensor([0, 1]))
     with pytest.raises(UsageError, match=r"\(2, 3\) and \(3,\)"):
         metrics.accuracy(torch.zeros(2, 3), torch.zeros(3, dtype=torch.long))

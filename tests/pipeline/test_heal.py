@@ -619,6 +619,15 @@ def test_a_loss_that_is_no_number_ends_with_a_reason(
     assert not out.with_name("healed.partial").exists()
 
 
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_a_network_without_numbers_is_named_before_the_first_step(
+    half_network: Path, monkeypatch: pytest.MonkeyPatch, layerwise: bool
+) -> None:
+    monkeypatch.setattr(healing, "divergence_at", lambda a, *more: a.sum(1) * float("nan"))
+    with pytest.raises(ModelError, match=r"the pruned network gives NaN .* before the first step"):
+        heal(half_network, DATA, short(layerwise=layerwise), half_network.with_name("healed"))
+
+
 def test_the_summary_survives_its_file(half_network: Path) -> None:
     variant: Variant = heal(half_network, DATA, short(), half_network.with_name("healed"))
     stored = RunFolder(half_network).read_result().variant("healed")

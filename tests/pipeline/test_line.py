@@ -25,6 +25,7 @@ from npprune.pipeline.export import export_checkpoint
 from npprune.pipeline.planning import Planner
 from npprune.pipeline.prune import prune
 from npprune.pipeline.results import render_report
+from npprune.pipeline.run import run_recipe
 from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS
 from npprune.recipe import (
     DataSection,
@@ -33,6 +34,7 @@ from npprune.recipe import (
     ExportSection,
     ModelSection,
     PruneSection,
+    Recipe,
 )
 from npprune.records import ModelSource
 from npprune.store.checkpoints import read_config, write_checkpoint
@@ -256,6 +258,15 @@ def test_wrong_settings_are_named(run: Path, settings: PruneSection, message: st
         prune(run, DataSection(), settings, run.parent / "x")
     assert message in f"{caught.value.message} {caught.value.hint}"
     assert not (run.parent / "x").exists()
+
+
+def test_a_recipe_without_a_budget_is_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    recipe = Recipe(
+        name="x", model=ModelSection(name="nothing"), data=DataSection(val="digits:test")
+    )
+    with pytest.raises(UsageError, match="a budget is needed"):
+        run_recipe(recipe, root=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_paths_need_a_run(world: Path, tmp_path: Path) -> None:
