@@ -9,6 +9,8 @@ Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of our
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class NpPruneError(Exception):
     """Base of everything npprune raises on purpose.
@@ -46,6 +48,14 @@ class DeviceError(NpPruneError):
 
 class StoreError(NpPruneError):
     """A run folder, checkpoint or plan cannot be read, written, or belongs to another run."""
+
+
+class UnstoredError(StoreError):
+    """The work is done and could not be stored; `found` is what it came to, to be shown."""
+
+    def __init__(self, message: str, *, hint: str | None = None, found: Any = None) -> None:
+        super().__init__(message, hint=hint)
+        self.found = found
 
 
 class ExportError(NpPruneError):

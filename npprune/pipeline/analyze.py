@@ -51,7 +51,7 @@ def analyze_scores(
     Raises:
         NpPruneError: an unknown method, or what `discover` raises.
     """
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     unknown = [m for m in methods or () if m not in METHODS]
     if unknown:
         raise UsageError(f"`--methods` must be of {', '.join(METHODS)}, got `{unknown[0]}`")
@@ -122,7 +122,7 @@ def analyze_similarity(
     Raises:
         NpPruneError: fewer than two classes, or a hierarchy that does not hold them.
     """
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     labels = choose_labels(found, classes)
     if len(labels) < 2:
         raise UsageError(f"a similarity needs at least two classes, got {len(labels)}")
@@ -301,7 +301,7 @@ def analyze_paths(
     Raises:
         NpPruneError: a class without paths.
     """
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     if every:
         labels = found.table.classes
     else:

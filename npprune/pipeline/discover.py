@@ -23,11 +23,13 @@ from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
 from npprune.errors import DataError, UsageError
+from npprune.files import keeping
 from npprune.models.view import make_view
 from npprune.pipeline.device import check_shortcuts, environment, products, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.memory import halving, images_that_fit
+from npprune.pipeline.outputs import check_run, reads_of
 from npprune.pipeline.processes import processes
 from npprune.pipeline.results import add_command
 from npprune.pipeline.shards import PARTS, Share
@@ -63,6 +65,7 @@ def discover(
     """
     team = processes()
     where, reason = resolve_device(team.device(device))
+    team.on_first(lambda: check_run(out, reads_of(model), write=not dry_run))
 
     def open_all() -> tuple[Network, Images, _Search, Manifest]:
         network = open_network(model, where, emit, STAGE)
@@ -97,8 +100,9 @@ def discover(
             result = _result(manifest, network, images, summary)
             _keep_earlier(folder, result)
             add_command(result, command)
-            folder.write_result(result)
-            folder.append_event({"stage": STAGE, "images": len(table), **timing})
+            with keeping(result):
+                folder.write_result(result)
+                folder.append_event({"stage": STAGE, "images": len(table), **timing})
             _say_timing(timing, len(table), table.skipped, emit)
             return result
 

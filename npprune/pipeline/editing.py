@@ -67,7 +67,7 @@ def edit_neurons(
     """
     started = time.perf_counter()
     where, reason = resolve_device(device)
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     network = open_network(found.recipe.model, where, emit, STAGE)
     if network.info.source.sha256 != found.manifest.model.source.sha256:
         raise StoreError(

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from npprune.data.unlabelled import Joined
-from npprune.errors import DataError, ModelError, StoreError, UsageError
+from npprune.errors import DataError, ModelError, UsageError
+from npprune.files import keeping
 from npprune.models.info import state
 from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
@@ -23,6 +24,7 @@ from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.heal_images import open_training_images, read_training_images, split
 from npprune.pipeline.inputs import Images, Network, class_names, open_checkpoint
 from npprune.pipeline.layerwise import reconstruct
+from npprune.pipeline.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.pool import Memory, Pool
 from npprune.pipeline.processes import Processes, processes
 from npprune.pipeline.results import add_command, run_of
@@ -39,7 +41,7 @@ from npprune.records import (
 )
 from npprune.report import text
 from npprune.report.analyses import learning_curve
-from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoint
+from npprune.store.checkpoints import read_config, write_checkpoint
 from npprune.store.runs import RunFolder, read_plan
 from npprune.store.training import TrainingFolder
 
@@ -85,10 +87,15 @@ def heal(
     started = time.perf_counter()
     peers = processes()
     where, reason = resolve_device(peers.device(device))
-    _check(settings, checkpoint, out, peers)
+    _check(settings, peers)
+    reads = [*reads_of(checkpoint), *([dense_checkpoint] if dense_checkpoint else [])]
+    peers.on_first(lambda: check_checkpoint(out, reads, write=not dry_run))
     student = open_checkpoint(checkpoint, where)
     config = student.config
     assert config is not None
+    recorded = run_of(checkpoint, config) is None or peers.on_first(
+        lambda: recordable(run_of(checkpoint, config), STAGE, emit)
+    )
     if config.prune is None:
         raise ModelError(
             f"`{checkpoint}` was not pruned: there is nothing to heal",
@@ -135,12 +142,16 @@ def heal(
         found = _Found(images, extra, pool, held, course, outcome, identity)
         summary = _summary(found, checkpoint, settings, teacher, student, peers, started, where)
         variant.heal = summary
-        peers.on_first(
-            lambda: _write(
-                checkpoint, out, config, student, variant, found, command,
-                None if any_teacher else dense_checkpoint, environment(where, reason, seed),
-            )
-        )  # fmt: skip
+
+        def write() -> None:
+            with keeping(variant):
+                _write(
+                    checkpoint, out, config, student, variant, found, command,
+                    None if any_teacher else dense_checkpoint, environment(where, reason, seed),
+                    recorded=recorded,
+                )  # fmt: skip
+
+        peers.on_first(write)
         peers.on_first(folder.remove)
     emit(Event(STAGE, f"wrote {out}"))
     return variant
@@ -175,22 +186,12 @@ def healed_folder(checkpoint: Path) -> Path:
 # ---------------------------------------------------------------- before
 
 
-def _check(settings: HealSection, checkpoint: Path, out: Path, peers: Processes) -> None:
+def _check(settings: HealSection, peers: Processes) -> None:
     if (settings.epochs is None) == (settings.minutes is None):
         both = settings.epochs is not None
         raise UsageError(
             "one of `--epochs` and `--minutes` says how long, got " + ("both" if both else "none"),
             hint="`--epochs 8` goes through the images eight times",
-        )
-    if out.resolve() == checkpoint.resolve():
-        raise UsageError(
-            f"`--out` must be another folder than the checkpoint that is healed, got `{out}`",
-            hint=f"for example `--out {out}_healed`",
-        )
-    if out.is_dir() and any(out.iterdir()) and not is_checkpoint(out):
-        raise StoreError(
-            f"`--out` must be new, empty or a checkpoint that may be replaced, got `{out}`",
-            hint="choose another --out",
         )
     if settings.batch_size % peers.count:
         raise UsageError(
@@ -371,8 +372,10 @@ def _write(
     command: str,
     dense_checkpoint: str | None,
     about: Any,
+    *,
+    recorded: bool,
 ) -> None:
-    """The checkpoint, and what the run's result says of it."""
+    """The checkpoint and, where it can be recorded, what the run's result says of it."""
     from npprune.models.info import weights_sha256
 
     variant.model.source = replace(variant.model.source, sha256=weights_sha256(student.model))
@@ -392,6 +395,8 @@ def _write(
     )
     plan = read_plan(checkpoint) if (checkpoint / "plan.json").is_file() else None
     write_checkpoint(out, healed, state(student.model), plan)
+    if not recorded:
+        return
     if run is not None:
         result = run.read_result()
     else:

@@ -21,6 +21,7 @@ from torch import Tensor
 from npprune.core import metrics
 from npprune.core.view import VitView
 from npprune.errors import DataError, GateError, StoreError, UsageError
+from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import check_prunable, cut_head
 from npprune.models.view import make_view
@@ -28,6 +29,7 @@ from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.latency import DenseTimer
+from npprune.pipeline.outputs import check_run, reads_of, recordable
 from npprune.pipeline.planning import Batches, Paths, Planner, needs_of
 from npprune.pipeline.prepare import CALIBRATION_IMAGES, calibration_images, origin, read_paths
 from npprune.pipeline.prune import carried_out
@@ -82,6 +84,7 @@ def study(
         NpPruneError: what is wrong with source, data, settings or folder.
     """
     where, reason = resolve_device(device)
+    check_run(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
     rows = settings_of(settings, run is not None)
     network = open_network(model, where, emit, STAGE)
@@ -107,7 +110,10 @@ def study(
     manifest = _manifest(out.name, network, calibration, val, settings, classes, run, where, reason)
     world = _World(network, view, calibration, val, paths, settings, classes, where, emit)
     folder = RunFolder(out)
-    world.shelf = Shelf(statistics_home(run or folder, out), identity(network, classes))
+    world.shelf = Shelf(
+        statistics_home(run or folder, out), identity(network, classes),
+        write=run is None or recordable(run, STAGE, emit),
+    )  # fmt: skip
 
     def result() -> Result:
         earlier = folder.read_result().commands if folder.result_path.is_file() else []
@@ -124,8 +130,9 @@ def study(
         with ExitStack() as held:
             _compute(world, folder, rows, held, lambda: folder.write_result(result()))
         found = result()
-        folder.write_result(found)
-        render_report(out)
+        with keeping(found):
+            folder.write_result(found)
+            render_report(out)
     return found
 
 
