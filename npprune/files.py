@@ -112,6 +112,12 @@ def keeping(found: Any) -> Iterator[None]:
         raise UnstoredError(message, hint=getattr(err, "hint", None), found=found) from err
 
 
+def is_stdout(path: Path) -> bool:
+    """Whether a path is this process's standard output by one of its names."""
+    names = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", f"/proc/{os.getpid()}/fd/1")
+    return os.path.abspath(path) in names
+
+
 def is_stream(path: Path) -> bool:
     """Whether a path is to be written into, not replaced: a device, a pipe, `/dev/stdout`."""
     seen: set[Path] = set()

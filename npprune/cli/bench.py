@@ -90,9 +90,10 @@ def command(
     output = Output(as_json=as_json)
     with output.working() as emit:
         if folder is None:
-            found = bench_files(sources[0], sources[1], settings, out=out, emit=emit)
+            found = output.result(bench_files, sources[0], sources[1], settings, out=out, emit=emit)
         else:
-            found = bench_checkpoint(
+            found = output.result(
+                bench_checkpoint,
                 folder,
                 settings,
                 dense_checkpoint=dense,
@@ -101,6 +102,7 @@ def command(
                 command=flags.command_line(ctx),
             )
     show.benchmark(output, found, out)
+    output.finish()
 
 
 def _positive(flag: str, given: str | None) -> list[int]:

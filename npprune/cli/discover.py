@@ -165,9 +165,10 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = discover(
+        result = output.result(discover,
             network, images, settings, folder,
             device=chosen, seed=start, emit=emit, dry_run=dry_run,
             command=flags.command_line(ctx),
         )  # fmt: skip
     show.discovery(output, result, folder, dry_run=dry_run)
+    output.finish()

@@ -131,7 +131,8 @@ def command(
         if folder is not None:
             from npprune.pipeline.export import export_checkpoint
 
-            record = export_checkpoint(
+            record = output.result(
+                export_checkpoint,
                 folder,
                 images,
                 settings,
@@ -145,8 +146,11 @@ def command(
             from npprune.pipeline.export import export_model
 
             model = flags.model_section(source, ctx.params)
-            record = export_model(model, images, settings, out=target, provider=provider, emit=emit)
+            record = output.result(
+                export_model, model, images, settings, out=target, provider=provider, emit=emit
+            )
     show.exported(output, record, target)
+    output.finish()
     if not record.passed:
         raise typer.Exit(1)
 

@@ -146,7 +146,8 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        variant = heal(
+        variant = output.result(
+            heal,
             source,
             images,
             settings,
@@ -160,3 +161,4 @@ def command(
             command=flags.command_line(ctx),
         )
     show.healed(output, variant, folder)
+    output.finish()

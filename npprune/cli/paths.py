@@ -102,7 +102,7 @@ def import_command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = import_released(
+        result = output.result(import_released,
             files, network, folder,
             baseline=baseline, emit=emit, command=flags.command_line(ctx),
         )  # fmt: skip
@@ -122,3 +122,4 @@ def import_command(
         ]
     )
     output.line(f"\nnext: npprune report {folder}")
+    output.finish()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, choice, option, required
 from npprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from npprune.records import Variant
 
 EXAMPLES = """\
 Example: keep half of the hidden units, the paths' neurons first
@@ -214,11 +217,16 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
+    from npprune.pipeline.heal import healed_folder
+    from npprune.pipeline.outputs import check_checkpoint, reads_of
     from npprune.pipeline.prune import prune
 
+    if heal is not None:
+        check_checkpoint(healed_folder(folder), reads_of(start), write=not dry_run)
     output = Output(as_json=as_json)
     with output.working() as emit:
-        variant = prune(
+        variant = output.result(
+            prune,
             start,
             images,
             settings,
@@ -229,17 +237,21 @@ def command(
             dry_run=dry_run,
             command=flags.command_line(ctx),
         )
-    healing = heal is not None and not dry_run
+    healing = heal is not None and not dry_run and output.unstored is None
     if not (healing and as_json):  # one document: the healed network's tells of the pruning, too
         show.pruned(output, variant, folder, dry_run=dry_run)
+    output.finish()
     if not healing:
         return
 
     from npprune.pipeline.heal import heal_pruned
 
+    def train() -> Variant:
+        training = HealSection(epochs=heal)
+        return heal_pruned(folder, training, device=chosen, seed=seed_value, emit=emit)[1]
+
     with output.working() as emit:
-        healed, variant = heal_pruned(
-            folder, HealSection(epochs=heal), device=chosen, seed=seed_value, emit=emit
-        )
+        variant = output.result(train)
     output.line()
-    show.healed(output, variant, healed)
+    show.healed(output, variant, healed_folder(folder))
+    output.finish()

@@ -61,5 +61,8 @@ def command(
         output.line("\ndry run: nothing was computed or written")
         return
     with output.working() as emit:
-        result = run_recipe(resolved, root=root, emit=emit, command=flags.command_line(ctx))
+        result = output.result(
+            run_recipe, resolved, root=root, emit=emit, command=flags.command_line(ctx)
+        )
     show.result(output, result, root)
+    output.finish()

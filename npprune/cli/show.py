@@ -333,10 +333,19 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
         _end(output, [("JSON", folder / "bench.json"), ("plot", folder / "bench.svg")], None)
 
 
-def result(output: Output, found: Result, root: Path) -> None:
-    """The whole line: every variant, dense against pruned, and where things lie."""
+def result(output: Output, found: Result | Variant | Evaluation | ExportRecord, root: Path) -> None:
+    """The whole line: every variant, dense against pruned, and where things lie; or what one
+    stage of it found, where that could not be stored."""
     from npprune.report import summary
 
+    if isinstance(found, Evaluation):
+        return evaluated(output, found, root, None)
+    if isinstance(found, ExportRecord):
+        return exported(output, found, root)
+    if isinstance(found, Variant):
+        return pruned(output, found, root, dry_run=False)
+    if output.unstored is not None:
+        return discovery(output, found, root, dry_run=False)
     output.document("result", to_dict(found))
     for variant in found.variants:
         output.warn(variant.prune.warnings)
@@ -387,7 +396,9 @@ def _facts(output: Output, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _end(output: Output, places: Sequence[tuple[str, Path]], following: str | None) -> None:
-    """Where things lie, and what comes next."""
+    """Where things lie, and what comes next; nothing where it could not be stored."""
+    if output.unstored is not None:
+        return
     if places:
         output.line()
         output.files((name, str(path)) for name, path in places)

@@ -149,7 +149,8 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = study(
+        result = output.result(
+            study,
             start,
             images,
             settings,
@@ -160,6 +161,7 @@ def command(
             command=flags.command_line(ctx),
         )
     _show(output, result, folder, dry_run=dry_run)
+    output.finish()
 
 
 def _show(output: Output, result: Any, folder: Path, *, dry_run: bool) -> None:
@@ -188,4 +190,5 @@ def _show(output: Output, result: Any, folder: Path, *, dry_run: bool) -> None:
     if dry_run:
         output.line(f"dry run: nothing was computed or written; it would go to {folder}")
         return
-    output.files([("HTML report", str(folder / "report.html")), ("rows", str(folder / "rows"))])
+    if output.unstored is None:
+        output.files([("HTML report", str(folder / "report.html")), ("rows", str(folder / "rows"))])
