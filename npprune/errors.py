@@ -12,6 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """`1 class`, `1,000 images`: a count with its noun, for every message."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 class NpPruneError(Exception):
     """Base of everything npprune raises on purpose.
 

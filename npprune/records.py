@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from npprune.errors import StoreError
+from npprune.errors import StoreError, plural
 
 SCHEMA_VERSION = 1
 
@@ -274,7 +274,7 @@ class Plan(Document):
     def __post_init__(self) -> None:
         if len(self.keep) != len(self.widths):
             raise StoreError(
-                f"a plan keeps neurons in every block: {len(self.widths)} blocks, "
+                f"a plan keeps neurons in every block: {plural(len(self.widths), 'block')}, "
                 f"got {len(self.keep)} lists"
             )
         for block, (kept, width) in enumerate(zip(self.keep, self.widths, strict=True)):

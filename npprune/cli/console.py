@@ -58,7 +58,7 @@ def show_error(message: str, hint: str | None = None) -> None:
 
 
 class _Console(Console):
-    """A console whose reader may leave (`npprune ... | head`): the work goes on, unseen."""
+    """A console whose reader may leave (`npprune ... | head`): the work continues, unseen."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

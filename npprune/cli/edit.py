@@ -116,12 +116,12 @@ def _settings(given: Mapping[str, Any]) -> EditSection:
 
 
 def words(text: str | None) -> list[str] | None:
-    """Words parted by commas."""
+    """Words separated by commas."""
     return None if text is None else [word.strip() for word in text.split(",")]
 
 
 def methods(text: str | None) -> list[str] | None:
-    """`--methods`: names parted by commas; `all` stands for every method."""
+    """`--methods`: names separated by commas; `all` stands for every method."""
     if text == "all":
         return ["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
     return words(text)

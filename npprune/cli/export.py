@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from npprune.recipe import ExportSection
 
 EXAMPLES = """\
-Example: a pruned network, timed beside the dense one
+Example: a pruned network, timed against the dense one
 
   npprune export ckpt/vit_tiny_half --data folder:imagenet/val --out vit_tiny_half.onnx
 
@@ -61,7 +61,7 @@ def command(
     ] = None,
     opset: Annotated[int, option(FILE, "--opset", "N", "ONNX operator set, 17 to 23")] = 20,
     batch: Annotated[
-        str, option(FILE, "--batch", "dynamic|N", "images a run; dynamic: any number")
+        str, option(FILE, "--batch", "dynamic|N", "images per run; dynamic: any number")
     ] = "dynamic",
     with_preprocessing: Annotated[
         bool,
@@ -73,7 +73,7 @@ def command(
         str, choice(FILE, "--provider", "runs the comparison", "auto", "cpu", "cuda", "tensorrt")
     ] = "auto",
     latency: Annotated[
-        bool, option(FILE, "--latency/--no-latency", None, "time it beside the dense network")
+        bool, option(FILE, "--latency/--no-latency", None, "time it against the dense network")
     ] = True,
     dense: Annotated[
         str | None, option(FILE, "--dense", "FILE", "the dense weights, where they have moved")

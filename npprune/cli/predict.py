@@ -45,16 +45,16 @@ def command(
     images: Annotated[list[Path], argument("IMAGE_OR_FOLDER...", "folders are searched through")],
     *,
     topk: Annotated[int, option(PREDICTION, "--topk", "K", "likeliest classes of each image")] = 5,
-    batch: Annotated[int, option(PREDICTION, "--batch", "N", "images a run")] = 16,
+    batch: Annotated[int, option(PREDICTION, "--batch", "N", "images per run")] = 16,
     provider: Annotated[
         str, choice(PREDICTION, "--provider", "runs it", "auto", "cpu", "cuda", "tensorrt")
     ] = "auto",
     threads: Annotated[
-        int | None, option(PREDICTION, "--threads", "N", "\\[default: one a core]")
+        int | None, option(PREDICTION, "--threads", "N", "\\[default: one per core]")
     ] = None,
     on_bad_image: Annotated[
         str,
-        choice(PREDICTION, "--on-bad-image", "end there, or report and go on", "error", "skip"),
+        choice(PREDICTION, "--on-bad-image", "stop, or report it and continue", "error", "skip"),
     ] = "error",
     format: Annotated[
         str | None,

@@ -51,7 +51,7 @@ def command(
     ] = None,
     target_macs: Annotated[
         float | None,
-        option(BUDGET, "--target-macs", "X", "MACs an image: a share up to 1, a count above"),
+        option(BUDGET, "--target-macs", "X", "MACs per image: a share up to 1, a count above"),
     ] = None,
     target_latency: Annotated[
         float | None,
@@ -80,11 +80,11 @@ def command(
     ] = None,
     axes: Annotated[
         str,
-        choice(CHOICE, "--axes", "what may go, parted by commas", "mlp", "heads", "qk"),
+        choice(CHOICE, "--axes", "what may go, separated by commas", "mlp", "heads", "qk"),
     ] = "mlp",
     topk: Annotated[
         int | None,
-        option(CHOICE, "--topk", "K", "path neurons a block of each class \\[default: all]"),
+        option(CHOICE, "--topk", "K", "path neurons per block of each class \\[default: all]"),
     ] = None,
     criterion: Annotated[
         str, option(CHOICE, "--criterion", "WORD", "ranks the neurons that no path names")

@@ -42,7 +42,7 @@ def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) ->
             ("images", data(found.data)),
             ("method", f"{found.method} on {TOKENS.get(found.scope, found.scope)}"),
             ("integral", text.integral(found)),
-            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
+            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} per block"),
         ]
         if found.mean_score is not None:
             score = text.significant(found.mean_score.value)
@@ -126,11 +126,14 @@ def healed(output: Output, variant: Variant, folder: Path) -> None:
     if summary.dense_top1 is not None and before.top1 is not None and after.top1 is not None:
         dense, pruned = text.percent(summary.dense_top1), text.percent(before.top1)
         rows.append(("top-1", dense, pruned, text.percent(after.top1)))
-    title = f"On {text.plural(summary.held_out, 'image')} that were not trained on"
+    title = f"On {text.plural(summary.held_out, 'image')} not trained on"
     output.table(title, ("", "dense", "pruned", "healed"), rows)
     facts = [
         ("images", data(summary.data)),
-        ("training", f"{summary.method}, {summary.epochs:.3g} epochs, {summary.steps} steps"),
+        (
+            "training",
+            f"{summary.method}, {summary.epochs:.3g} {'epoch' if summary.epochs == 1 else 'epochs'}, {text.plural(summary.steps, 'step')}",
+        ),
         ("ended by", summary.stopped),
         ("kept", f"the weights after step {after.step}"),
         ("time", f"{text.seconds(summary.seconds)}, {summary.images_per_second:.3g} images/s"),
@@ -236,7 +239,7 @@ def _accuracy(what: str, dense: Accuracy, pruned: Accuracy) -> list[tuple[str, s
 
 
 def latency_row(row: Latency) -> tuple[str, str, str, str]:
-    """One timing: median milliseconds a batch."""
+    """One timing: median milliseconds per batch."""
     dense, pruned = text.milliseconds(row.dense_ms), text.milliseconds(row.pruned_ms)
     return text.where(row), dense, pruned, text.percent(row.ratio - 1, sign=True)
 
@@ -326,7 +329,7 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     columns = ["timed in", "dense", "pruned", "ratio"]
     columns += ["of MACs' gain"] if found.saved else []
     columns += ["images/s (dense)", "memory (dense)"]
-    output.table(f"{found.pruned} beside {found.dense}: median (spread)", columns, rows)
+    output.table(f"{found.pruned} compared with {found.dense}: median (spread)", columns, rows)
     if found.macs_ratio is not None:
         _facts(output, [("MACs ratio", text.fixed(found.macs_ratio, 2))])
     if folder is not None:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from npprune.errors import UsageError
+from npprune.errors import UsageError, plural
 from npprune.records import Accuracy, Mean, Rate
 
 Z95 = 1.959963984540054
@@ -181,7 +181,7 @@ def _check(logits: Tensor, labels: Tensor) -> None:
     if bool(torch.isnan(logits).any()):
         bad = int(torch.isnan(logits).any(dim=1).sum())
         raise UsageError(
-            f"logits must be numbers, got NaN for {bad} of {len(logits)} images",
+            f"logits must be numbers, got NaN for {bad} of {plural(len(logits), 'image')}",
             hint="the network overflowed: check its weights and the precision it runs in",
         )
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):

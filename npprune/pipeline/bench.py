@@ -89,7 +89,7 @@ def bench_checkpoint(
     assert config is not None
     if config.prune is None:
         raise UsageError(
-            f"`{checkpoint}` is not pruned: there is nothing to time it beside",
+            f"`{checkpoint}` is not pruned: there is nothing to time it against",
             hint="give a folder that `npprune prune` wrote, or two .onnx files",
         )
     run = run_of(checkpoint, config)
@@ -204,14 +204,15 @@ def analysis(found: Benchmark) -> Analysis:
         reference=reference,
     )
     words = (
-        "Median ± interquartile range in milliseconds a batch, on noise images, the two networks "
+        "Median ± interquartile range in milliseconds per batch, on noise images, the two networks "
         "run in turn after a warm-up. The ratio is the median of the paired ratios. Memory is the "
         "most that opening the file and running it takes, beyond the runtime itself."
     )
     noisy = [row.warning for row in found.rows if row.warning]
     if noisy:
         words += " Not all timings can be trusted: " + "; ".join(dict.fromkeys(noisy)) + "."
-    return Analysis(f"Speed of {found.pruned} beside {found.dense}", words, columns, table, figure)
+    title = f"Speed of {found.pruned} compared with {found.dense}"
+    return Analysis(title, words, columns, table, figure)
 
 
 def _places(found: Benchmark) -> list[str]:

@@ -22,7 +22,7 @@ from npprune.core.quadrature import default_points, rule_for
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
-from npprune.errors import DataError, UsageError
+from npprune.errors import DataError, UsageError, plural
 from npprune.files import keeping
 from npprune.models.view import make_view
 from npprune.pipeline.device import check_shortcuts, environment, products, resolve_device
@@ -162,8 +162,8 @@ class _Search:
         )
 
     def _say(self, why: str, limit: int) -> None:
-        images = "1 image" if limit == 1 else f"{limit} images"
-        self.emit(Event(STAGE, f"{why}: {images} at a time", level="warning"))
+        said = f"{why}: {plural(limit, 'image')} at a time"
+        self.emit(Event(STAGE, said, level="warning"))
 
 
 def _search(
@@ -203,7 +203,7 @@ def _manifest(
 ) -> Manifest:
     """The manifest of this run; its settings are what decides the bits of the paths.
 
-    `memory` is not among them: a run that was too large may go on with less.
+    `memory` is not among them: a run that was too large may resume with less.
     """
     settings, seed = search.settings, search.seed
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
@@ -251,11 +251,11 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
     """Where the time went, in one line."""
     images, seconds = int(timing["images"]), timing["seconds"]
     if images == 0:
-        words = f"{stored} images were found before: nothing to compute"
+        words = f"{plural(stored, 'image')} found before: nothing to compute"
     else:
         whole = seconds * timing["processes"]
         parts = ", ".join(f"{part} {timing[part] / whole:.0%}" for part in PARTS)
-        words = f"{images} images in {seconds:.1f} s ({images / seconds:.1f} images/s): {parts}"
+        words = f"{plural(images, 'image')} in {seconds:.1f} s ({images / seconds:.1f} images/s): {parts}"
     if skipped:
         words += f"; {len(skipped)} skipped"
     emit(Event(STAGE, words))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npprune.core import metrics
-from npprune.errors import DataError, ModelError
+from npprune.errors import DataError, ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
 from npprune.pipeline.device import resolve_device
@@ -53,7 +53,7 @@ def evaluate(
     emit(Event(STAGE, f"{checkpoint.name} and its dense network on {where} ({reason})"))
     outputs = config.details.get("outputs")  # a head cut to some classes
     if outputs is not None and data.classes is None:
-        emit(Event(STAGE, f"images of the checkpoint's {len(outputs)} classes"))
+        emit(Event(STAGE, f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}"))
         data = data.model_copy(update={"classes": list(outputs)})
     images = open_images(
         data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
@@ -178,7 +178,7 @@ def _check_outputs(outputs: list[int], images: Images) -> None:
     unknown = sorted(set(images.source.selected or ()) - set(outputs))
     if unknown:
         raise DataError(
-            f"the checkpoint's head has {len(outputs)} classes, and class {unknown[0]} "
+            f"the checkpoint's head has {plural(len(outputs), 'class', 'classes')}, and class {unknown[0]} "
             f"({images.source.name(unknown[0])}) is not one of them",
             hint="leave `--classes` out, or choose among those of the checkpoint",
         )

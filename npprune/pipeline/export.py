@@ -221,7 +221,7 @@ def _dense(
     except ModelError as err:
         if override is not None:
             raise
-        said = f"not timed beside the dense network: {err.message}"
+        said = f"not timed against the dense network: {err.message}"
         emit(Event(STAGE, f"{said}; `--dense FILE` says where it is", level="warning"))
         return None
 
@@ -362,7 +362,7 @@ def _time(
     emit: Emit,
 ) -> None:
     """Milliseconds beside the dense network, exported with the same settings; into the record."""
-    emit(Event(STAGE, "timing it beside the dense network"))
+    emit(Event(STAGE, "timing it against the dense network"))
     read = subject.read
     calibration, score = _int8_needs(subject, settings, read.source_labels, ignore)
     threads = torch.get_num_threads()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from npprune.data.unlabelled import Joined
-from npprune.errors import DataError, ModelError, UsageError
+from npprune.errors import DataError, ModelError, UsageError, plural
 from npprune.files import keeping
 from npprune.models.info import state
 from npprune.models.view import make_view
@@ -72,7 +72,7 @@ def heal(
 ) -> Variant:
     """Train the pruned network of `checkpoint` and write it as the checkpoint folder `out`.
 
-    An interrupted training is kept in `<out>.partial`; the same call goes on from there.
+    An interrupted training is kept in `<out>.partial`; the same call resumes from there.
 
     Args:
         data: `train` (else `calibration`) names the images; their labels are needed only for
@@ -228,7 +228,9 @@ def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit
     offered = dense.info.num_classes
     wanted = config.num_classes if outputs is None else max(outputs) + 1
     if offered < wanted or (outputs is None and offered != wanted):
-        raise ModelError(f"the teacher has {offered} outputs, and the student needs {wanted}")
+        raise ModelError(
+            f"the teacher has {plural(offered, 'output')}, and the student needs {wanted}"
+        )
     same = (dense.info.embed_dim, len(dense.info.widths)) == (
         student.info.embed_dim,
         len(student.info.widths),
@@ -242,7 +244,12 @@ def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit
         )
     limit = outputs or classes
     if limit:
-        emit(Event(STAGE, f"the dense network is limited to the student's {len(limit)} classes"))
+        emit(
+            Event(
+                STAGE,
+                f"the dense network is limited to the student's {plural(len(limit), 'class', 'classes')}",
+            )
+        )
     return Teacher(dense.model, columns=outputs, allowed=classes, precision=settings.precision)
 
 
@@ -261,7 +268,7 @@ def _augmentation(settings: HealSection, images: int, source: Images) -> str:
 def _length(settings: HealSection) -> str:
     how = "block by block" if settings.layerwise else f"distillation, lr {settings.lr:g}"
     if settings.epochs is not None:
-        return f"{how}, {settings.epochs} epochs"
+        return f"{how}, {plural(settings.epochs, 'epoch')}"
     return f"{how}, {settings.minutes:g} minutes"
 
 
@@ -442,8 +449,8 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
         f"{summary.source} was trained to predict as the dense network does ({summary.method}): "
         f"{text.plural(summary.images, 'image')}, {summary.epochs:.3g} "
         f"epoch{'s' * (summary.epochs != 1)}, {text.plural(summary.steps, 'step')}, {spent}, "
-        f"{summary.images_per_second:.3g} images a second; augmentation: "
-        f"{AUGMENTATIONS[summary.augmentation]}. Measured on {summary.held_out} images that were "
+        f"{summary.images_per_second:.3g} images per second; augmentation: "
+        f"{AUGMENTATIONS[summary.augmentation]}. Measured on {plural(summary.held_out, 'held-out image')}, "
         f"not trained on; the weights of step {after.step} are kept. Ended by {summary.stopped}."
     )
     return learning_curve(

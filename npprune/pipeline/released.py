@@ -11,7 +11,7 @@ import torch
 
 from npprune.core.metrics import mean_interval
 from npprune.core.votes import class_top, frequency
-from npprune.errors import ModelError, StoreError, UsageError
+from npprune.errors import ModelError, StoreError, UsageError, plural
 from npprune.files import check_folder, keeping, refuse_overwriting
 from npprune.models.info import model_info
 from npprune.models.load import create
@@ -77,7 +77,7 @@ def export_released(
     images = released_from_table(table, influence_pattern=pattern)
     if baseline is not None:
         if pattern:
-            raise UsageError("`--baseline` goes beside scores, and Influence Pattern's have none")
+            raise UsageError("`--baseline` goes with scores, and Influence Pattern's have none")
         for label, others in _baseline(baseline, table).items():
             for image, other in zip(images[label], others, strict=True):
                 image.baseline, image.baseline_score = other.neurons, other.score
@@ -228,7 +228,7 @@ def _check(found: dict[int, list[ReleasedImage]], info: ModelInfo, files: Path) 
         counts.add(neurons.shape[2])
         if neurons.shape[1] != len(info.widths):
             raise ModelError(
-                f"the paths in `{released_name(label)}` have {neurons.shape[1]} blocks, and "
+                f"the paths in `{released_name(label)}` have {plural(neurons.shape[1], 'block')}, and "
                 f"{name} has {len(info.widths)}",
                 hint=hint,
             )

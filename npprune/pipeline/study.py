@@ -20,7 +20,7 @@ from torch import Tensor
 
 from npprune.core import metrics
 from npprune.core.view import VitView
-from npprune.errors import DataError, GateError, StoreError, UsageError
+from npprune.errors import DataError, GateError, StoreError, UsageError, plural
 from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import check_prunable, cut_head
@@ -216,7 +216,7 @@ def _compute(
     missing = [row for row in grouped(rows) if row not in finished]
     done = len(rows) - len(missing)
     if done:
-        emit(Event(STAGE, f"{done} of {len(rows)} rows were there already"))
+        emit(Event(STAGE, f"{done} of {plural(len(rows), 'row')} found, computed before"))
     if not missing:
         return
     world.load()

@@ -70,10 +70,10 @@ class RunFolder:
             lock.release()
 
     def create_or_resume(self, manifest: Manifest, recipe_yaml: str = "") -> bool:
-        """Begin a run here, or go on with one of the same settings. True: an earlier run goes on.
+        """Begin a run here, or resume one of the same settings. True: an earlier run resumes.
 
         Call it with the lock held: what a killed process left half-written is removed. The
-        manifest of a run that goes on stays as it was. StoreError where the folder holds a run of
+        manifest of a run that resumes stays as it was. StoreError where the folder holds a run of
         other settings, or something that is no run.
         """
         self.refuse_foreign()
@@ -119,7 +119,7 @@ class RunFolder:
         if not self.result_path.is_file():
             raise StoreError(
                 f"`{self.path}` has no `result.json`",
-                hint="run the command that made it again: it goes on where it stopped"
+                hint="run the command that made it again: it resumes where it stopped"
                 if self.exists
                 else "give the run folder, such as reports/NAME",
             )

@@ -25,7 +25,7 @@ Tensors = Mapping[str, Any]  # torch tensors on the CPU
 
 
 class TrainingFolder:
-    """Where an interrupted training goes on: `<result>.partial`."""
+    """Where an interrupted training resumes: `<result>.partial`."""
 
     def __init__(self, result: Path) -> None:
         self.path = result.with_name(f"{result.name}.partial")
