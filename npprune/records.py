@@ -502,6 +502,7 @@ class Manifest(Document):
     settings: dict[str, Any]  # what decides the bits of the paths
     settings_sha256: str
     inputs: dict[str, str] = field(default_factory=dict)  # file -> sha256
+    said: dict[str, str] = field(default_factory=dict)  # setting -> in words what its hash is of
 
 
 @dataclass

@@ -132,7 +132,8 @@ def healed(output: Output, variant: Variant, folder: Path) -> None:
         ("images", data(summary.data)),
         (
             "training",
-            f"{summary.method}, {summary.epochs:.3g} {'epoch' if summary.epochs == 1 else 'epochs'}, {text.plural(summary.steps, 'step')}",
+            f"{summary.method}, {summary.epochs:.3g} "
+            f"{'epoch' if summary.epochs == 1 else 'epochs'}, {text.plural(summary.steps, 'step')}",
         ),
         ("ended by", summary.stopped),
         ("kept", f"the weights after step {after.step}"),

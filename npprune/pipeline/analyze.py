@@ -79,7 +79,8 @@ def analyze_scores(
     s, summary = found.settings, found.result.discovery
     assert summary is not None
     said = (
-        f"The joint attribution score of each method's path on the same {plural(len(found.table), 'image')}: "
+        f"The joint attribution score of each method's path on the same "
+        f"{plural(len(found.table), 'image')}: "
         f"K = {s.topk} per block, {summary.scope} tokens, {text.integral(summary)}, "
         f"accumulation {s.accumulation}. Intervals are 95 %; differences "
         f"are paired, {first} minus the other. The score is what the search of neuron-path seeks "
@@ -232,7 +233,8 @@ def _meanings(
                 [],
                 None,
                 (
-                    f"no hierarchy is known for {len(missing)} of {plural(len(labels), 'class', 'classes')} "
+                    f"no hierarchy is known for {len(missing)} of "
+                    f"{plural(len(labels), 'class', 'classes')} "
                     f"(`{missing[0]}` is no ImageNet-1k synset): give one with `--hierarchy FILE`"
                 ),
             )

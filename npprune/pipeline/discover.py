@@ -255,7 +255,10 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
     else:
         whole = seconds * timing["processes"]
         parts = ", ".join(f"{part} {timing[part] / whole:.0%}" for part in PARTS)
-        words = f"{plural(images, 'image')} in {seconds:.1f} s ({images / seconds:.1f} images/s): {parts}"
+        words = (
+            f"{plural(images, 'image')} in {seconds:.1f} s ({images / seconds:.1f} "
+            f"images/s): {parts}"
+        )
     if skipped:
         words += f"; {len(skipped)} skipped"
     emit(Event(STAGE, words))

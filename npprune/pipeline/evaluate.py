@@ -178,7 +178,8 @@ def _check_outputs(outputs: list[int], images: Images) -> None:
     unknown = sorted(set(images.source.selected or ()) - set(outputs))
     if unknown:
         raise DataError(
-            f"the checkpoint's head has {plural(len(outputs), 'class', 'classes')}, and class {unknown[0]} "
+            f"the checkpoint's head has {plural(len(outputs), 'class', 'classes')}, and class "
+            f"{unknown[0]} "
             f"({images.source.name(unknown[0])}) is not one of them",
             hint="leave `--classes` out, or choose among those of the checkpoint",
         )

@@ -84,7 +84,8 @@ def read_images(
         emit(
             Event(
                 STAGE,
-                f"{precision} is judged by {plural(n, 'image')} only: one of them is {100 / n:.1f} points "
+                f"{precision} is judged by {plural(n, 'image')} only: one of them is "
+                f"{100 / n:.1f} points "
                 "of top-1",
                 level="warning",
             )

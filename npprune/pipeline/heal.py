@@ -42,7 +42,7 @@ from npprune.records import (
 from npprune.report import text
 from npprune.report.analyses import learning_curve
 from npprune.store.checkpoints import read_config, write_checkpoint
-from npprune.store.runs import RunFolder, read_plan
+from npprune.store.runs import RunFolder, images_in_words, read_plan
 from npprune.store.training import TrainingFolder
 
 STAGE = "heal"
@@ -117,7 +117,7 @@ def heal(
     if dry_run:
         return variant
     identity = _identity(settings, config, teacher, images, course, seed, peers)
-    folder = TrainingFolder(out.resolve())
+    folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity))
     with ExitStack() as stack:
         peers.on_first(lambda: stack.enter_context(folder.lock()) and None)
         pool, held = read_training_images(
@@ -247,7 +247,8 @@ def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit
         emit(
             Event(
                 STAGE,
-                f"the dense network is limited to the student's {plural(len(limit), 'class', 'classes')}",
+                f"the dense network is limited to the student's "
+                f"{plural(len(limit), 'class', 'classes')}",
             )
         )
     return Teacher(dense.model, columns=outputs, allowed=classes, precision=settings.precision)
@@ -295,6 +296,17 @@ def _identity(
         "spec": images.source.spec,
         "preprocessing": asdict(images.preprocessing),
         "processes": peers.count,
+    }
+
+
+def _said(
+    checkpoint: Path, dense: Network, images: Images, identity: dict[str, Any]
+) -> dict[str, str]:
+    """What the hashes of the identity are of."""
+    return {
+        "student": f"{checkpoint} (weights {identity['student'][:12]})",
+        "teacher": f"{dense.info.source.architecture} (weights {identity['teacher'][:12]})",
+        "images": images_in_words(images.source.info()),
     }
 
 
@@ -450,7 +462,8 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
         f"{text.plural(summary.images, 'image')}, {summary.epochs:.3g} "
         f"epoch{'s' * (summary.epochs != 1)}, {text.plural(summary.steps, 'step')}, {spent}, "
         f"{summary.images_per_second:.3g} images per second; augmentation: "
-        f"{AUGMENTATIONS[summary.augmentation]}. Measured on {plural(summary.held_out, 'held-out image')}, "
+        f"{AUGMENTATIONS[summary.augmentation]}. Measured on "
+        f"{plural(summary.held_out, 'held-out image')}, "
         f"not trained on; the weights of step {after.step} are kept. Ended by {summary.stopped}."
     )
     return learning_curve(

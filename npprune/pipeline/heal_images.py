@@ -51,7 +51,8 @@ def open_training_images(
     if specialised is not None and not set(images.source.selected) <= set(specialised):
         other = sorted(set(images.source.selected) - set(specialised))[0]
         raise DataError(
-            f"the checkpoint was pruned for {plural(len(specialised), 'class', 'classes')}, and class {other} is not "
+            f"the checkpoint was pruned for {plural(len(specialised), 'class', 'classes')}, and "
+            f"class {other} is not "
             "one of them",
             hint="leave `--classes` out, or choose among those of the checkpoint",
         )
@@ -60,7 +61,8 @@ def open_training_images(
     extra = _unlabelled(open_unlabelled(settings.unlabelled), config, asked, emit)
     emit(
         Event(
-            STAGE, f"{settings.unlabelled}: {plural(extra.source.length, 'more image')}, unlabelled"
+            STAGE,
+            f"{settings.unlabelled}: {plural(extra.source.length or 0, 'more image')}, unlabelled",
         )
     )
     joined = replace(images, source=Joined(images.source, extra.source))

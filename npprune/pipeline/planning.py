@@ -402,7 +402,8 @@ class Planner:
         if not full:
             return []
         return [
-            f"the paths' neurons fill the budget of {len(full)} of {plural(len(selection.keep), 'block')}: "
+            f"the paths' neurons fill the budget of {len(full)} of "
+            f"{plural(len(selection.keep), 'block')}: "
             "there the paths alone decide (`--no-protect-paths` lets the criterion decide)"
         ]
 

@@ -228,7 +228,8 @@ def _check(found: dict[int, list[ReleasedImage]], info: ModelInfo, files: Path) 
         counts.add(neurons.shape[2])
         if neurons.shape[1] != len(info.widths):
             raise ModelError(
-                f"the paths in `{released_name(label)}` have {plural(neurons.shape[1], 'block')}, and "
+                f"the paths in `{released_name(label)}` have "
+                f"{plural(neurons.shape[1], 'block')}, and "
                 f"{name} has {len(info.widths)}",
                 hint=hint,
             )

@@ -257,7 +257,8 @@ class _Collecting:
             self.emit(
                 Event(
                     STAGE,
-                    f"the sums of {plural(len(self.blocks), 'block')} take {sum(self.sizes) / 2**30:.2g} GiB "
+                    f"the sums of {plural(len(self.blocks), 'block')} take "
+                    f"{sum(self.sizes) / 2**30:.2g} GiB "
                     f"and {self.allowed / 2**30:.2g} are allowed (`--memory`): "
                     f"{plural(len(passes), 'pass', 'passes')} over the images, kept on disk",
                 )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from npprune.core import metrics
 from npprune.core.view import VitView
-from npprune.errors import DataError, GateError, StoreError, UsageError, plural
+from npprune.errors import DataError, GateError, UsageError, plural
 from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import check_prunable, cut_head
@@ -52,7 +52,7 @@ from npprune.pipeline.study_tables import analyses
 from npprune.recipe import DataSection, ModelSection, PruneSection, StudySection
 from npprune.records import Manifest, Plan, Result, digest, to_dict
 from npprune.store import atomic
-from npprune.store.runs import RunFolder, settings_changes
+from npprune.store.runs import RunFolder, images_in_words
 
 STAGE = "study"
 MEMORY_SHARE = 0.7  # of the free memory that decoded images may take
@@ -360,15 +360,8 @@ def _timer(world: _World, held: ExitStack) -> DenseTimer | None:
 
 def _refuse_other_settings(folder: RunFolder, manifest: Manifest) -> None:
     """What a real start would refuse."""
-    folder.refuse_foreign()
-    if not folder.exists:
-        return
-    changes = settings_changes(folder.read_manifest().settings, manifest.settings)
-    if changes:
-        raise StoreError(
-            f"`{folder.path}` belongs to a run of other settings: {'; '.join(changes[:3])}",
-            hint="choose another --out, or repeat the settings of the first run",
-        )
+    if folder.exists:
+        folder.refuse_other_settings(manifest)
 
 
 def _manifest(
@@ -409,6 +402,10 @@ def _manifest(
         data=val.source.info(),
         settings=shared,
         settings_sha256=digest(shared),
+        said={
+            "calibration.sha256": images_in_words(calibration.source.info()),
+            "paths": "no run" if run is None else f"run {run.path}",
+        },
     )
 
 

@@ -210,7 +210,8 @@ def _latency(lines: list[_Line], dense: StudyDense) -> Analysis:
     return pareto(
         "Accuracy against measured latency", points, x_label="latency in % of dense",
         columns=columns, rows=rows, dense=100 * dense.top1.value,
-        text=f"{one.provider} in ONNX Runtime, batch {one.batch}, {plural(one.threads, 'thread')}; every "
+        text=f"{one.provider} in ONNX Runtime, batch {one.batch}, "
+             f"{plural(one.threads, 'thread')}; every "
         "network was timed in turn with the dense one, and the ratio is the median of the pairs.",
     )  # fmt: skip
 
@@ -269,7 +270,8 @@ def _said(
     parts = []
     if dense is not None:
         parts.append(
-            f"Every row was fitted on the same {plural(dense.calibration, 'image')} of {calibration} and "
+            f"Every row was fitted on the same {plural(dense.calibration, 'image')} of "
+            f"{calibration} and "
             f"measured on the same {plural(dense.top1.total, 'image')} of {val}; "
             + (
                 "the healed columns are after a short training on the calibration images."
