@@ -217,11 +217,12 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
-    from npprune.pipeline.heal import healed_folder
-    from npprune.pipeline.outputs import check_checkpoint, reads_of
     from npprune.pipeline.prune import prune
 
     if heal is not None:
+        from npprune.pipeline.heal import healed_folder
+        from npprune.pipeline.outputs import check_checkpoint, reads_of
+
         check_checkpoint(healed_folder(folder), reads_of(start), write=not dry_run)
     output = Output(as_json=as_json)
     with output.working() as emit:
@@ -244,7 +245,7 @@ def command(
     if not healing:
         return
 
-    from npprune.pipeline.heal import heal_pruned
+    from npprune.pipeline.heal import heal_pruned, healed_folder
 
     def train() -> Variant:
         training = HealSection(epochs=heal)

@@ -70,7 +70,8 @@ def reads_of(source: Path | ModelSection) -> list[str | Path]:
 def _checkpoint(folder: Path) -> list[str | Path]:
     dense = read_config(folder).details.get("dense", {})
     near = [folder / dense[key] for key in ("name_relative", "checkpoint_relative") if key in dense]
-    named = [dense[key] for key in ("name", "checkpoint") if f"{key}_relative" in dense]
+    named = [dense["checkpoint"]] if dense.get("checkpoint") else []
+    named += [dense["name"]] if is_checkpoint(dense.get("name", "")) else []
     return [folder, *named, *near]
 
 

@@ -277,6 +277,7 @@ def _manifest(
         settings=deciding,
         settings_sha256=digest(deciding),
         inputs=inputs,
+        said={"files": f"{plural(len(inputs), 'file')} in {files}"},
     )
 
 
