@@ -9,6 +9,13 @@ Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of our
 
 from __future__ import annotations
 
+from typing import Any
+
+
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """`1 class`, `1,000 images`: a count with its noun, for every message."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
 
 class NpPruneError(Exception):
     """Base of everything npprune raises on purpose.
@@ -46,6 +53,14 @@ class DeviceError(NpPruneError):
 
 class StoreError(NpPruneError):
     """A run folder, checkpoint or plan cannot be read, written, or belongs to another run."""
+
+
+class UnstoredError(StoreError):
+    """The work is done and could not be stored; `found` is what it came to, to be shown."""
+
+    def __init__(self, message: str, *, hint: str | None = None, found: Any = None) -> None:
+        super().__init__(message, hint=hint)
+        self.found = found
 
 
 class ExportError(NpPruneError):

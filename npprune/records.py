@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from npprune.errors import StoreError
+from npprune.errors import StoreError, plural
 
 SCHEMA_VERSION = 1
 
@@ -290,7 +290,7 @@ class Plan(Document):
                 setattr(self, name, _whole(name, getattr(self, name)))
         if len(self.keep) != len(self.widths):
             raise StoreError(
-                f"a plan keeps neurons in every block: {len(self.widths)} blocks, "
+                f"a plan keeps neurons in every block: {plural(len(self.widths), 'block')}, "
                 f"got {len(self.keep)} lists"
             )
         for block, (kept, width) in enumerate(zip(self.keep, self.widths, strict=True)):
@@ -518,6 +518,7 @@ class Manifest(Document):
     settings: dict[str, Any]  # what decides the bits of the paths
     settings_sha256: str
     inputs: dict[str, str] = field(default_factory=dict)  # file -> sha256
+    said: dict[str, str] = field(default_factory=dict)  # setting -> in words what its hash is of
 
 
 @dataclass

@@ -85,11 +85,12 @@ def command(
     line = flags.command_line(ctx)
     with output.working() as emit:
         if what == "scores":
-            found = analyze_scores(
-                folder, method_names(methods), device=where, emit=emit, command=line
+            found = output.result(
+                analyze_scores, folder, method_names(methods), device=where, emit=emit, command=line
             )
         elif what == "similarity":
-            found = analyze_similarity(
+            found = output.result(
+                analyze_similarity,
                 folder,
                 chosen,
                 hierarchy=hierarchy,
@@ -99,5 +100,8 @@ def command(
                 command=line,
             )
         else:
-            found = analyze_paths(folder, chosen, every=every, emit=emit, command=line)
+            found = output.result(
+                analyze_paths, folder, chosen, every=every, emit=emit, command=line
+            )
     show_analyses(output, found, folder)
+    output.finish()

@@ -29,6 +29,7 @@ from npprune.cli import (
     prune,
     report,
     run,
+    streams,
     study,
 )
 from npprune.cli.console import drop, rank, say, show_error
@@ -102,6 +103,7 @@ def main() -> None:
 def run_app(args: list[str] | None = None) -> int:
     """Run one command line and return its exit code; nothing escapes but text."""
     args = sys.argv[1:] if args is None else args
+    streams.prepare()
     try:
         code = app(args=args, obj=args, prog_name="npprune", standalone_mode=False)
         sys.stdout.flush()

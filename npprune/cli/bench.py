@@ -13,7 +13,7 @@ from npprune.cli.options import RUN, argument, choice, option
 from npprune.errors import UsageError
 
 EXAMPLES = """\
-Example: a pruned network beside the dense one it came from
+Example: a pruned network compared with the dense one it came from
 
   npprune bench ckpt/vit_tiny_half --batch 1,16,64 --threads 1,2
 
@@ -61,12 +61,12 @@ def command(
     ] = None,
     as_json: options.Json = False,
 ) -> None:
-    """Time a pruned network beside the dense one."""
+    """Time a pruned network and the dense one in turn."""
     runtimes = runtime.split(",") if runtime else []
     for name in runtimes:
         if name not in ("onnxruntime", "torch"):
             raise UsageError(
-                f"`--runtime` must be `onnxruntime`, `torch` or both parted by a comma, "
+                f"`--runtime` must be `onnxruntime`, `torch` or both separated by a comma, "
                 f"got `{runtime}`"
             )
     if seconds <= 0:
@@ -90,9 +90,10 @@ def command(
     output = Output(as_json=as_json)
     with output.working() as emit:
         if folder is None:
-            found = bench_files(sources[0], sources[1], settings, out=out, emit=emit)
+            found = output.result(bench_files, sources[0], sources[1], settings, out=out, emit=emit)
         else:
-            found = bench_checkpoint(
+            found = output.result(
+                bench_checkpoint,
                 folder,
                 settings,
                 dense_checkpoint=dense,
@@ -101,10 +102,11 @@ def command(
                 command=flags.command_line(ctx),
             )
     show.benchmark(output, found, out)
+    output.finish()
 
 
 def _positive(flag: str, given: str | None) -> list[int]:
-    """Whole numbers of at least 1 parted by commas; none where nothing was given."""
+    """Whole numbers of at least 1 separated by commas; none where nothing was given."""
     values = flags.numbers(flag, given, int) or []
     if values and min(values) < 1:
         raise UsageError(f"`{flag}` must be at least 1 each, got `{given}`")

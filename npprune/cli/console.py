@@ -10,18 +10,25 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from npprune.errors import UnstoredError
+
 if TYPE_CHECKING:
     from npprune.pipeline.events import Emit
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NAME_WIDTH = 24  # columns that a row's name has at least before it is broken between words
 WIDE_CELL = 20  # columns; a longer interval is broken at its comma, to fit three into 80
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 STYLES = {"error": "bold red", "hint": "cyan", "warning": "yellow"}
@@ -51,7 +58,7 @@ def show_error(message: str, hint: str | None = None) -> None:
 
 
 class _Console(Console):
-    """A console whose reader may leave (`npprune ... | head`): the work goes on, unseen."""
+    """A console whose reader may leave (`npprune ... | head`): the work continues, unseen."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
@@ -82,6 +89,28 @@ def _cell(text: str) -> Text:
     return cell
 
 
+def _least_width(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+    """Columns that a table needs: its names broken between words, its numbers not at all."""
+    widths = [max((len(word) for word in header[0].split()), default=0)]
+    widths += [cell_len(name) for name in header[1:]]
+    for label, *cells in rows:
+        words = [min(cell_len(label), NAME_WIDTH), *map(cell_len, label.split())]
+        widths[0] = max(widths[0], *words)
+        for i, cell in enumerate(cells, 1):
+            widths[i] = max(widths[i], *(cell_len(line) for line in _cell(cell).plain.split("\n")))
+    return sum(widths) + 2 * (len(widths) - 1)
+
+
+def _stacked(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Text]:
+    """The rows one below the other, an empty cell left out."""
+    width = max((cell_len(name) for name in header[1:]), default=0)
+    for label, *cells in rows:
+        yield Text(f"{header[0]} {label}".strip(), style="bold")
+        for name, cell in zip(header[1:], cells, strict=True):
+            if cell:
+                yield Text(f"  {name:<{width}}  {cell.replace('95 % ', '')}")  # as in `_cell`
+
+
 class Output:
     """What a command shows: tables and lines for people, or one JSON document.
 
@@ -92,6 +121,7 @@ class Output:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self.quiet = rank() > 0
+        self.unstored: UnstoredError | None = None
 
     @property
     def width(self) -> int:
@@ -106,15 +136,33 @@ class Output:
         with redirect_stdout(sys.stderr), Progress(_console(stderr=True), self.quiet) as progress:
             yield progress.emit
 
+    def result(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What the work gives. Where that could not be stored at its end, it is given all the
+        same, to be shown before `finish` says so."""
+        try:
+            return work(*args, **kwargs)
+        except UnstoredError as err:
+            self.unstored = err
+            found: T = err.found
+            return found
+
+    def finish(self) -> None:
+        """After what was found is shown: the UnstoredError, if there was one."""
+        if self.unstored is not None:
+            raise self.unstored
+
     def document(self, kind: str, data: dict[str, Any]) -> None:
         """The JSON document of `--json`; `schema_version` and `kind` come first."""
         if not self.as_json or self.quiet:
             return
         from npprune.records import SCHEMA_VERSION
 
-        plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
         full = {"schema_version": SCHEMA_VERSION, "kind": kind, **data}
-        text = json.dumps(full, indent=2, ensure_ascii=plain, allow_nan=False)
+        text = json.dumps(full, indent=2, ensure_ascii=False, allow_nan=False)
+        try:
+            text.encode(sys.stdout.encoding or "ascii")
+        except UnicodeEncodeError:  # JSON has a way of its own to write what is missing
+            text = json.dumps(full, indent=2, allow_nan=False)
         try:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
@@ -135,17 +183,24 @@ class Output:
     def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         """A table; the first column is text, the others are numbers and never broken.
 
-        What a number has in brackets (its interval) goes on a line of its own below it.
+        What a number has in brackets (its interval) goes on a line of its own below it. On a
+        terminal that is too narrow for all columns, each row is a list: its name, and below it
+        what the columns hold.
         """
         if self.as_json or self.quiet:
+            return
+        rows = [list(row) for row in rows]
+        console = _console(stderr=False)
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        if _least_width(header, rows) > console.width:
+            for line in _stacked(header, rows):
+                console.print(line, soft_wrap=True)
             return
         table = Table(box=None, pad_edge=False, header_style="bold")
         for i, name in enumerate(header):
             table.add_column(escape(name), justify="right" if i else "left", no_wrap=i > 0)
         for label, *cells in rows:
             table.add_row(escape(label), *map(_cell, cells))
-        console = _console(stderr=False)
-        console.print(Text(title, style="bold"), soft_wrap=True)
         console.print(table)
 
     def files(self, places: Iterable[tuple[str, str]]) -> None:

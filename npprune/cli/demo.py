@@ -37,7 +37,13 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = run_demo(
-            root=out, seed=start, device=chosen, emit=emit, command=flags.command_line(ctx)
+        result = output.result(
+            run_demo,
+            root=out,
+            seed=start,
+            device=chosen,
+            emit=emit,
+            command=flags.command_line(ctx),
         )
     show.result(output, result, out)
+    output.finish()

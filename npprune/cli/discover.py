@@ -12,13 +12,13 @@ from npprune.cli.console import Output
 from npprune.cli.options import RUN, choice, option
 
 EXAMPLES = """\
-Example: the five strongest neurons a block, for every image of a folder
+Example: the five strongest neurons per block, for every image of a folder
 
   npprune discover vit_tiny_patch16_224.augreg_in21k_ft_in1k \\
     --checkpoint W.safetensors --data folder:imagenet/train \\
     --topk 5 --out reports/vit_tiny
 
-An interrupted run goes on where it stopped: give the same command again.
+An interrupted run resumes where it stopped: give the same command again.
 """
 
 SEARCH = "Search"
@@ -28,7 +28,7 @@ def command(
     ctx: typer.Context,
     model: options.Model,
     *,
-    topk: Annotated[int, option(SEARCH, "--topk", "K", "neurons a block in each path")] = 1,
+    topk: Annotated[int, option(SEARCH, "--topk", "K", "neurons per block in each path")] = 1,
     method: Annotated[
         str,
         choice(
@@ -94,7 +94,7 @@ def command(
     ] = None,
     shard_size: Annotated[
         int,
-        option(SEARCH, "--shard-size", "N", "images a stored shard; a resume loses one at most"),
+        option(SEARCH, "--shard-size", "N", "images per stored shard; a resume loses one at most"),
     ] = 256,
     precision: Annotated[
         str,
@@ -165,9 +165,10 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = discover(
+        result = output.result(discover,
             network, images, settings, folder,
             device=chosen, seed=start, emit=emit, dry_run=dry_run,
             command=flags.command_line(ctx),
         )  # fmt: skip
     show.discovery(output, result, folder, dry_run=dry_run)
+    output.finish()

@@ -85,7 +85,8 @@ def run_edit(ctx: typer.Context, run: Path, device: str, as_json: bool) -> None:
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        found = edit_neurons(
+        found = output.result(
+            edit_neurons,
             folder,
             settings,
             data,
@@ -95,6 +96,7 @@ def run_edit(ctx: typer.Context, run: Path, device: str, as_json: bool) -> None:
             command=flags.command_line(ctx),
         )
     show_analyses(output, found, folder)
+    output.finish()
 
 
 def _settings(given: Mapping[str, Any]) -> EditSection:
@@ -115,12 +117,12 @@ def _settings(given: Mapping[str, Any]) -> EditSection:
 
 
 def words(text: str | None) -> list[str] | None:
-    """Words parted by commas."""
+    """Words separated by commas."""
     return None if text is None else [word.strip() for word in text.split(",")]
 
 
 def methods(text: str | None) -> list[str] | None:
-    """`--methods`: names parted by commas; `all` stands for every method."""
+    """`--methods`: names separated by commas; `all` stands for every method."""
     if text == "all":
         return list(METHODS)
     return words(text)
@@ -137,9 +139,19 @@ def show_analyses(output: Output, found: Mapping[str, Analysis], folder: Path) -
         if analysis.text:
             output.line(analysis.text)
             output.line()
-    output.files([("result", str(folder / "result.json")), ("sections", ", ".join(found))])
-    output.line()
-    output.line(f"next: npprune report {folder}")
+    if output.unstored is None and _recorded(found, folder):
+        output.files([("result", str(folder / "result.json")), ("sections", ", ".join(found))])
+        output.line()
+        output.line(f"next: npprune report {folder}")
+
+
+def _recorded(found: Mapping[str, Analysis], folder: Path) -> bool:
+    """Whether the run's result holds these sections: a folder may not be writable."""
+    from npprune.records import to_json
+    from npprune.store.runs import RunFolder
+
+    there = RunFolder(folder).read_result().analyses
+    return all(key in there and to_json(there[key]) == to_json(a) for key, a in found.items())
 
 
 def _wide_table(output: Output, analysis: Analysis) -> None:
@@ -155,6 +167,8 @@ def _wide_table(output: Output, analysis: Analysis) -> None:
         if room < -2:
             break
         shown += 1
+    if shown < 2:  # too narrow for any number: the table is a list then, and holds all
+        shown = len(columns)
     output.table(analysis.title, columns[:shown], [row[:shown] for row in rows])
     if shown < len(columns):
         output.line(f"not shown for want of room: {', '.join(columns[shown:])}")

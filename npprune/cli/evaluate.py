@@ -14,7 +14,7 @@ from npprune.cli.options import IMAGES, option
 from npprune.errors import UsageError
 
 if TYPE_CHECKING:
-    from npprune.records import Result
+    from npprune.records import Evaluation, Result
 
 EXAMPLES = """\
 Example
@@ -100,7 +100,8 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        evaluation = evaluate(
+        evaluation = output.result(
+            evaluate,
             folder,
             images,
             settings,
@@ -109,12 +110,15 @@ def command(
             emit=emit,
             command=flags.command_line(ctx),
         )
-    show.evaluated(output, evaluation, folder, _run_result(folder))
+    show.evaluated(output, evaluation, folder, _run_result(folder, evaluation))
+    output.finish()
 
 
-def _run_result(checkpoint: Path) -> Result | None:
-    """The result of the checkpoint's run, with this checkpoint as its only variant."""
+def _run_result(checkpoint: Path, evaluation: Evaluation) -> Result | None:
+    """The result of the checkpoint's run, with this checkpoint as its only variant; None where
+    the evaluation is not the one that was recorded there."""
     from npprune.pipeline.results import run_of
+    from npprune.records import to_json
     from npprune.store.checkpoints import read_config
 
     run = run_of(checkpoint, read_config(checkpoint))
@@ -122,4 +126,5 @@ def _run_result(checkpoint: Path) -> Result | None:
         return None
     result = run.read_result()
     result.variants = [v for v in result.variants if v.name == checkpoint.resolve().name]
-    return result if result.variants else None
+    recorded = [v.evaluation for v in result.variants if v.evaluation is not None]
+    return result if list(map(to_json, recorded)) == [to_json(evaluation)] else None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from npprune.recipe import ExportSection
 
 EXAMPLES = """\
-Example: a pruned network, timed beside the dense one
+Example: a pruned network, timed against the dense one
 
   npprune export ckpt/vit_tiny_half --data folder:imagenet/val --out vit_tiny_half.onnx
 
@@ -62,7 +62,7 @@ def command(
     ] = None,
     opset: Annotated[int, option(FILE, "--opset", "N", "ONNX operator set, 17 to 23")] = 20,
     batch: Annotated[
-        str, option(FILE, "--batch", "dynamic|N", "images a run; dynamic: any number")
+        str, option(FILE, "--batch", "dynamic|N", "images per run; dynamic: any number")
     ] = "dynamic",
     with_preprocessing: Annotated[
         bool,
@@ -74,7 +74,7 @@ def command(
         str, choice(FILE, "--provider", "runs the comparison", *words.PROVIDERS)
     ] = "auto",
     latency: Annotated[
-        bool, option(FILE, "--latency/--no-latency", None, "time it beside the dense network")
+        bool, option(FILE, "--latency/--no-latency", None, "time it against the dense network")
     ] = True,
     dense: Annotated[
         str | None, option(FILE, "--dense", "FILE", "the dense weights, where they have moved")
@@ -132,7 +132,8 @@ def command(
         if folder is not None:
             from npprune.pipeline.export import export_checkpoint
 
-            record = export_checkpoint(
+            record = output.result(
+                export_checkpoint,
                 folder,
                 images,
                 settings,
@@ -146,8 +147,11 @@ def command(
             from npprune.pipeline.export import export_model
 
             model = flags.model_section(source, ctx.params)
-            record = export_model(model, images, settings, out=target, provider=provider, emit=emit)
+            record = output.result(
+                export_model, model, images, settings, out=target, provider=provider, emit=emit
+            )
     show.exported(output, record, target)
+    output.finish()
     if not record.passed:
         raise typer.Exit(1)
 

@@ -29,7 +29,7 @@ HINTS = {
     "--axes": "`mlp,heads,qk` lets hidden units, heads and query/key dimensions share the budget",
     "--topk": "`1` is the strongest neuron of every block",
     "--target-params": "`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
-    "--target-macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a thousand million",
+    "--target-macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a billion",
     "--target-latency": "`0.6` asks for 60 % of the dense latency, `4.5` for 4.5 milliseconds",
     "--crop-pct": "`0.9` crops the middle 90 % of the resized image's side",
     "--max-drop": "`1.0` allows top-1 to fall by one point, as predicted on held-out images",
@@ -147,18 +147,18 @@ def classes(given: list[str] | None) -> list[str | int] | str | None:
 
 
 def numbers(flag: str, text: str | None, kind: Callable[[str], float] = float) -> list[Any] | None:
-    """Numbers parted by commas, e.g. `0.5,0.5,0.5`."""
+    """Numbers separated by commas, e.g. `0.5,0.5,0.5`."""
     if text is None:
         return None
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as err:
         what = "whole numbers" if kind is int else "numbers"
-        raise UsageError(f"`{flag}` must be {what} parted by commas, got `{text}`") from err
+        raise UsageError(f"`{flag}` must be {what} separated by commas, got `{text}`") from err
 
 
 def words(flag: str, text: str | None) -> list[str] | None:
-    """Words parted by commas, each once."""
+    """Words separated by commas, each once."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]

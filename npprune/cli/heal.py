@@ -28,7 +28,7 @@ Example: eight GPUs
     --data folder:imagenet/train --batch-size 1024 --workers 8 --precision bf16 \\
     --out ckpt/vit_base_half_healed
 
-Interrupted, the same command goes on where it stopped.
+Interrupted, the same command resumes where it stopped.
 """
 
 LENGTH = "Length (one of epochs and minutes)"
@@ -51,7 +51,7 @@ def command(
     ] = 3,
     lr: Annotated[float, option(TEACHING, "--lr", "X", "highest learning rate")] = 5e-5,
     batch_size: Annotated[
-        int, option(TEACHING, "--batch-size", "N", "images a step, over all processes")
+        int, option(TEACHING, "--batch-size", "N", "images per step, over all processes")
     ] = 16,
     weight_decay: Annotated[float, option(TEACHING, "--weight-decay", "X", "of matrices")] = 0.01,
     temperature: Annotated[
@@ -63,11 +63,11 @@ def command(
             TEACHING,
             "--feature-weight",
             "X",
-            "of each block's output, beside \\[default: 20, or 0 where blocks do not match]",
+            "of each block's output, in addition \\[default: 20, or 0 where blocks do not match]",
         ),
     ] = None,
     label_weight: Annotated[
-        float, option(TEACHING, "--label-weight", "X", "of the labels, beside; 0: not read")
+        float, option(TEACHING, "--label-weight", "X", "of the labels, in addition; 0: not read")
     ] = 0.0,
     augment: Annotated[
         str,
@@ -146,7 +146,8 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        variant = heal(
+        variant = output.result(
+            heal,
             source,
             images,
             settings,
@@ -160,3 +161,4 @@ def command(
             command=flags.command_line(ctx),
         )
     show.healed(output, variant, folder)
+    output.finish()

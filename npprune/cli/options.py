@@ -51,7 +51,7 @@ Checkpoint = Annotated[
     str | None,
     option(MODEL, "--checkpoint", "FILE", ".safetensors, .pth or .npz; else timm's own weights"),
 ]
-NumHeads = Annotated[int | None, option(MODEL, "--num-heads", "N", "attention heads a block")]
+NumHeads = Annotated[int | None, option(MODEL, "--num-heads", "N", "attention heads per block")]
 ImgSize = Annotated[
     int | None,
     option(MODEL, "--img-size", "PIXELS", "input side; position embeddings are resampled"),
@@ -82,7 +82,7 @@ Classes = Annotated[
         IMAGES,
         "--classes",
         "LIST|FILE",
-        "only these: indices, synsets or names, parted by commas, or a file",
+        "only these: indices, synsets or names, separated by commas, or a file",
     ),
 ]
 ImagesPerClass = Annotated[
@@ -91,7 +91,7 @@ ImagesPerClass = Annotated[
 OnBadImage = Annotated[
     str | None, choice(IMAGES, "--on-bad-image", "end the run, or skip and count", "error", "skip")
 ]
-BatchSize = Annotated[int | None, option(IMAGES, "--batch-size", "N", "images a batch")]
+BatchSize = Annotated[int | None, option(IMAGES, "--batch-size", "N", "images per batch")]
 Workers = Annotated[
     int | None, option(IMAGES, "--workers", "N", "processes that read images; 0: the main one")
 ]

@@ -37,7 +37,7 @@ app = typer.Typer(
 def export_command(
     run: Annotated[Path, argument("RUN", "a run folder of npprune discover")],
     *,
-    out: Annotated[Path, required(RUN, "--out", "FOLDER", "where the files go, one a class")],
+    out: Annotated[Path, required(RUN, "--out", "FOLDER", "where the files go, one per class")],
     baseline: Annotated[
         Path | None,
         option(FILES, "--baseline", "RUN", "of method activation: `base` and `base_score`"),
@@ -102,7 +102,7 @@ def import_command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = import_released(
+        result = output.result(import_released,
             files, network, folder,
             baseline=baseline, emit=emit, command=flags.command_line(ctx),
         )  # fmt: skip
@@ -117,8 +117,9 @@ def import_command(
             ("weights", known if known == UNKNOWN_WEIGHTS else f"sha256 {known[:12]}..."),
             ("images", text.data(found.data)),
             ("method", found.method),
-            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
+            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} per block"),
             ("run folder", str(folder)),
         ]
     )
     output.line(f"\nnext: npprune report {folder}")
+    output.finish()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,10 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
+from npprune import files
 from npprune.cli import flags, options
 from npprune.cli.console import Output, drop
 from npprune.cli.options import argument, choice, option
+from npprune.cli.streams import PLAIN
 from npprune.errors import DataError, StoreError, UsageError
+from npprune.report import text
 
 if TYPE_CHECKING:
     from npprune.export.predict import Prediction
@@ -42,16 +45,16 @@ def command(
     images: Annotated[list[Path], argument("IMAGE_OR_FOLDER...", "folders are searched through")],
     *,
     topk: Annotated[int, option(PREDICTION, "--topk", "K", "likeliest classes of each image")] = 5,
-    batch: Annotated[int, option(PREDICTION, "--batch", "N", "images a run")] = 16,
+    batch: Annotated[int, option(PREDICTION, "--batch", "N", "images per run")] = 16,
     provider: Annotated[
         str, choice(PREDICTION, "--provider", "runs it", "auto", "cpu", "cuda", "tensorrt")
     ] = "auto",
     threads: Annotated[
-        int | None, option(PREDICTION, "--threads", "N", "\\[default: one a core]")
+        int | None, option(PREDICTION, "--threads", "N", "\\[default: one per core]")
     ] = None,
     on_bad_image: Annotated[
         str,
-        choice(PREDICTION, "--on-bad-image", "end there, or report and go on", "error", "skip"),
+        choice(PREDICTION, "--on-bad-image", "stop, or report it and continue", "error", "skip"),
     ] = "error",
     format: Annotated[
         str | None,
@@ -64,6 +67,7 @@ def command(
 ) -> None:
     """Classify images with an exported file."""
     shape = _format(format, out, as_json)
+    out = None if out is not None and files.is_stdout(out) else out
     flags.provider(provider)
     for flag, value in (("--topk", topk), ("--batch", batch), ("--threads", threads)):
         if value is not None and value < 1:
@@ -71,8 +75,12 @@ def command(
     if on_bad_image not in ("error", "skip"):
         raise UsageError(f"`--on-bad-image` must be one of `error`, `skip`, got `{on_bad_image}`")
 
-    from npprune.export.predict import predict
+    from npprune.export.predict import find_images, predict
 
+    if out is not None and not files.is_stream(out):
+        files.check_file(out)
+        if out.exists():
+            files.refuse_overwriting(out, [model, f"{model}.data", *find_images(images)])
     output = Output(as_json=shape != "table")
     found = predict(
         model,
@@ -91,10 +99,12 @@ def command(
         except BrokenPipeError:
             drop(sys.stdout)
     if seen.bad == seen.images:
-        raise DataError(f"none of the {seen.images} images could be read")
+        raise DataError(f"none of the {text.plural(seen.images, 'image')} could be read")
     if out is not None:
-        output.warn([f"{seen.bad} of {seen.images} images could not be read"] if seen.bad else [])
-        Output(as_json=as_json).line(f"{seen.images - seen.bad} predictions  {out}")
+        if seen.bad:
+            output.warn([f"{seen.bad} of {text.plural(seen.images, 'image')} could not be read"])
+        done = text.plural(seen.images - seen.bad, "prediction")
+        Output(as_json=as_json).line(f"{done}  {out}")
 
 
 def _format(given: str | None, out: Path | None, as_json: bool) -> str:
@@ -124,20 +134,29 @@ class _Count:
 
 @contextmanager
 def _sink(out: Path | None) -> Iterator[IO[str]]:
-    """The terminal, or a file that gets its name when it is complete."""
+    """The terminal, a device or pipe, or a file that gets its name when it is complete.
+
+    Where the file cannot be written in the end, the predictions go to the terminal instead.
+    """
     if out is None:
         yield sys.stdout
         sys.stdout.flush()
-        return
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            yield file
-        os.replace(temporary, out)
-    except OSError as err:
-        raise StoreError(f"cannot write `{out}`: {err.strerror}") from err
-    finally:
-        temporary.unlink(missing_ok=True)
+    elif files.is_stream(out):
+        try:
+            with out.open("a", encoding="utf-8", errors=PLAIN, newline="") as stream:
+                yield stream
+        except BrokenPipeError:
+            pass  # its reader has left
+        except OSError as err:
+            raise files.store_error(err, out) from err
+    else:
+        held = io.StringIO(newline="")
+        yield held
+        try:
+            files.write_bytes(out, held.getvalue().encode(errors=PLAIN))
+        except StoreError:
+            sys.stdout.write(held.getvalue())
+            raise
 
 
 # ---------------------------------------------------------------- formats
@@ -145,8 +164,6 @@ def _sink(out: Path | None) -> Iterator[IO[str]]:
 
 def _table(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:
     """An image, then a class a line: nothing to align, so nothing has to be waited for."""
-    from npprune.report import text
-
     for prediction in found:
         sink.write(text.clean(prediction.image) + "\n")
         if prediction.error is not None:

@@ -166,5 +166,5 @@ class Progress:
             self.bars.remove_task(self.tasks.pop(name))
             self.bars.refresh()
         del self.meters[name]
-        words = (f"{meter.done} {unit}", meter.pace(unit), note)
+        words = (f"{meter.done} {_one(unit) if meter.done == 1 else unit}", meter.pace(unit), note)
         self._print(Text(f"{name}: {', '.join(filter(None, words))}"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +12,9 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, choice, option, required
 from npprune.errors import UsageError
+
+if TYPE_CHECKING:
+    from npprune.records import Variant
 
 EXAMPLES = """\
 Example: keep half of the hidden units, the paths' neurons first
@@ -49,7 +52,7 @@ def command(
     ] = None,
     target_macs: Annotated[
         float | None,
-        option(BUDGET, "--target-macs", "X", "MACs an image: a share up to 1, a count above"),
+        option(BUDGET, "--target-macs", "X", "MACs per image: a share up to 1, a count above"),
     ] = None,
     target_latency: Annotated[
         float | None,
@@ -78,11 +81,11 @@ def command(
     ] = None,
     axes: Annotated[
         str,
-        choice(CHOICE, "--axes", "what may go, parted by commas", *words.AXES),
+        choice(CHOICE, "--axes", "what may go, separated by commas", *words.AXES),
     ] = "mlp",
     topk: Annotated[
         int | None,
-        option(CHOICE, "--topk", "K", "path neurons a block of each class \\[default: all]"),
+        option(CHOICE, "--topk", "K", "path neurons per block of each class \\[default: all]"),
     ] = None,
     criterion: Annotated[
         str, choice(CHOICE, "--criterion", "ranks the neurons that no path names", *words.CRITERIA)
@@ -211,9 +214,15 @@ def command(
 
     from npprune.pipeline.prune import prune
 
+    if heal is not None:
+        from npprune.pipeline.heal import healed_folder
+        from npprune.pipeline.outputs import check_checkpoint, reads_of
+
+        check_checkpoint(healed_folder(folder), reads_of(start), write=not dry_run)
     output = Output(as_json=as_json)
     with output.working() as emit:
-        variant = prune(
+        variant = output.result(
+            prune,
             start,
             images,
             settings,
@@ -224,17 +233,21 @@ def command(
             dry_run=dry_run,
             command=flags.command_line(ctx),
         )
-    healing = heal is not None and not dry_run
+    healing = heal is not None and not dry_run and output.unstored is None
     if not (healing and as_json):  # one document: the healed network's tells of the pruning, too
         show.pruned(output, variant, folder, dry_run=dry_run)
+    output.finish()
     if not healing:
         return
 
-    from npprune.pipeline.heal import heal_pruned
+    from npprune.pipeline.heal import heal_pruned, healed_folder
+
+    def train() -> Variant:
+        training = HealSection(epochs=heal)
+        return heal_pruned(folder, training, device=chosen, seed=seed_value, emit=emit)[1]
 
     with output.working() as emit:
-        healed, variant = heal_pruned(
-            folder, HealSection(epochs=heal), device=chosen, seed=seed_value, emit=emit
-        )
+        variant = output.result(train)
     output.line()
-    show.healed(output, variant, healed)
+    show.healed(output, variant, healed_folder(folder))
+    output.finish()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from npprune import files
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, choice, option
+
+if TYPE_CHECKING:
+    from npprune.recipe import Recipe
 
 EXAMPLES = """\
 Example
@@ -47,6 +51,7 @@ def command(
         changes.append(f"device={flags.device(device)}")
     resolved = load_recipe(recipe, changes)
     flags.device(resolved.device)
+    _refuse_overwriting(recipe, load_recipe(recipe), root / "reports" / resolved.name)
     output = Output(as_json=as_json)
     if dry_run:
         output.line(recipe_yaml(resolved).rstrip())
@@ -61,5 +66,17 @@ def command(
         output.line("\ndry run: nothing was computed or written")
         return
     with output.working() as emit:
-        result = run_recipe(resolved, root=root, emit=emit, command=flags.command_line(ctx))
+        result = output.result(
+            run_recipe, resolved, root=root, emit=emit, command=flags.command_line(ctx)
+        )
     show.result(output, result, root)
+    output.finish()
+
+
+def _refuse_overwriting(given: str, recipe: Recipe, run: Path) -> None:
+    """UsageError where the recipe lies where discovery keeps its own part of it: the rest of it
+    would be lost."""
+    kept = {"name", "model", "data", "discover", "seed"}
+    part = type(recipe)(**{name: getattr(recipe, name) for name in kept})
+    if recipe.discover is not None and part != recipe:
+        files.refuse_overwriting(run / "recipe.yaml", [given], flag="name")

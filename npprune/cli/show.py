@@ -42,7 +42,7 @@ def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) ->
             ("images", data(found.data)),
             ("method", f"{found.method} on {TOKENS.get(found.scope, found.scope)}"),
             ("integral", text.integral(found)),
-            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} a block"),
+            ("paths", f"{text.plural(found.images, 'image')}, K = {found.topk} per block"),
         ]
         if found.mean_score is not None:
             score = text.significant(found.mean_score.value)
@@ -126,11 +126,15 @@ def healed(output: Output, variant: Variant, folder: Path) -> None:
     if summary.dense_top1 is not None and before.top1 is not None and after.top1 is not None:
         dense, pruned = text.percent(summary.dense_top1), text.percent(before.top1)
         rows.append(("top-1", dense, pruned, text.percent(after.top1)))
-    title = f"On {text.plural(summary.held_out, 'image')} that were not trained on"
+    title = f"On {text.plural(summary.held_out, 'image')} not trained on"
     output.table(title, ("", "dense", "pruned", "healed"), rows)
     facts = [
         ("images", data(summary.data)),
-        ("training", f"{summary.method}, {summary.epochs:.3g} epochs, {summary.steps} steps"),
+        (
+            "training",
+            f"{summary.method}, {summary.epochs:.3g} "
+            f"{'epoch' if summary.epochs == 1 else 'epochs'}, {text.plural(summary.steps, 'step')}",
+        ),
         ("ended by", summary.stopped),
         ("kept", f"the weights after step {after.step}"),
         ("time", f"{text.seconds(summary.seconds)}, {summary.images_per_second:.3g} images/s"),
@@ -236,7 +240,7 @@ def _accuracy(what: str, dense: Accuracy, pruned: Accuracy) -> list[tuple[str, s
 
 
 def latency_row(row: Latency) -> tuple[str, str, str, str]:
-    """One timing: median milliseconds a batch."""
+    """One timing: median milliseconds per batch."""
     dense, pruned = text.milliseconds(row.dense_ms), text.milliseconds(row.pruned_ms)
     return text.where(row), dense, pruned, text.percent(row.ratio - 1, sign=True)
 
@@ -326,17 +330,26 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     columns = ["timed in", "dense", "pruned", "ratio"]
     columns += ["of MACs' gain"] if found.saved else []
     columns += ["images/s (dense)", "memory (dense)"]
-    output.table(f"{found.pruned} beside {found.dense}: median (spread)", columns, rows)
+    output.table(f"{found.pruned} compared with {found.dense}: median (spread)", columns, rows)
     if found.macs_ratio is not None:
         _facts(output, [("MACs ratio", text.fixed(found.macs_ratio, 2))])
     if folder is not None:
         _end(output, [("JSON", folder / "bench.json"), ("plot", folder / "bench.svg")], None)
 
 
-def result(output: Output, found: Result, root: Path) -> None:
-    """The whole line: every variant, dense against pruned, and where things lie."""
+def result(output: Output, found: Result | Variant | Evaluation | ExportRecord, root: Path) -> None:
+    """The whole line: every variant, dense against pruned, and where things lie; or what one
+    stage of it found, where that could not be stored."""
     from npprune.report import summary
 
+    if isinstance(found, Evaluation):
+        return evaluated(output, found, root, None)
+    if isinstance(found, ExportRecord):
+        return exported(output, found, root)
+    if isinstance(found, Variant):
+        return pruned(output, found, root, dry_run=False)
+    if output.unstored is not None:
+        return discovery(output, found, root, dry_run=False)
     output.document("result", to_dict(found))
     for variant in found.variants:
         output.warn(variant.prune.warnings)
@@ -387,7 +400,9 @@ def _facts(output: Output, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def _end(output: Output, places: Sequence[tuple[str, Path]], following: str | None) -> None:
-    """Where things lie, and what comes next."""
+    """Where things lie, and what comes next; nothing where it could not be stored."""
+    if output.unstored is not None:
+        return
     if places:
         output.line()
         output.files((name, str(path)) for name, path in places)

@@ -25,10 +25,10 @@ Example: what neuron paths are worth, from a run of npprune discover
   npprune study reports/vit_tiny --topk 1 --calibration folder:imagenet/train \\
     --val folder:imagenet/val --out reports/paths_study
 
-An interrupted study goes on where it stopped; other criteria may be added to it later.
+An interrupted study resumes where it stopped; other criteria may be added to it later.
 """
 
-COMPARED = "Compared (lists are parted by commas, and all combined)"
+COMPARED = "Compared (lists are separated by commas, and all combined)"
 SHARED = "The same in all rows"
 SHOWN = (  # columns that fit a terminal; the report has all
     "seed", "top-1, %", "to best, points", "KL, nats", "MACs, %", "latency, %", "seconds",
@@ -69,7 +69,7 @@ def command(
     ] = None,
     topk: Annotated[
         int | None,
-        option(SHARED, "--topk", "K", "path neurons a block of each class \\[default: all]"),
+        option(SHARED, "--topk", "K", "path neurons per block of each class \\[default: all]"),
     ] = None,
     round_to: Annotated[int, option(SHARED, "--round-to", "N", "widths are multiples of N")] = 16,
     min_keep: Annotated[
@@ -150,7 +150,8 @@ def command(
 
     output = Output(as_json=as_json)
     with output.working() as emit:
-        result = study(
+        result = output.result(
+            study,
             start,
             images,
             settings,
@@ -161,6 +162,7 @@ def command(
             command=flags.command_line(ctx),
         )
     _show(output, result, folder, dry_run=dry_run)
+    output.finish()
 
 
 def _show(output: Output, result: Any, folder: Path, *, dry_run: bool) -> None:
@@ -189,4 +191,5 @@ def _show(output: Output, result: Any, folder: Path, *, dry_run: bool) -> None:
     if dry_run:
         output.line(f"dry run: nothing was computed or written; it would go to {folder}")
         return
-    output.files([("HTML report", str(folder / "report.html")), ("rows", str(folder / "rows"))])
+    if output.unstored is None:
+        output.files([("HTML report", str(folder / "report.html")), ("rows", str(folder / "rows"))])

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from npprune.errors import UsageError
+from npprune.errors import UsageError, plural
 from npprune.records import Accuracy, Mean, Rate
 
 Z95 = 1.959963984540054
@@ -181,8 +181,8 @@ def _check(logits: Tensor, labels: Tensor) -> None:
     bad = (torch.isnan(logits) | (logits == math.inf)).any(dim=1)
     if bool(bad.any()):
         raise UsageError(
-            f"logits must be numbers, got NaN or infinity for {int(bad.sum())} of {len(logits)} "
-            f"images, number {int(bad.nonzero()[0])} the first",
+            f"logits must be numbers, got NaN or infinity for {int(bad.sum())} of "
+            f"{plural(len(logits), 'image')}, number {int(bad.nonzero()[0])} the first",
             hint="the network overflowed: check its weights and the precision it runs in",
         )
     if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < logits.shape[1]):

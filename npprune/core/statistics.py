@@ -17,7 +17,7 @@ The loss gradient at the logits is one of three (`Target`):
                 diag(p) - p p^T on average, the exact curvature of KL(dense || changed), with far
                 less noise than drawn labels where the network is sure of itself
 
-The last two need no labels. Sums merge, and a state saved half-way goes on where it stopped. A
+The last two need no labels. Sums merge, and a state saved half-way resumes where it stopped. A
 pass over some of the blocks gives the same bits as one over all of them, if its draws are the same.
 """
 

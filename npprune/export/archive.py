@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from npprune.errors import ExportError
 from npprune.export.onnx import Producer, first_line, frozen_copy, metadata, quiet, sample_input
 from npprune.export.parity import Gate, Parity, compare_logits, failures_of, require, torch_logits
-from npprune.export.staging import publish, sha256, staging
+from npprune.files import publish, sha256_file, staging
 from npprune.records import ClassInfo, ExportRecord, ModelInfo, ParityRow, Preprocessing
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _record(path: Path, rows: list[ParityRow], gate: Gate) -> ExportRecord:
         precision="fp32",
         opset=0,
         bytes=path.stat().st_size,
-        sha256=sha256(path),
+        sha256=sha256_file(path),
         provider="torch.export",
         parity=rows,
         tolerance=gate.tolerance or 0.0,

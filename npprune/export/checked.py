@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import GATES, Gate, Parity, check_parity, require
 from npprune.export.session import Session
-from npprune.export.staging import publish, sha256, staging
+from npprune.files import publish, sha256_file, staging
 from npprune.records import ClassInfo, ExportRecord, Preprocessing
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _record(path: Path, parity: Parity, precision: str, opset: int) -> ExportRec
         precision=precision,
         opset=opset,
         bytes=sum(f.stat().st_size for f in files),
-        sha256=sha256(path),
+        sha256=sha256_file(path),
         provider=parity.provider,
         parity=parity.rows,
         # JSON has no infinity: -1 stands for "no limit".

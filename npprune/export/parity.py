@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.errors import ExportError, GateError, UsageError
+from npprune.errors import ExportError, GateError, UsageError, plural
 from npprune.export.onnx import frozen_copy, to_pixels
 from npprune.export.session import Session, open_session
 from npprune.records import ParityRow, Preprocessing
@@ -191,7 +191,7 @@ def failures_of(rows: list[ParityRow], gate: Gate) -> list[str]:
         if row.top1_agreement < gate.min_agreement:
             same = round(row.top1_agreement * row.images)
             said.append(
-                f"the same top-1 on {same} of {row.images} images at batch {row.batch}, "
+                f"the same top-1 on {same} of {plural(row.images, 'image')} at batch {row.batch}, "
                 f"at least {100 * gate.min_agreement:g} % is required"
             )
     return said

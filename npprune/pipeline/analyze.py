@@ -16,7 +16,7 @@ from npprune.core import similarity as like
 from npprune.core.metrics import mean_interval
 from npprune.core.votes import class_top, frequency
 from npprune.data.hierarchy import imagenet_hierarchy, read_hierarchy
-from npprune.errors import DataError, UsageError
+from npprune.errors import DataError, UsageError, plural
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.found import Found, choose_labels, open_found, paths_of, record
 from npprune.records import Analysis, FigureData, Series
@@ -51,9 +51,9 @@ def analyze_scores(
     Raises:
         NpPruneError: an unknown method, or what `discover` raises.
     """
-    found = open_found(run)
     for m in methods or ():
         check_word("--methods", m, METHODS)
+    found = open_found(run, STAGE, emit)
     chosen = list(dict.fromkeys(methods or METHODS))
     tables = {m: paths_of(found, m, device=device, emit=emit) for m in chosen}
     first = found.settings.method if found.settings.method in tables else chosen[0]
@@ -78,7 +78,8 @@ def analyze_scores(
     s, summary = found.settings, found.result.discovery
     assert summary is not None
     said = (
-        f"The joint attribution score of each method's path on the same {len(found.table)} images: "
+        f"The joint attribution score of each method's path on the same "
+        f"{plural(len(found.table), 'image')}: "
         f"K = {s.topk} per block, {summary.scope} tokens, {text.integral(summary)}, "
         f"accumulation {s.accumulation}. Intervals are 95 %; differences "
         f"are paired, {first} minus the other. The score is what the search of neuron-path seeks "
@@ -121,7 +122,7 @@ def analyze_similarity(
     Raises:
         NpPruneError: fewer than two classes, or a hierarchy that does not hold them.
     """
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     labels = choose_labels(found, classes)
     if len(labels) < 2:
         raise UsageError(f"a similarity needs at least two classes, got {len(labels)}")
@@ -231,7 +232,8 @@ def _meanings(
                 [],
                 None,
                 (
-                    f"no hierarchy is known for {len(missing)} of {len(labels)} classes "
+                    f"no hierarchy is known for {len(missing)} of "
+                    f"{plural(len(labels), 'class', 'classes')} "
                     f"(`{missing[0]}` is no ImageNet-1k synset): give one with `--hierarchy FILE`"
                 ),
             )
@@ -300,7 +302,7 @@ def analyze_paths(
     Raises:
         NpPruneError: a class without paths.
     """
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     if every:
         labels = found.table.classes
     else:
@@ -331,7 +333,7 @@ def _strips(found: Found, rows: np.ndarray, name: str, *, named: bool) -> Analys
         matrix=[[100 * s for s in row] for row in shares],
         cells=cells,
     )
-    images = f"{len(rows)} image" + ("s" if len(rows) != 1 else "")
+    images = plural(len(rows), "image")
     said = (
         f"Each strip is a block; its segments are the {STRIP} neurons that the paths of {images} "
         "hold most often, the preferred one first, as wide as their share (what is missing at the "

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from npprune.errors import StoreError, UsageError
+from npprune.errors import UsageError
 from npprune.export.bench import (
     Runner,
     bench_pair,
@@ -22,10 +22,12 @@ from npprune.export.bench import (
 )
 from npprune.export.onnx import export_onnx
 from npprune.export.session import Session, open_session
+from npprune.files import check_folder, keeping, refuse_overwriting
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import open_dense
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Network, open_checkpoint
+from npprune.pipeline.outputs import reads_of, recordable
 from npprune.pipeline.results import add_command, run_of
 from npprune.records import Analysis, Benchmark, BenchmarkRow, FigureData, Series
 from npprune.report import text
@@ -36,6 +38,7 @@ from npprune.store import atomic
 STAGE = "bench"
 RUNTIMES = ("onnxruntime", "torch")
 CPU = "CPUExecutionProvider"
+FILES = ("bench.json", "bench.svg")
 
 
 @dataclass
@@ -80,14 +83,17 @@ def bench_checkpoint(
         NpPruneError: what is wrong with checkpoint, dense weights, provider or settings.
     """
     cpu = torch.device("cpu")
+    _check_out(out, reads_of(checkpoint))
     pruned = open_checkpoint(checkpoint, cpu)
     config = pruned.config
     assert config is not None
     if config.prune is None:
         raise UsageError(
-            f"`{checkpoint}` is not pruned: there is nothing to time it beside",
+            f"`{checkpoint}` is not pruned: there is nothing to time it against",
             hint="give a folder that `npprune prune` wrote, or two .onnx files",
         )
+    run = run_of(checkpoint, config)
+    recorded = recordable(run, STAGE, emit)
     dense = open_dense(config, checkpoint, cpu, dense_checkpoint, emit)
     with tempfile.TemporaryDirectory() as folder:
         beds = [
@@ -103,14 +109,14 @@ def bench_checkpoint(
         rows,
         pruned.info.macs / dense.info.macs,
     )
-    run = run_of(checkpoint, config)
-    if run is not None:
-        result = run.read_result()
-        result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
-        add_command(result, command)
-        run.write_result(result)
-    if out is not None:
-        write_benchmark(out, found)
+    with keeping(found):
+        if out is not None:
+            write_benchmark(out, found)
+        if run is not None and recorded:
+            result = run.read_result()
+            result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
+            add_command(result, command)
+            run.write_result(result)
     return found
 
 
@@ -132,6 +138,7 @@ def bench_files(
             "`--runtime torch` needs a checkpoint, and .onnx files were given",
             hint="leave it out, or give the folder that `npprune prune` wrote",
         )
+    _check_out(out, [dense, pruned])
     sessions = [open_session(path, settings.provider) for path in (dense, pruned)]
     inputs = [(s.input_name, s.input_shape[1:]) for s in sessions]
     if inputs[0] != inputs[1]:
@@ -148,8 +155,16 @@ def bench_files(
     rows = _time([_onnx_bed(dense, pruned, settings.provider)], settings, emit)
     found = _benchmark(dense.name, pruned.name, rows, _macs_ratio(*sessions))
     if out is not None:
-        write_benchmark(out, found)
+        with keeping(found):
+            write_benchmark(out, found)
     return found
+
+
+def _check_out(out: Path | None, reads: list[str | Path]) -> None:
+    if out is not None:
+        check_folder(out)
+        for name in FILES:
+            refuse_overwriting(out / name, reads)
 
 
 def analysis(found: Benchmark) -> Analysis:
@@ -189,14 +204,15 @@ def analysis(found: Benchmark) -> Analysis:
         reference=reference,
     )
     words = (
-        "Median ± interquartile range in milliseconds a batch, on noise images, the two networks "
+        "Median ± interquartile range in milliseconds per batch, on noise images, the two networks "
         "run in turn after a warm-up. The ratio is the median of the paired ratios. Memory is the "
         "most that opening the file and running it takes, beyond the runtime itself."
     )
     noisy = [row.warning for row in found.rows if row.warning]
     if noisy:
         words += " Not all timings can be trusted: " + "; ".join(dict.fromkeys(noisy)) + "."
-    return Analysis(f"Speed of {found.pruned} beside {found.dense}", words, columns, table, figure)
+    title = f"Speed of {found.pruned} compared with {found.dense}"
+    return Analysis(title, words, columns, table, figure)
 
 
 def _places(found: Benchmark) -> list[str]:
@@ -216,13 +232,12 @@ def _ratios(found: Benchmark) -> list[Series]:
 
 def write_benchmark(folder: Path, found: Benchmark) -> None:
     """`bench.json` and the plot, `bench.svg`, into a folder."""
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"`--out` must be a folder, got the file `{folder}`")
     shown = analysis(found)
     assert shown.figure is not None
     atomic.make_folder(folder)
-    atomic.write_json(folder / "bench.json", found)
-    atomic.write_text(folder / "bench.svg", standalone(draw(shown.figure, shown.title, "bench")))
+    data, plot = (folder / name for name in FILES)
+    atomic.write_json(data, found)
+    atomic.write_text(plot, standalone(draw(shown.figure, shown.title, "bench")))
 
 
 # ---------------------------------------------------------------- the two runtimes

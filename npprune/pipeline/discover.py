@@ -22,12 +22,14 @@ from npprune.core.quadrature import default_points, rule_for
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
 from npprune.data.loading import Batch
-from npprune.errors import DataError, UsageError
+from npprune.errors import DataError, UsageError, plural
+from npprune.files import keeping
 from npprune.models.view import make_view
 from npprune.pipeline.device import check_shortcuts, environment, products, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.memory import halving, images_that_fit
+from npprune.pipeline.outputs import check_run, reads_of
 from npprune.pipeline.processes import processes
 from npprune.pipeline.results import add_command
 from npprune.pipeline.shards import PARTS, Share
@@ -63,6 +65,7 @@ def discover(
     """
     team = processes()
     where, reason = resolve_device(team.device(device))
+    team.on_first(lambda: check_run(out, reads_of(model), write=not dry_run))
 
     def open_all() -> tuple[Network, Images, _Search, Manifest]:
         network = open_network(model, where, emit, STAGE)
@@ -97,8 +100,9 @@ def discover(
             result = _result(manifest, network, images, summary)
             _keep_earlier(folder, result)
             add_command(result, command)
-            folder.write_result(result)
-            folder.append_event({"stage": STAGE, "images": len(table), **timing})
+            with keeping(result):
+                folder.write_result(result)
+                folder.append_event({"stage": STAGE, "images": len(table), **timing})
             _say_timing(timing, len(table), table.skipped, emit)
             return result
 
@@ -158,8 +162,8 @@ class _Search:
         )
 
     def _say(self, why: str, limit: int) -> None:
-        images = "1 image" if limit == 1 else f"{limit} images"
-        self.emit(Event(STAGE, f"{why}: {images} at a time", level="warning"))
+        said = f"{why}: {plural(limit, 'image')} at a time"
+        self.emit(Event(STAGE, said, level="warning"))
 
 
 def _search(
@@ -199,7 +203,7 @@ def _manifest(
 ) -> Manifest:
     """The manifest of this run; its settings are what decides the bits of the paths.
 
-    `memory` is not among them: a run that was too large may go on with less.
+    `memory` is not among them: a run that was too large may resume with less.
     """
     settings, seed = search.settings, search.seed
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
@@ -247,11 +251,14 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
     """Where the time went, in one line."""
     images, seconds = int(timing["images"]), timing["seconds"]
     if images == 0:
-        words = f"{stored} images were found before: nothing to compute"
+        words = f"{plural(stored, 'image')} found before: nothing to compute"
     else:
         whole = seconds * timing["processes"]
         parts = ", ".join(f"{part} {timing[part] / whole:.0%}" for part in PARTS)
-        words = f"{images} images in {seconds:.1f} s ({images / seconds:.1f} images/s): {parts}"
+        words = (
+            f"{plural(images, 'image')} in {seconds:.1f} s ({images / seconds:.1f} "
+            f"images/s): {parts}"
+        )
     if skipped:
         words += f"; {len(skipped)} skipped"
     emit(Event(STAGE, words))

@@ -1,7 +1,7 @@
 """The training loop of healing: one process or many, resumable, watched on held-out images.
 
 Everything random follows from seed, epoch and step, so the state is the weights, the optimiser's
-moments and a position; on one process an interrupted training goes on with the same bits. With
+moments and a position; on one process an interrupted training resumes with the same bits. With
 several processes each takes its share of every batch, and torch's DistributedDataParallel brings
 the gradients together (NCCL between GPUs, gloo between CPUs).
 """
@@ -397,7 +397,7 @@ class Distillation:
             state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.emit(Event(STAGE, f"goes on at step {now.step} of {self.folder.path}"))
+        self.emit(Event(STAGE, f"resumes at step {now.step} of {self.folder.path}"))
         return True
 
     # ------------------------------------------------------------ talk

@@ -23,7 +23,7 @@ from npprune.core.view import VitView
 from npprune.core.votes import class_top
 from npprune.data.images import UnreadableImage
 from npprune.data.loading import Batch
-from npprune.errors import DataError, StoreError, UsageError
+from npprune.errors import DataError, StoreError, UsageError, plural
 from npprune.models.info import model_sizes
 from npprune.models.view import make_view
 from npprune.pipeline.device import resolve_device
@@ -67,7 +67,7 @@ def edit_neurons(
     """
     started = time.perf_counter()
     where, reason = resolve_device(device)
-    found = open_found(run)
+    found = open_found(run, STAGE, emit)
     network = open_network(found.recipe.model, where, emit, STAGE)
     if network.info.source.sha256 != found.manifest.model.source.sha256:
         raise StoreError(
@@ -84,7 +84,9 @@ def edit_neurons(
     key = name or "-".join(["edit", settings.edit, *settings.paths, *_scopes(settings, view)])
     result = {key: analysis(measured, settings, material.text(found))}
     record(found, result, command)
-    emit(Event(STAGE, f"{measured.images} images in {time.perf_counter() - started:.0f} s"))
+    emit(
+        Event(STAGE, f"{plural(measured.images, 'image')} in {time.perf_counter() - started:.0f} s")
+    )
     return result
 
 
@@ -168,7 +170,7 @@ class _Material:
         notes = list(self.notes)
         if self.left_out:
             notes.append(
-                f"{self.left_out} images were left out: they are the run's own, or of a class "
+                f"{plural(self.left_out, 'image')} left out: the run's own, or of a class "
                 "without paths."
             )
         return " ".join(notes)
@@ -189,7 +191,7 @@ def _material(
         images = _open(found.recipe.data, found.recipe.data.train, network, emit)
         if not per_class:
             table = found.table
-            note = f"All {len(table)} images of the run."
+            note = f"All of the run: {plural(len(table), 'image')}."
             return _Material(images, table.positions.tolist(), of_classes, of_classes, notes=[note])
         take, hold, alone = divide(found.table)
         if not len(hold):

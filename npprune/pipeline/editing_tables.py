@@ -12,6 +12,7 @@ from torch import Tensor
 
 from npprune.core import cost, metrics
 from npprune.core.view import Scope
+from npprune.errors import plural
 from npprune.recipe.sections import EditSection
 from npprune.records import Analysis, FigureData, Mean, Rate, Series
 from npprune.report import five_numbers
@@ -105,7 +106,9 @@ def _text(measured: Measured, settings: EditSection, images: str, costs: bool) -
     fixed = [
         f"K = {one.topk}" if len({c.topk for c in measured.cells}) == 1 else "",
         TOKENS[one.scope] if len({c.scope for c in measured.cells}) == 1 else "",
-        f"first {one.depth} blocks" if len({c.depth for c in measured.cells}) == 1 else "",
+        f"first {plural(one.depth, 'block')}"
+        if len({c.depth for c in measured.cells}) == 1
+        else "",
     ]
     if settings.edit == "keep" and len({c.fraction for c in measured.cells}) == 1:
         fixed.append(f"p = {100 * one.fraction:g} %")
@@ -121,7 +124,7 @@ def _text(measured: Measured, settings: EditSection, images: str, costs: bool) -
     if "predicted" in settings.paths and measured.outside:
         parts.append(
             f"The un-edited network predicts a class without paths for {measured.outside} of "
-            f"{measured.images} images; those take the likeliest class that has some."
+            f"{plural(measured.images, 'image')}; those take the likeliest class that has some."
         )
     if settings.edit == "keep" and settings.seeds > 1:
         parts.append(f"Shares below 100 % are means of {settings.seeds} draws.")
@@ -230,7 +233,7 @@ def _shares(measured: Measured, cell: Cell) -> list[Value]:
 def _label(cell: Cell, axes: Sequence[int]) -> str:
     words = (
         cell.method, cell.paths, f"K = {cell.topk}", f"p = {100 * cell.fraction:g} %",
-        f"{cell.depth} blocks", TOKENS[cell.scope],
+        f"{plural(cell.depth, 'block')}", TOKENS[cell.scope],
     )  # fmt: skip
     return ", ".join(words[i] for i in axes)
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from npprune.core import metrics
-from npprune.errors import DataError, ModelError
+from npprune.errors import DataError, ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
+from npprune.files import keeping
 from npprune.pipeline.device import resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, open_checkpoint, open_images, open_network
-from npprune.pipeline.results import update_variant
+from npprune.pipeline.outputs import recordable
+from npprune.pipeline.results import run_of, update_variant
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
 from npprune.store.checkpoints import is_checkpoint
@@ -36,20 +38,22 @@ def evaluate(
     """Measure a pruned checkpoint against the dense network it came from.
 
     Both see the same images in the same order in one run. The result goes into the run folder
-    that the checkpoint belongs to.
+    that the checkpoint belongs to; where that cannot be written, a warning says so beforehand.
 
     Raises:
+        UnstoredError: the result could not be written in the end; it carries the evaluation.
         NpPruneError: what is wrong with checkpoint, dense weights or images.
     """
     where, reason = resolve_device(device)
     pruned = open_checkpoint(checkpoint, where)
     config = pruned.config
     assert config is not None
+    recorded = recordable(run_of(checkpoint, config), STAGE, emit)
     dense = open_dense(config, checkpoint, where, dense_checkpoint, emit)
     emit(Event(STAGE, f"{checkpoint.name} and its dense network on {where} ({reason})"))
     outputs = config.details.get("outputs")  # a head cut to some classes
     if outputs is not None and data.classes is None:
-        emit(Event(STAGE, f"images of the checkpoint's {len(outputs)} classes"))
+        emit(Event(STAGE, f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}"))
         data = data.model_copy(update={"classes": list(outputs)})
     images = open_images(
         data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
@@ -75,7 +79,9 @@ def evaluate(
     def update(variant: Variant) -> None:
         variant.model, variant.evaluation = pruned.info, evaluation
 
-    update_variant(checkpoint, config, pruned.info, dense.info, update, command=command)
+    if recorded:
+        with keeping(evaluation):
+            update_variant(checkpoint, config, pruned.info, dense.info, update, command=command)
     return evaluation
 
 
@@ -172,7 +178,8 @@ def _check_outputs(outputs: list[int], images: Images) -> None:
     unknown = sorted(set(images.source.selected or ()) - set(outputs))
     if unknown:
         raise DataError(
-            f"the checkpoint's head has {len(outputs)} classes, and class {unknown[0]} "
+            f"the checkpoint's head has {plural(len(outputs), 'class', 'classes')}, and class "
+            f"{unknown[0]} "
             f"({images.source.name(unknown[0])}) is not one of them",
             hint="leave `--classes` out, or choose among those of the checkpoint",
         )

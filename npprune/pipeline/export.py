@@ -6,13 +6,13 @@ A pruned checkpoint and a dense network go the same way; only the timing needs b
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from npprune.errors import ExportError, GateError, ModelError, UsageError
+from npprune.errors import GateError, ModelError, UsageError
 from npprune.export.archive import to_timm, to_torch_archive
 from npprune.export.bench import bench_pair, noise_warning, onnx_runner
 from npprune.export.checked import export_checked
@@ -28,13 +28,22 @@ from npprune.export.parity import (
     torch_logits,
 )
 from npprune.export.session import Session
-from npprune.export.staging import publish, sha256, staging
+from npprune.files import (
+    check_file,
+    check_folder,
+    keeping,
+    publish,
+    refuse_overwriting,
+    sha256_file,
+    staging,
+)
 from npprune.models.load import load_timm_folder
 from npprune.pipeline.evaluate import open_dense
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export_images import ExportImages, read_images, whole_batches
 from npprune.pipeline.inputs import Network, class_names, open_checkpoint, open_network
-from npprune.pipeline.results import update_variant
+from npprune.pipeline.outputs import reads_of, recordable
+from npprune.pipeline.results import run_of, update_variant
 from npprune.recipe import DataSection, ExportSection, ModelSection, check
 from npprune.records import CheckpointConfig, ClassInfo, ExportRecord, Preprocessing, Variant
 from npprune.store import atomic
@@ -66,10 +75,12 @@ def export_checkpoint(
         NpPruneError: what is wrong with checkpoint, images or target.
     """
     target = out or default_target(checkpoint, settings.format)
-    _check(settings, provider, target)
+    reads = [*reads_of(checkpoint), *([dense_checkpoint] if dense_checkpoint else [])]
+    _check(settings, provider, target, reads)
     network = open_checkpoint(checkpoint, torch.device("cpu"))
     config = network.config
     assert config is not None
+    recorded = recordable(run_of(checkpoint, config), STAGE, emit)
     dense = _dense(config, checkpoint, settings, dense_checkpoint, emit)
     read = read_images(
         network.info, config, data, settings.precision,
@@ -83,14 +94,16 @@ def export_checkpoint(
     record = _write(subject, settings, target, provider, emit)
     if dense is not None:
         _time(record, subject, dense, settings, target, provider, emit)
-    atomic.write_json(record_path(target, settings.format), record)
 
     def update(variant: Variant) -> None:
         old = [variant.export] if variant.export is not None else []
         old += variant.more_exports
         variant.export, variant.more_exports = record, [x for x in old if x.file != record.file]
 
-    update_variant(checkpoint, config, network.info, network.info, update, command=command)
+    with keeping(record):
+        atomic.write_json(record_path(target, settings.format), record)
+        if recorded:
+            update_variant(checkpoint, config, network.info, network.info, update, command=command)
     return record
 
 
@@ -110,7 +123,7 @@ def export_model(
         GateError: the file does not agree with PyTorch.
         NpPruneError: what is wrong with the network, images or target.
     """
-    _check(settings, provider, out)
+    _check(settings, provider, out, reads_of(model))
     network = open_network(model, torch.device("cpu"), emit, STAGE)
     info = network.info
     read = read_images(
@@ -120,7 +133,8 @@ def export_model(
     subject = _Subject(network, class_names(read.opened, info.num_classes), read, producer)
     emit(Event(STAGE, f"exporting {info.source.architecture} to {out}"))
     record = _write(subject, settings, out, provider, emit)
-    atomic.write_json(record_path(out, settings.format), record)
+    with keeping(record):
+        atomic.write_json(record_path(out, settings.format), record)
     return record
 
 
@@ -159,7 +173,9 @@ class _Subject:
         return self.read.opened.preprocessing
 
 
-def _check(settings: ExportSection, provider: str, target: Path) -> None:
+def _check(
+    settings: ExportSection, provider: str, target: Path, reads: Sequence[str | Path]
+) -> None:
     """What is wrong before anything is loaded."""
     check(settings)
     suffix = SUFFIXES[settings.format]
@@ -167,10 +183,14 @@ def _check(settings: ExportSection, provider: str, target: Path) -> None:
         raise UsageError(
             f"`--out` must end in {suffix} for `--format {settings.format}`, got `{target}`"
         )
-    if settings.format == "timm" and target.exists() and not target.is_dir():
-        raise UsageError(f"`--out` must be a folder for `--format timm`, got the file `{target}`")
-    if settings.format != "timm" and target.is_dir():
-        raise UsageError(f"`--out` must be a file, got the folder `{target}`")
+    files = [target]
+    if settings.format == "timm":
+        files += [target / name for name in ("model.safetensors", "config.json")]
+        check_folder(target)
+    else:
+        check_file(target)
+    for path in files:
+        refuse_overwriting(path, reads)
     if settings.format != "onnx" and provider != "auto":
         raise UsageError(
             f"`--provider {provider}` does not go with `--format {settings.format}`",
@@ -193,7 +213,7 @@ def _dense(
     except ModelError as err:
         if override is not None:
             raise
-        said = f"not timed beside the dense network: {err.message}"
+        said = f"not timed against the dense network: {err.message}"
         emit(Event(STAGE, f"{said}; `--dense FILE` says where it is", level="warning"))
         return None
 
@@ -309,17 +329,14 @@ def _write_timm(subject: _Subject, target: Path) -> ExportRecord:
             precision="fp32",
             opset=0,
             bytes=sum(f.stat().st_size for f in made.iterdir()),
-            sha256=sha256(weights),
+            sha256=sha256_file(weights),
             provider="timm",
             parity=rows,
             tolerance=gate.tolerance or 0.0,
             passed=True,
             details={"files": sorted(f.name for f in made.iterdir())},
         )
-        try:
-            target.mkdir(exist_ok=True)
-        except OSError as err:
-            raise ExportError(f"cannot write to {target}: {err.strerror}") from err
+        atomic.make_folder(target)
         publish(made, target / weights.name)
     return record
 
@@ -337,7 +354,7 @@ def _time(
     emit: Emit,
 ) -> None:
     """Milliseconds beside the dense network, exported with the same settings; into the record."""
-    emit(Event(STAGE, "timing it beside the dense network"))
+    emit(Event(STAGE, "timing it against the dense network"))
     read = subject.read
     calibration, score = _int8_needs(subject, settings, read.source_labels, ignore)
     threads = torch.get_num_threads()

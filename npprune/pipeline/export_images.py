@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npprune.errors import DataError, UsageError
+from npprune.errors import DataError, UsageError, plural
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.inputs import Images, open_images
 from npprune.recipe import DataSection
@@ -84,7 +84,8 @@ def read_images(
         emit(
             Event(
                 STAGE,
-                f"{precision} is judged by {n} images only: one of them is {100 / n:.1f} points "
+                f"{precision} is judged by {plural(n, 'image')} only: one of them is "
+                f"{100 / n:.1f} points "
                 "of top-1",
                 level="warning",
             )

@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from npprune.errors import StoreError, UsageError
+from npprune.files import keeping
 from npprune.pipeline.discover import discover
 from npprune.pipeline.events import Emit, Event
+from npprune.pipeline.outputs import recordable
 from npprune.pipeline.results import add_command
 from npprune.recipe import DataSection, DiscoverSection, Recipe, load_recipe
 from npprune.records import Analysis, Manifest, Result
@@ -32,6 +34,7 @@ class Found:
     recipe: Recipe
     result: Result
     table: PathTable
+    recorded: bool = True  # whether the run's result can be written
 
     @property
     def settings(self) -> DiscoverSection:
@@ -50,8 +53,8 @@ class Found:
         return known[label].name if 0 <= label < len(known) else str(label)
 
 
-def open_found(run: Path) -> Found:
-    """The run's paths.
+def open_found(run: Path, stage: str = "", emit: Emit | None = None) -> Found:
+    """The run's paths. With `emit`, it is said where nothing can be recorded in the run.
 
     Raises:
         StoreError: no run, or one whose discovery has not ended.
@@ -65,7 +68,8 @@ def open_found(run: Path) -> Found:
             f"`{run}` has no paths yet", hint="`npprune discover ... --out FOLDER` finds them"
         )
     store = PathStore(folder.paths_folder, manifest.settings_sha256)
-    return Found(folder, manifest, recipe, result, store.read_all(store.count()))
+    recorded = emit is None or recordable(folder, stage, emit)
+    return Found(folder, manifest, recipe, result, store.read_all(store.count()), recorded)
 
 
 def paths_of(
@@ -150,14 +154,19 @@ def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> li
     return sorted(chosen)
 
 
-def record(found: Found, analyses: dict[str, Analysis], command: str) -> Result:
-    """Put analyses into the run's result; one of the same key is replaced."""
-    with found.folder.lock():
+def record(found: Found, analyses: dict[str, Analysis], command: str) -> None:
+    """Put analyses into the run's result, if that can be written; one of the same key is replaced.
+
+    Raises:
+        UnstoredError: it cannot be written any more; the error carries the analyses.
+    """
+    if not found.recorded:
+        return
+    with keeping(analyses), found.folder.lock():
         result = found.folder.read_result()
         result.analyses.update(analyses)
         add_command(result, command)
         found.folder.write_result(result)
-    return result
 
 
 def divide(table: PathTable) -> tuple[np.ndarray, np.ndarray, list[int]]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from npprune.data.unlabelled import Joined
-from npprune.errors import DataError, ModelError, StoreError, UsageError
+from npprune.errors import DataError, ModelError, UsageError, plural
+from npprune.files import keeping
 from npprune.models.info import state
 from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
@@ -23,6 +24,7 @@ from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.heal_images import open_training_images, read_training_images, split
 from npprune.pipeline.inputs import Images, Network, class_names, open_checkpoint
 from npprune.pipeline.layerwise import reconstruct
+from npprune.pipeline.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.pool import Memory, Pool
 from npprune.pipeline.processes import Processes, processes
 from npprune.pipeline.results import add_command, run_of
@@ -39,8 +41,8 @@ from npprune.records import (
 )
 from npprune.report import text
 from npprune.report.analyses import learning_curve
-from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoint
-from npprune.store.runs import RunFolder, read_plan
+from npprune.store.checkpoints import read_config, write_checkpoint
+from npprune.store.runs import RunFolder, images_in_words, read_plan
 from npprune.store.training import TrainingFolder
 
 STAGE = "heal"
@@ -70,7 +72,7 @@ def heal(
 ) -> Variant:
     """Train the pruned network of `checkpoint` and write it as the checkpoint folder `out`.
 
-    An interrupted training is kept in `<out>.partial`; the same call goes on from there.
+    An interrupted training is kept in `<out>.partial`; the same call resumes from there.
 
     Args:
         data: `train` (else `calibration`) names the images; their labels are needed only for
@@ -85,10 +87,15 @@ def heal(
     started = time.perf_counter()
     peers = processes()
     where, reason = resolve_device(peers.device(device))
-    _check(settings, checkpoint, out, peers)
+    _check(settings, peers)
+    reads = [*reads_of(checkpoint), *([dense_checkpoint] if dense_checkpoint else [])]
+    peers.on_first(lambda: check_checkpoint(out, reads, write=not dry_run))
     student = open_checkpoint(checkpoint, where)
     config = student.config
     assert config is not None
+    recorded = run_of(checkpoint, config) is None or peers.on_first(
+        lambda: recordable(run_of(checkpoint, config), STAGE, emit)
+    )
     if config.prune is None:
         raise ModelError(
             f"`{checkpoint}` was not pruned: there is nothing to heal",
@@ -110,7 +117,7 @@ def heal(
     if dry_run:
         return variant
     identity = _identity(settings, config, teacher, images, course, seed, peers)
-    folder = TrainingFolder(out.resolve())
+    folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity))
     with ExitStack() as stack:
         peers.on_first(lambda: stack.enter_context(folder.lock()) and None)
         pool, held = read_training_images(
@@ -135,12 +142,16 @@ def heal(
         found = _Found(images, extra, pool, held, course, outcome, identity)
         summary = _summary(found, checkpoint, settings, teacher, student, peers, started, where)
         variant.heal = summary
-        peers.on_first(
-            lambda: _write(
-                checkpoint, out, config, student, variant, found, command,
-                None if any_teacher else dense_checkpoint, environment(where, reason, seed),
-            )
-        )  # fmt: skip
+
+        def write() -> None:
+            with keeping(variant):
+                _write(
+                    checkpoint, out, config, student, variant, found, command,
+                    None if any_teacher else dense_checkpoint, environment(where, reason, seed),
+                    recorded=recorded,
+                )  # fmt: skip
+
+        peers.on_first(write)
         peers.on_first(folder.remove)
     emit(Event(STAGE, f"wrote {out}"))
     return variant
@@ -175,18 +186,8 @@ def healed_folder(checkpoint: Path) -> Path:
 # ---------------------------------------------------------------- before
 
 
-def _check(settings: HealSection, checkpoint: Path, out: Path, peers: Processes) -> None:
+def _check(settings: HealSection, peers: Processes) -> None:
     check(settings)
-    if out.resolve() == checkpoint.resolve():
-        raise UsageError(
-            f"`--out` must be another folder than the checkpoint that is healed, got `{out}`",
-            hint=f"for example `--out {out}_healed`",
-        )
-    if out.is_dir() and any(out.iterdir()) and not is_checkpoint(out):
-        raise StoreError(
-            f"`--out` must be new, empty or a checkpoint that may be replaced, got `{out}`",
-            hint="choose another --out",
-        )
     if settings.batch_size % peers.count:
         raise UsageError(
             f"`--batch-size` must be a multiple of the {peers.count} processes that share it, "
@@ -204,7 +205,9 @@ def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit
     offered = dense.info.num_classes
     wanted = config.num_classes if outputs is None else max(outputs) + 1
     if offered < wanted or (outputs is None and offered != wanted):
-        raise ModelError(f"the teacher has {offered} outputs, and the student needs {wanted}")
+        raise ModelError(
+            f"the teacher has {plural(offered, 'output')}, and the student needs {wanted}"
+        )
     same = (dense.info.embed_dim, len(dense.info.widths)) == (
         student.info.embed_dim,
         len(student.info.widths),
@@ -218,7 +221,13 @@ def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit
         )
     limit = outputs or classes
     if limit:
-        emit(Event(STAGE, f"the dense network is limited to the student's {len(limit)} classes"))
+        emit(
+            Event(
+                STAGE,
+                f"the dense network is limited to the student's "
+                f"{plural(len(limit), 'class', 'classes')}",
+            )
+        )
     return Teacher(dense.model, columns=outputs, allowed=classes, precision=settings.precision)
 
 
@@ -237,7 +246,7 @@ def _augmentation(settings: HealSection, images: int, source: Images) -> str:
 def _length(settings: HealSection) -> str:
     how = "block by block" if settings.layerwise else f"distillation, lr {settings.lr:g}"
     if settings.epochs is not None:
-        return f"{how}, {settings.epochs} epochs"
+        return f"{how}, {plural(settings.epochs, 'epoch')}"
     return f"{how}, {settings.minutes:g} minutes"
 
 
@@ -264,6 +273,17 @@ def _identity(
         "spec": images.source.spec,
         "preprocessing": asdict(images.preprocessing),
         "processes": peers.count,
+    }
+
+
+def _said(
+    checkpoint: Path, dense: Network, images: Images, identity: dict[str, Any]
+) -> dict[str, str]:
+    """What the hashes of the identity are of."""
+    return {
+        "student": f"{checkpoint} (weights {identity['student'][:12]})",
+        "teacher": f"{dense.info.source.architecture} (weights {identity['teacher'][:12]})",
+        "images": images_in_words(images.source.info()),
     }
 
 
@@ -348,8 +368,10 @@ def _write(
     command: str,
     dense_checkpoint: str | None,
     about: Any,
+    *,
+    recorded: bool,
 ) -> None:
-    """The checkpoint, and what the run's result says of it."""
+    """The checkpoint and, where it can be recorded, what the run's result says of it."""
     from npprune.models.info import weights_sha256
 
     variant.model.source = replace(variant.model.source, sha256=weights_sha256(student.model))
@@ -369,6 +391,8 @@ def _write(
     )
     plan = read_plan(checkpoint) if (checkpoint / "plan.json").is_file() else None
     write_checkpoint(out, healed, state(student.model), plan)
+    if not recorded:
+        return
     if run is not None:
         result = run.read_result()
     else:
@@ -414,8 +438,9 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
         f"{summary.source} was trained to predict as the dense network does ({summary.method}): "
         f"{text.plural(summary.images, 'image')}, {summary.epochs:.3g} "
         f"epoch{'s' * (summary.epochs != 1)}, {text.plural(summary.steps, 'step')}, {spent}, "
-        f"{summary.images_per_second:.3g} images a second; augmentation: "
-        f"{AUGMENTATIONS[summary.augmentation]}. Measured on {summary.held_out} images that were "
+        f"{summary.images_per_second:.3g} images per second; augmentation: "
+        f"{AUGMENTATIONS[summary.augmentation]}. Measured on "
+        f"{plural(summary.held_out, 'held-out image')}, "
         f"not trained on; the weights of step {after.step} are kept. Ended by {summary.stopped}."
     )
     return learning_curve(

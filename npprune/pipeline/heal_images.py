@@ -9,7 +9,7 @@ import torch
 from npprune.data.sources import ImageSource
 from npprune.data.transforms import make_transform, resolve
 from npprune.data.unlabelled import Joined, open_unlabelled
-from npprune.errors import DataError
+from npprune.errors import DataError, plural
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.inputs import Images, open_images
 from npprune.pipeline.pool import Files, Memory, Pool, read
@@ -51,14 +51,20 @@ def open_training_images(
     if specialised is not None and not set(images.source.selected) <= set(specialised):
         other = sorted(set(images.source.selected) - set(specialised))[0]
         raise DataError(
-            f"the checkpoint was pruned for {len(specialised)} classes, and class {other} is not "
+            f"the checkpoint was pruned for {plural(len(specialised), 'class', 'classes')}, and "
+            f"class {other} is not "
             "one of them",
             hint="leave `--classes` out, or choose among those of the checkpoint",
         )
     if settings.unlabelled is None:
         return images, None
     extra = _unlabelled(open_unlabelled(settings.unlabelled), config, asked, emit)
-    emit(Event(STAGE, f"{settings.unlabelled}: {extra.source.length} images more, unlabelled"))
+    emit(
+        Event(
+            STAGE,
+            f"{settings.unlabelled}: {plural(extra.source.length or 0, 'more image')}, unlabelled",
+        )
+    )
     joined = replace(images, source=Joined(images.source, extra.source))
     return joined, extra
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from npprune.data.loading import Batch, batches
 from npprune.data.sources import ImageSource, Sample, open_source
 from npprune.data.transforms import describe, make_transform, released, resolve
-from npprune.errors import UsageError
+from npprune.errors import UsageError, plural
 from npprune.models.load import build, load
 from npprune.models.released import released_head
 from npprune.pipeline.events import Emit, Event
@@ -149,7 +149,7 @@ def open_images(
         classes=section.classes,
         images_per_class=section.images_per_class,
     )
-    count = "a stream" if source.length is None else f"{source.length} images"
+    count = "a stream" if source.length is None else plural(source.length, "image")
     emit(Event(stage, f"{spec}: {count}, labels by {source.label_rule}"))
     emit(Event(stage, f"preprocessing: {describe(pre)}"))
     for note in source.notes:

@@ -75,7 +75,7 @@ class DenseTimer:
         self._held.close()
 
     def beside(self, model: nn.Module) -> Latency:
-        """Both in turn, milliseconds a batch."""
+        """Both in turn, milliseconds per batch."""
         other = self._runner(model, "other")
         return bench_pair(self._dense, other, min_seconds=PAIR_SECONDS)
 
@@ -227,7 +227,7 @@ class LatencyTarget:
 
     def _at(self, widths: Sequence[int]) -> Latency:
         """The network with its blocks at other widths; which neurons stay does not matter."""
-        said = f"timing a network of widths {min(widths)} to {max(widths)} beside the dense one"
+        said = f"timing a network of widths {min(widths)} to {max(widths)} against the dense one"
         self.emit(Event(STAGE, said))
         plan = Plan(keep=[list(range(w)) for w in widths], widths=self.dense_widths)
         return self.timer.beside(apply_plan(self.model, plan))

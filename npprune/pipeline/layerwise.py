@@ -100,7 +100,7 @@ def reconstruct(
         history = [HealPoint(**p) for p in about["history"]]
         student.load_state_dict(_part(tensors, "student/"))
         best = _part(tensors, "best/")
-        emit(Event(STAGE, f"goes on at block {first} of {folder.path}"))
+        emit(Event(STAGE, f"resumes at block {first} of {folder.path}"))
 
     def after(block: Reconstructed) -> None:
         watch(block.block + 1, block.after)

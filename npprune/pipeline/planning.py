@@ -27,7 +27,7 @@ from npprune.core.selection import Others, Selection, select, widths_for
 from npprune.core.sequential import Refitted, compensate_in_sequence
 from npprune.core.statistics import Moments, Need, Statistics, collect_statistics
 from npprune.core.view import VitView
-from npprune.errors import UsageError
+from npprune.errors import UsageError, plural
 from npprune.pipeline.axes import AttentionAxes, Pair, beyond_mlp
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.latency import LATENCY_TOLERANCE, LatencyTable
@@ -405,7 +405,8 @@ class Planner:
         if not full:
             return []
         return [
-            f"the paths' neurons fill the budget of {len(full)} of {len(selection.keep)} blocks: "
+            f"the paths' neurons fill the budget of {len(full)} of "
+            f"{plural(len(selection.keep), 'block')}: "
             "there the paths alone decide (`--no-protect-paths` lets the criterion decide)"
         ]
 

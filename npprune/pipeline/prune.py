@@ -18,6 +18,7 @@ from npprune.core import metrics
 from npprune.core.attention import smaller_qkv
 from npprune.core.harm import Replacement
 from npprune.errors import GateError, UsageError
+from npprune.files import keeping
 from npprune.models.info import model_info, model_sizes, state
 from npprune.models.surgery import (
     apply_plan,
@@ -35,6 +36,7 @@ from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.latency import LatencyTarget
+from npprune.pipeline.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.planning import Chosen, Planner, check_criterion
 from npprune.pipeline.prepare import HELD_OUT, Held, calibration_images, origin, read_paths
 from npprune.pipeline.results import add_command
@@ -81,6 +83,7 @@ def prune(
     """
     started = time.perf_counter()
     where, reason = resolve_device(device)
+    check_checkpoint(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
     check_budget(settings)
     if run is None and settings.topk is not None:
@@ -90,6 +93,7 @@ def prune(
         )
     check(settings)
     check_criterion(settings.criterion, run is not None)
+    recorded = dry_run or run is None or recordable(run, STAGE, emit)
     network = open_network(model, where, emit, STAGE)
     check_prunable(network.model)
     check_axes(network.model, settings.axes)
@@ -113,8 +117,9 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     batches = list(calibration)
     shelf = Shelf(
-        statistics_home(run, out), identity(network, outputs), settings.memory, write=not dry_run
-    )
+        statistics_home(run, out), identity(network, outputs), settings.memory,
+        write=recorded and not dry_run,
+    )  # fmt: skip
     with ExitStack() as held:
         latency = None
         if settings.target_latency is not None:
@@ -163,8 +168,10 @@ def prune(
         details=_details(model, out, data, images, classes, plan),
         versions=environment(where, reason, seed).versions,
     )
-    write_checkpoint(out, config, state(smaller), plan)
-    _record(run, out, variant, plan, network, images, where, reason, seed, command)
+    with keeping(variant):
+        write_checkpoint(out, config, state(smaller), plan)
+        if recorded:
+            _record(run, out, variant, plan, network, images, where, reason, seed, command)
     emit(Event(STAGE, f"wrote {out}"))
     return variant
 

@@ -11,12 +11,14 @@ import torch
 
 from npprune.core.metrics import mean_interval
 from npprune.core.votes import class_top, frequency
-from npprune.errors import ModelError, StoreError, UsageError
+from npprune.errors import ModelError, StoreError, UsageError, plural
+from npprune.files import check_folder, keeping, refuse_overwriting
 from npprune.models.info import model_info
 from npprune.models.load import create
 from npprune.pipeline.device import environment
 from npprune.pipeline.events import Emit, ignore
 from npprune.pipeline.inputs import open_network
+from npprune.pipeline.outputs import check_run, reads_of
 from npprune.pipeline.results import add_command
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import (
@@ -67,12 +69,15 @@ def export_released(
         StoreError: a run that has not ended, or files of other results in `out`.
         UsageError: the baseline is of another method or of other images.
     """
+    for read in [run] if baseline is None else [run, baseline]:
+        refuse_overwriting(out, [read, RunFolder(read).paths_folder])
+    check_folder(out)
     manifest, table = _finished(run)
     pattern = manifest.settings["method"] == "influence-pattern"
     images = released_from_table(table, influence_pattern=pattern)
     if baseline is not None:
         if pattern:
-            raise UsageError("`--baseline` goes beside scores, and Influence Pattern's have none")
+            raise UsageError("`--baseline` goes with scores, and Influence Pattern's have none")
         for label, others in _baseline(baseline, table).items():
             for image, other in zip(images[label], others, strict=True):
                 image.baseline, image.baseline_score = other.neurons, other.score
@@ -136,6 +141,7 @@ def import_released(
     Raises:
         StoreError: not such files, files of edits, or paths that do not fit the network.
     """
+    check_run(out, [files, *reads_of(model)])
     paths = released_files(files)
     found = {label: rows for label, path in paths.items() if (rows := read_released(path))}
     if not found:
@@ -166,7 +172,8 @@ def import_released(
             position += len(images)
         result = _result(manifest, settings, store.read_all(len(found)))
         add_command(result, command)
-        folder.write_result(result)
+        with keeping(result):
+            folder.write_result(result)
     return result
 
 
@@ -221,7 +228,8 @@ def _check(found: dict[int, list[ReleasedImage]], info: ModelInfo, files: Path) 
         counts.add(neurons.shape[2])
         if neurons.shape[1] != len(info.widths):
             raise ModelError(
-                f"the paths in `{released_name(label)}` have {neurons.shape[1]} blocks, and "
+                f"the paths in `{released_name(label)}` have "
+                f"{plural(neurons.shape[1], 'block')}, and "
                 f"{name} has {len(info.widths)}",
                 hint=hint,
             )
@@ -269,6 +277,7 @@ def _manifest(
         settings=deciding,
         settings_sha256=digest(deciding),
         inputs=inputs,
+        said={"files": f"{plural(len(inputs), 'file')} in {files}"},
     )
 
 

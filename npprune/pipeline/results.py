@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from npprune.errors import StoreError
+from npprune.files import check_folder, refuse_overwriting
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
 from npprune.report.html import render_html
 from npprune.report.markdown import render_markdown
@@ -70,8 +71,10 @@ def render_report(run: Path, *, out: Path | None = None) -> tuple[Path, Path]:
     else:
         raise StoreError(f"`{run}` is neither a run folder nor a result.json")
     target = out or folder
-    atomic.make_folder(target)
     html, markdown = target / "report.html", target / "report.md"
+    for path in (html, markdown):
+        refuse_overwriting(path, [run if run.is_file() else folder / "result.json"])
+    check_folder(target)
     atomic.write_text(html, render_html(result))
     atomic.write_text(markdown, render_markdown(result))
     return html, markdown

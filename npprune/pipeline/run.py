@@ -10,7 +10,8 @@ from npprune.pipeline.discover import discover
 from npprune.pipeline.evaluate import evaluate
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export import export_checkpoint
-from npprune.pipeline.heal import heal_pruned
+from npprune.pipeline.heal import heal_pruned, healed_folder
+from npprune.pipeline.outputs import check_checkpoint, check_run, reads_of
 from npprune.pipeline.processes import processes
 from npprune.pipeline.prune import check_budget, prune
 from npprune.pipeline.results import render_report
@@ -60,6 +61,7 @@ def run_recipe(
         model = team.on_first(lambda: digits_network.digits_network(root, recipe.seed, emit))
         recipe = recipe.model_copy(update={"model": model})
     source: Path | ModelSection = recipe.model
+    team.on_first(lambda: _check_outputs(recipe, run, checkpoint, write=not dry_run))
     common = {"device": recipe.device, "seed": recipe.seed, "emit": emit}
     if dry_run and recipe.discover is None:
         raise UsageError(
@@ -96,3 +98,14 @@ def run_recipe(
         shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, **common)  # type: ignore[arg-type]
     team.on_first(ship)
     return RunFolder(home).read_result()
+
+
+def _check_outputs(recipe: Recipe, run: Path, checkpoint: Path, *, write: bool) -> None:
+    """Every folder that the recipe fills, before its first stage begins."""
+    reads = reads_of(recipe.model)
+    if recipe.discover is not None:
+        check_run(run, reads, write=write)
+    if recipe.prune is not None:
+        check_checkpoint(checkpoint, reads, write=write)
+        if recipe.heal is not None:
+            check_checkpoint(healed_folder(checkpoint), reads, write=write)

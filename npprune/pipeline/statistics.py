@@ -1,4 +1,4 @@
-"""The pass over the calibration images: its sums are kept, found again, and gone on with.
+"""The pass over the calibration images: its sums are kept, found again, and resumed.
 
 What is saved is read only by a command that would compute the same bits: the key holds the
 network, the decoded images batch by batch, the draws, and what computes. Where the sums of all
@@ -30,6 +30,7 @@ from npprune.core.statistics import (
     collect_statistics,
 )
 from npprune.core.view import VitView
+from npprune.errors import plural
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.inputs import Network
 from npprune.pipeline.memory import allowed_bytes
@@ -104,7 +105,7 @@ def collect(
     shelf: Shelf,
     emit: Emit,
 ) -> Collected:
-    """The statistics of the calibration images: found, gone on with, or computed.
+    """The statistics of the calibration images: found, resumed, or computed.
 
     The generator is left as after one whole pass, whatever was found.
     """
@@ -256,9 +257,10 @@ class _Collecting:
             self.emit(
                 Event(
                     STAGE,
-                    f"the sums of {len(self.blocks)} blocks take {sum(self.sizes) / 2**30:.2g} GiB "
+                    f"the sums of {plural(len(self.blocks), 'block')} take "
+                    f"{sum(self.sizes) / 2**30:.2g} GiB "
                     f"and {self.allowed / 2**30:.2g} are allowed (`--memory`): "
-                    f"{_count(len(passes), 'pass', 'passes')} over the images, kept on disk",
+                    f"{plural(len(passes), 'pass', 'passes')} over the images, kept on disk",
                 )
             )
         self.passes = len(passes)
@@ -373,9 +375,9 @@ class _Collecting:
     def _say_found(self, store: StatisticsStore) -> None:
         there = sum(part.images for part in store.info.blocks.values())
         self.found = there / (len(self.blocks) * self.images)
-        words = f"statistics of {self.images} images found in {store.path}"
+        words = f"statistics of {plural(self.images, 'image')} found in {store.path}"
         if self.found < 1:
-            words = f"{self.found:.0%} of the statistics found in {store.path}: goes on from there"
+            words = f"{self.found:.0%} of the statistics found in {store.path}: resumes from there"
         self.emit(Event(STAGE, words))
 
     def _say_waiting(self) -> None:
@@ -413,7 +415,3 @@ def _read(file: Any, device: torch.device, names: Sequence[str] | None = None) -
         if isinstance(value, Tensor):
             setattr(sums, name, value.to(where))
     return sums
-
-
-def _count(n: int, one: str, many: str) -> str:
-    return f"{n} {one if n == 1 else many}"

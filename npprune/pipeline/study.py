@@ -20,7 +20,8 @@ from torch import Tensor
 
 from npprune.core import metrics
 from npprune.core.view import VitView
-from npprune.errors import DataError, GateError, StoreError, UsageError
+from npprune.errors import DataError, GateError, UsageError, plural
+from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import check_prunable, cut_head
 from npprune.models.view import make_view
@@ -28,6 +29,7 @@ from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.latency import DenseTimer
+from npprune.pipeline.outputs import check_run, reads_of, recordable
 from npprune.pipeline.planning import Batches, Paths, Planner, needs_of
 from npprune.pipeline.prepare import CALIBRATION_IMAGES, calibration_images, origin, read_paths
 from npprune.pipeline.prune import carried_out
@@ -50,7 +52,7 @@ from npprune.pipeline.study_tables import analyses
 from npprune.recipe import DataSection, ModelSection, PruneSection, StudySection
 from npprune.records import Manifest, Plan, Result, digest, to_dict
 from npprune.store import atomic
-from npprune.store.runs import RunFolder, settings_changes
+from npprune.store.runs import RunFolder, images_in_words
 
 STAGE = "study"
 MEMORY_SHARE = 0.7  # of the free memory that decoded images may take
@@ -82,6 +84,7 @@ def study(
         NpPruneError: what is wrong with source, data, settings or folder.
     """
     where, reason = resolve_device(device)
+    check_run(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
     rows = settings_of(settings, run is not None)
     network = open_network(model, where, emit, STAGE)
@@ -107,7 +110,10 @@ def study(
     manifest = _manifest(out.name, network, calibration, val, settings, classes, run, where, reason)
     world = _World(network, view, calibration, val, paths, settings, classes, where, emit)
     folder = RunFolder(out)
-    world.shelf = Shelf(statistics_home(run or folder, out), identity(network, classes))
+    world.shelf = Shelf(
+        statistics_home(run or folder, out), identity(network, classes),
+        write=run is None or recordable(run, STAGE, emit),
+    )  # fmt: skip
 
     def result() -> Result:
         earlier = folder.read_result().commands if folder.result_path.is_file() else []
@@ -124,8 +130,9 @@ def study(
         with ExitStack() as held:
             _compute(world, folder, rows, held, lambda: folder.write_result(result()))
         found = result()
-        folder.write_result(found)
-        render_report(out)
+        with keeping(found):
+            folder.write_result(found)
+            render_report(out)
     return found
 
 
@@ -209,7 +216,7 @@ def _compute(
     missing = [row for row in grouped(rows) if row not in finished]
     done = len(rows) - len(missing)
     if done:
-        emit(Event(STAGE, f"{done} of {len(rows)} rows were there already"))
+        emit(Event(STAGE, f"{done} of {plural(len(rows), 'row')} found, computed before"))
     if not missing:
         return
     world.load()
@@ -353,15 +360,8 @@ def _timer(world: _World, held: ExitStack) -> DenseTimer | None:
 
 def _refuse_other_settings(folder: RunFolder, manifest: Manifest) -> None:
     """What a real start would refuse."""
-    folder.refuse_foreign()
-    if not folder.exists:
-        return
-    changes = settings_changes(folder.read_manifest().settings, manifest.settings)
-    if changes:
-        raise StoreError(
-            f"`{folder.path}` belongs to a run of other settings: {'; '.join(changes[:3])}",
-            hint="choose another --out, or repeat the settings of the first run",
-        )
+    if folder.exists:
+        folder.refuse_other_settings(manifest)
 
 
 def _manifest(
@@ -402,6 +402,10 @@ def _manifest(
         data=val.source.info(),
         settings=shared,
         settings_sha256=digest(shared),
+        said={
+            "calibration.sha256": images_in_words(calibration.source.info()),
+            "paths": "no run" if run is None else f"run {run.path}",
+        },
     )
 
 

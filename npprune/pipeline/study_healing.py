@@ -26,7 +26,7 @@ class Healer:
     """Heals one pruned network after the other, all on the same images.
 
     It trains on the images that the rows were fitted on, and is measured on those held out of
-    them, as `npprune prune --heal` is. An interrupted row goes on where it stopped.
+    them, as `npprune prune --heal` is. An interrupted row resumes where it stopped.
     """
 
     def __init__(

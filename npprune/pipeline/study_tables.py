@@ -17,6 +17,7 @@ from torch import Tensor
 
 from npprune.core.criteria import CRITERIA
 from npprune.core.metrics import mean_interval
+from npprune.errors import plural
 from npprune.pipeline.study_rows import Setting, StudyDense, StudyRow
 from npprune.records import Analysis, Mean, Rate
 from npprune.report import text
@@ -209,7 +210,8 @@ def _latency(lines: list[_Line], dense: StudyDense) -> Analysis:
     return pareto(
         "Accuracy against measured latency", points, x_label="latency in % of dense",
         columns=columns, rows=rows, dense=100 * dense.top1.value,
-        text=f"{one.provider} in ONNX Runtime, batch {one.batch}, {one.threads} threads; every "
+        text=f"{one.provider} in ONNX Runtime, batch {one.batch}, "
+             f"{plural(one.threads, 'thread')}; every "
         "network was timed in turn with the dense one, and the ratio is the median of the pairs.",
     )  # fmt: skip
 
@@ -268,8 +270,9 @@ def _said(
     parts = []
     if dense is not None:
         parts.append(
-            f"Every row was fitted on the same {dense.calibration} images of {calibration} and "
-            f"measured on the same {dense.top1.total} images of {val}; "
+            f"Every row was fitted on the same {plural(dense.calibration, 'image')} of "
+            f"{calibration} and "
+            f"measured on the same {plural(dense.top1.total, 'image')} of {val}; "
             + (
                 "the healed columns are after a short training on the calibration images."
                 if any(line.healed is not None for line in lines)
@@ -295,7 +298,7 @@ def _said(
         )
     parts += [f"Not possible: {row.setting.name}: {row.refused}." for row in found if row.refused]
     if missing:
-        parts.append(f"{len(missing)} rows are not computed yet.")
+        parts.append(f"Not computed yet: {plural(len(missing), 'row')}.")
     return " ".join(parts)
 
 

@@ -53,7 +53,7 @@ _HINTS = {
     "prune.keep": "`0.5` keeps half of the neurons",
     "prune.topk": "`1` keeps each class's most frequent neuron of every block",
     "prune.target_params": "`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
-    "prune.target_macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a thousand million",
+    "prune.target_macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a billion",
     "discover.topk": "`1` finds one neuron per block, as in the paper",
     "discover.points": "leave it out, or take 4 at the class token, 8 at the patches",
     "data.crop_pct": "`0.9` crops the middle 90 % of the resized image's side",

@@ -134,7 +134,7 @@ class HealSection(Section):
     epochs: int | None = Field(None, ge=1)
     minutes: float | None = Field(None, gt=0)
     lr: float = Field(5e-5, gt=0)
-    batch_size: int = Field(16, ge=1)  # images a step, over all processes
+    batch_size: int = Field(16, ge=1)  # images per step, over all processes
     weight_decay: float = Field(0.01, ge=0)
     temperature: float = Field(1.0, gt=0)
     feature_weight: float | None = Field(None, ge=0)  # of the streams; None: see pipeline/teacher

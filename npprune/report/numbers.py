@@ -273,11 +273,12 @@ def headline(result: Result) -> list[str]:
         return [
             f"The most influential neuron path of {text.plural(found.images, 'image')} of "
             f"{text.plural(found.classes, 'class', 'classes')} through {name}: {each} in each of "
-            f"its {blocks} blocks. Nothing has been pruned yet."
+            f"its {text.plural(blocks, 'block')}. Nothing has been pruned yet."
         ]
     if "study" in result.analyses:
-        return [f"Ways to prune {name} ({blocks} blocks), compared on the same images."]
-    return [f"{name}, {blocks} blocks. Nothing has been discovered or pruned yet."]
+        size = text.plural(blocks, "block")
+        return [f"Ways to prune {name} ({size}), compared on the same images."]
+    return [f"{name}, {text.plural(blocks, 'block')}. Nothing has been discovered or pruned yet."]
 
 
 def _sentence(result: Result, variant: Variant) -> str:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from npprune.errors import plural
 from npprune.records import (
     DataInfo,
     DiscoverySummary,
@@ -91,11 +92,6 @@ def change_span(mean: Mean) -> str:
 def count(value: int) -> str:
     """An integer with thousands separators."""
     return f"{value:,}".replace("-", MINUS)
-
-
-def plural(n: int, one: str, many: str | None = None) -> str:
-    """`1 class`, `20 classes`: a count with its noun."""
-    return f"{count(n)} {one if n == 1 else many or one + 's'}"
 
 
 def params(value: int) -> str:

@@ -38,7 +38,7 @@ def write_checkpoint(
     """
     from safetensors.torch import save
 
-    with atomic.replace_folder(Path(folder), _objection) as fresh:
+    with atomic.replace_folder(Path(folder), objection) as fresh:
         atomic.write_bytes(fresh / WEIGHTS, save(_plain(tensors)))
         config = dataclasses.replace(
             config,
@@ -105,7 +105,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
-def _objection(folder: Path) -> str | None:
+def objection(folder: Path) -> str | None:
     """Why a folder must not be replaced by a new checkpoint, or None."""
     try:
         atomic.read_json(CheckpointConfig, folder / CONFIG)

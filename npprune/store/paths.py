@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from npprune.errors import StoreError
+from npprune.errors import StoreError, plural
 from npprune.records import Document
 from npprune.store import atomic
 
@@ -179,7 +179,7 @@ class PathStore:
         if bad or not states:
             shown = ", ".join(bad[:5]) + (", ..." if len(bad) > 5 else "")
             raise StoreError(
-                f"`{self.folder}`: {len(bad)} of {expected_shards} shards are not done"
+                f"`{self.folder}`: {len(bad)} of {plural(expected_shards, 'shard')} not done"
                 + (f": {shown}" if shown else ""),
                 hint=_AGAIN,
             )

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import StoreError
-from npprune.records import Manifest, Plan, Result
+from npprune.errors import StoreError, plural
+from npprune.records import DataInfo, Manifest, Plan, Result
 from npprune.store import atomic
 
 _LOCK = ".lock"
@@ -70,16 +70,16 @@ class RunFolder:
             lock.release()
 
     def create_or_resume(self, manifest: Manifest, recipe_yaml: str = "") -> bool:
-        """Begin a run here, or go on with one of the same settings. True: an earlier run goes on.
+        """Begin a run here, or resume one of the same settings. True: an earlier run resumes.
 
         Call it with the lock held: what a killed process left half-written is removed. The
-        manifest of a run that goes on stays as it was. StoreError where the folder holds a run of
+        manifest of a run that resumes stays as it was. StoreError where the folder holds a run of
         other settings, or something that is no run.
         """
         self.refuse_foreign()
         resumed = self.exists
         if resumed:
-            self._refuse_other_settings(manifest)
+            self.refuse_other_settings(manifest)
         atomic.remove_leftovers(self.path)
         atomic.remove_leftovers(self.paths_folder)
         if not resumed:
@@ -119,7 +119,7 @@ class RunFolder:
         if not self.result_path.is_file():
             raise StoreError(
                 f"`{self.path}` has no `result.json`",
-                hint="run the command that made it again: it goes on where it stopped"
+                hint="run the command that made it again: it resumes where it stopped"
                 if self.exists
                 else "give the run folder, such as reports/NAME",
             )
@@ -157,11 +157,12 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return "another process"  # it may be between taking the lock and saying so
 
-    def _refuse_other_settings(self, manifest: Manifest) -> None:
+    def refuse_other_settings(self, manifest: Manifest) -> None:
+        """StoreError where the run here is of other settings: which, and both values."""
         old = self.read_manifest()
         if old.settings_sha256 == manifest.settings_sha256:
             return
-        changes = settings_changes(old.settings, manifest.settings)
+        changes = settings_changes(old.settings, manifest.settings, _said(old), _said(manifest))
         shown = "; ".join(changes[:3]) or "its settings' sha256 differs"
         more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
         raise StoreError(
@@ -180,17 +181,47 @@ def read_plan(path: str | Path) -> Plan:
     return atomic.read_json(Plan, path)
 
 
-def settings_changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What differs between two settings, as "`discover.topk`: 1 -> 5", in the order of `new`."""
+def settings_changes(
+    old: dict[str, Any],
+    new: dict[str, Any],
+    old_said: dict[str, str] | None = None,
+    new_said: dict[str, str] | None = None,
+) -> list[str]:
+    """What differs between two settings, as "`discover.topk`: 1 -> 5", in the order of `new`.
+
+    old_said, new_said: what stands for a value that says nothing to a person, such as a hash.
+    """
     before, after = _flatten(old), _flatten(new)
     names = [*after, *(name for name in before if name not in after)]
     missing = object()
-    return [
-        f"`{name}`: {_show(before.get(name, missing), missing)} -> "
-        f"{_show(after.get(name, missing), missing)}"
-        for name in names
-        if before.get(name, missing) != after.get(name, missing)
-    ]
+    changes = []
+    for name in names:
+        a, b = before.get(name, missing), after.get(name, missing)
+        if a != b:
+            was, now = (
+                (said or {}).get(name) or _show(value, missing)
+                for said, value in ((old_said, a), (new_said, b))
+            )
+            changes.append(f"`{name}`: {was} -> {now}")
+    return changes
+
+
+def _said(manifest: Manifest) -> dict[str, str]:
+    """The network and the images of a run in words, by the settings that hold their hashes."""
+    source = manifest.model.source
+    weights = f", {source.checkpoint}" if source.checkpoint else ""
+    images = "data" if "data" in manifest.settings else "val.sha256"
+    return {
+        "model": f"{source.architecture}{weights} (weights {source.sha256[:12]})",
+        images: images_in_words(manifest.data),
+        **manifest.said,
+    }
+
+
+def images_in_words(data: DataInfo) -> str:
+    """`12 images of 4 classes, folder:val (list 0123456789ab)`; the list is of names and labels."""
+    count = f"{plural(data.images, 'image')} of {plural(data.classes, 'class', 'classes')}"
+    return f"{count}, {data.spec}" + (f" (list {data.sha256[:12]})" if data.sha256 else "")
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

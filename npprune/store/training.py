@@ -25,9 +25,13 @@ Tensors = Mapping[str, Any]  # torch tensors on the CPU
 
 
 class TrainingFolder:
-    """Where an interrupted training goes on: `<result>.partial`."""
+    """Where an interrupted training resumes: `<result>.partial`.
 
-    def __init__(self, result: Path) -> None:
+    said: in words what settings that are hashes are of, for the message that refuses others.
+    """
+
+    def __init__(self, result: Path, said: dict[str, str] | None = None) -> None:
+        self.said = said or {}
         self.path = result.with_name(f"{result.name}.partial")
 
     @contextlib.contextmanager
@@ -60,7 +64,12 @@ class TrainingFolder:
 
         name = f"state-{about['step']}.safetensors"
         atomic.write_bytes(self.path / name, save(dict(tensors)))
-        about = {**about, "file": name, "sha256": atomic.sha256_file(self.path / name)}
+        about = {
+            **about,
+            "said": self.said,
+            "file": name,
+            "sha256": atomic.sha256_file(self.path / name),
+        }
         atomic.write_text(self.path / STATE, json.dumps(about) + "\n")
         for old in self.path.glob("state-*.safetensors"):
             if old.name != name:
@@ -78,7 +87,8 @@ class TrainingFolder:
             return None
         about = json.loads(atomic.read_text(self.path / STATE))
         if about["settings"] != json.loads(json.dumps(settings)):
-            changes = "; ".join(settings_changes(about["settings"], settings)[:3])
+            words = about.get("said"), self.said
+            changes = "; ".join(settings_changes(about["settings"], settings, *words)[:3])
             raise StoreError(
                 f"`{self.path}` is an interrupted training of other settings: {changes}",
                 hint="repeat those settings, remove the folder, or choose another --out",

@@ -358,7 +358,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
             "`--precision` must be one of `fp32`, `tf32`, `bf16`, got `fp16`",
             "did you mean `bf16`?",
         ),
-        ([*DISCOVER, "--mean", "a,b"], "`--mean` must be numbers parted by commas", ""),
+        ([*DISCOVER, "--mean", "a,b"], "`--mean` must be numbers separated by commas", ""),
         ([*DISCOVER, "--classes", "1,,2"], "`--classes` must not hold an empty entry", "tench"),
         ([*DISCOVER, "--classes", "no.txt"], "names a file that is not there: `no.txt`", ""),
         ([*DISCOVER, "--class-map", "no.json"], "`--class-map` must be an existing file", ""),
@@ -405,7 +405,7 @@ def test_wrong_arguments(
     ("args", "message"),
     [
         (["--batches", "1,0"], "`--batches` must be at least 1 each, got `1,0`"),
-        (["--batches", "1,x"], "`--batches` must be whole numbers parted by commas"),
+        (["--batches", "1,x"], "`--batches` must be whole numbers separated by commas"),
         (["--dense", "no.pth"], "`--dense` must be an existing file, got `no.pth`"),
     ],
 )

@@ -102,7 +102,7 @@ def test_help_has_an_example(verb: str, capsys: pytest.CaptureFixture[str]) -> N
         (["bench", "a.onnx", "b.onnx"], "no ONNX file at a.onnx", "npprune export"),
         (["bench", "HALF", "--runtime", "jax"], "`--runtime` must be `onnxruntime`, `torch`", ""),
         (["bench", "HALF", "--threads", "0"], "`--threads` must be at least 1 each", ""),
-        (["bench", "HALF", "--batch", "1,x"], "`--batch` must be whole numbers parted", ""),
+        (["bench", "HALF", "--batch", "1,x"], "`--batch` must be whole numbers separated", ""),
         (["bench", "HALF", "--seconds", "0"], "`--seconds` must be greater than 0", ""),
         (["bench", "DENSE"], "is not pruned", "two .onnx files"),
         (["predict", "no.onnx", "IMAGES"], "no ONNX file at no.onnx", "npprune export"),
@@ -158,7 +158,7 @@ def test_export_then_bench(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert (found.dense, found.pruned, len(found.rows)) == ("dense.onnx", "half.onnx", 1)
     assert run("bench", *paths, *timing, "--out", tmp_path / "bench") == 0
     out = capsys.readouterr().out
-    assert "half.onnx beside dense.onnx" in out
+    assert "half.onnx compared with dense.onnx" in out
     assert "MACs ratio" in out
     assert {p.name for p in (tmp_path / "bench").iterdir()} == {"bench.json", "bench.svg"}
 
@@ -261,6 +261,7 @@ def test_unreadable_images(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
 def test_a_place_that_cannot_be_written(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "no").write_text("a file")
     target = tmp_path / "no" / "p.csv"
     assert run("predict", world / "model.onnx", world / "images", "--out", target) == 2
     assert f"cannot write `{target}`" in capsys.readouterr().err

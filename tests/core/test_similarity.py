@@ -26,7 +26,7 @@ from npprune.errors import DataError
 
 WIDTHS = [6, 5]
 RNG = np.random.default_rng(0)
-# two neurons a block, without repeats in a path
+# two neurons per block, without repeats in a path
 NEURONS = np.stack([[RNG.permutation(h)[:2] for h in WIDTHS] for _ in range(12)])
 LABELS = np.array([0] * 5 + [4] * 4 + [9] * 3)
 

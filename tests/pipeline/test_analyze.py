@@ -224,7 +224,7 @@ def test_other_images_and_other_methods(run: Path, world: Path, tmp_path: Path) 
         [m, p] for m in ("neuron-path", "activation", "random") for p in ("class", "image")
     ]
     # ant/2.png is an image of the run, and the run has no paths of elks
-    assert "3 images were left out" in analysis.text
+    assert "3 images left out" in analysis.text
     assert len(list((run / "methods").glob("*/manifest.json"))) == 2
     assert len(list((run / "methods").glob("*/*/manifest.json"))) == 3
 

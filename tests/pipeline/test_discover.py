@@ -115,7 +115,7 @@ def test_running_again_computes_nothing_and_keeps_what_came_later(
     assert stamps(folder.paths_folder) == before
     assert again.commands == ["npprune prune run"]
     assert again.discovery == first.discovery
-    assert world.said("info")[-1] == f"{TOTAL} images were found before: nothing to compute"
+    assert world.said("info")[-1] == f"{TOTAL} images found before: nothing to compute"
 
 
 def test_a_damaged_shard_is_computed_again(world: World) -> None:

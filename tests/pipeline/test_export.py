@@ -419,7 +419,7 @@ def test_a_moved_folder_is_exported_without_timing(
     assert record.passed
     assert record.latency == []
     (said,) = [e.message for e in events if e.level == "warning"]
-    assert said.startswith("not timed beside the dense network: ")
+    assert said.startswith("not timed against the dense network: ")
     assert "`--dense FILE`" in said
     with pytest.raises(ModelError):
         export_checkpoint(
@@ -554,7 +554,7 @@ def test_a_run_holds_every_export_and_the_benchmark(world: Path, tmp_path: Path)
     html, markdown = (page.read_text() for page in render_report(run.path))
     for page in (html, markdown):
         page = page.replace("\\_", "_")  # Markdown
-        assert "Speed of small beside vit_tiny_patch16_224" in page
+        assert "Speed of small compared with vit_tiny_patch16_224" in page
         assert "fp16.onnx (fp16, opset 20" in page
         assert "in ONNX Runtime (CPU; asked for: auto) against PyTorch" in page
         assert "model.pt2 (torch archive" in page
@@ -598,4 +598,4 @@ def test_the_benchmark_is_in_the_report() -> None:
     result = report_example.result()
     result.analyses["benchmark-half"] = shown
     page = render_html(from_json(Result, to_json(result)))
-    assert "Speed of half beside vit" in page
+    assert "Speed of half compared with vit" in page

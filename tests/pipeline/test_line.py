@@ -48,7 +48,7 @@ QUICK = EvaluateSection(latency=False)
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense network and a run with paths of three neurons a block."""
+    """A dense network and a run with paths of three neurons per block."""
     root = tmp_path_factory.mktemp("world")
     dense = random_digits_network(root / "dense")
     result = discover(

@@ -218,7 +218,7 @@ def test_finished_rows_are_never_computed_again(
         study(dense_of(world), DATA, settings, out)
     assert len(rows_of(out)) == 1
     partial = RunFolder(out).read_result().analyses["study"]
-    assert "2 rows are not computed yet" in partial.text
+    assert "Not computed yet: 2 rows" in partial.text
     (file,) = (out / "rows").glob("*.json")
     before = file.stat().st_mtime_ns
 

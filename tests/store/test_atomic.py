@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from npprune import files
 from npprune.errors import StoreError
 from npprune.records import ClassInfo
 from npprune.store import atomic
@@ -55,7 +56,7 @@ def test_a_failed_write_keeps_the_old_file(
         target.write_bytes(data[:1])  # half-written, then the disk is full
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(atomic, "_write_synced", fail)
+    monkeypatch.setattr(files, "_write_synced", fail)
     with pytest.raises(StoreError, match=words) as caught:
         atomic.write_text(path, "new")
     assert caught.value.message.startswith(f"cannot write `{path}`")
@@ -220,8 +221,8 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path: Path) -> None:
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    atomic._temporary(tmp_path / "a.json").write_text("half")
-    atomic._temporary(tmp_path / "b").mkdir()
+    files.temporary(tmp_path / "a.json").write_text("half")
+    files.temporary(tmp_path / "b").mkdir()
     for name in ("a.json", ".hidden", "x.tmp", ".lock"):
         (tmp_path / name).write_text("x")
     atomic.remove_leftovers(tmp_path)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from npprune import records
+from npprune import files, records
 from npprune.errors import StoreError
 from npprune.records import CheckpointConfig, ClassInfo, ModelSource, Plan, Preprocessing
 from npprune.store import atomic
@@ -98,7 +98,7 @@ def test_no_space_keeps_the_older_checkpoint(
     def full(path: Path, data: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(atomic, "_write_synced", full)
+    monkeypatch.setattr(files, "_write_synced", full)
     with pytest.raises(StoreError, match="no space left on the device"):
         write_checkpoint(tmp_path / "a", CONFIG, _tensors(1))
     assert _names(tmp_path) == ["a"]

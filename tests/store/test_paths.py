@@ -70,7 +70,7 @@ def test_half_a_shard_is_not_done(tmp_path: Path) -> None:
     store.tensors_path(1).unlink()
     assert [store.state(0), store.state(1)] == ["absent", "absent"]
     store.write_shard(2, _shard([2]))
-    with pytest.raises(StoreError, match=r"2 of 3 shards are not done: 0 \(absent\), 1 \(absent\)"):
+    with pytest.raises(StoreError, match=r"2 of 3 shards not done: 0 \(absent\), 1 \(absent\)"):
         store.read_all(3)
 
 
@@ -84,7 +84,7 @@ def test_a_changed_shard_is_damaged_and_never_read(tmp_path: Path) -> None:
     store.tensors_path(1).write_bytes(store.tensors_path(2).read_bytes())
     store.sidecar_path(2).write_text('{"half":')
     assert [store.state(i) for i in range(4)] == ["damaged", "damaged", "damaged", "done"]
-    with pytest.raises(StoreError, match="3 of 4 shards are not done") as caught:
+    with pytest.raises(StoreError, match="3 of 4 shards not done") as caught:
         store.read_all(4)
     assert "only what is missing" in (caught.value.hint or "")
     with pytest.raises(StoreError, match=r"shard 0 of .* is damaged"):

@@ -1,0 +1,294 @@
+"""Where results go: files that are there as a whole or not at all, and never over what was read.
+
+A file is written to a temporary name in its own folder, synced, then renamed. Whatever goes wrong
+becomes a StoreError with a next step, and no half-written file is left behind. Only plain files
+and folders are replaced, never a device, a pipe or a socket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from npprune.errors import StoreError, UnstoredError, UsageError
+
+_TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
+
+_REASONS: dict[int, tuple[str, str]] = {
+    errno.ENOSPC: ("no space left on the device", "free some space, or choose another place"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another place"),
+    errno.EFBIG: ("the file would be larger than is allowed here", "choose another place"),
+    errno.EACCES: ("no permission", "check the folder's owner and mode, or choose another place"),
+    errno.EPERM: ("no permission", "check the folder's owner and mode, or choose another place"),
+    errno.EROFS: ("the file system is read-only", "choose a place that can be written"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another place"),
+    errno.EEXIST: ("a file stands where a folder is needed", "choose another place"),
+    errno.EISDIR: ("a folder stands where a file is needed", "choose another name"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose a shorter name"),
+    errno.ENOENT: ("it does not exist", "check the path"),
+}
+
+
+def store_error(err: OSError, path: Path, action: str = "write") -> StoreError:
+    """The StoreError that tells a user what `err` means for `path`."""
+    reason, hint = _REASONS.get(
+        err.errno or 0, (err.strerror or str(err), "check that the place can be read and written")
+    )
+    return StoreError(f"cannot {action} `{path}`: {reason}", hint=hint)
+
+
+# ---------------------------------------------------------------- before the work
+
+
+def refuse_overwriting(
+    out: Path, reads: Iterable[str | Path], *, replaced: bool = False, flag: str = "--out"
+) -> None:
+    """UsageError where writing `out` would overwrite something that is read.
+
+    Paths are compared as what they are: links, `./x` and a second name of the same file are the
+    same place. What does not exist cannot be overwritten.
+
+    Args:
+        reads: files and folders; of a folder all files directly in it are read.
+        replaced: `out` is a folder that is replaced as a whole: it must not hold what is read.
+    """
+    target = Path(os.path.realpath(out))
+    for read in map(Path, reads):
+        source = Path(os.path.realpath(read))
+        if not source.exists():
+            continue
+        if _same(target, source) or (source.is_dir() and _is_one_of(target, source)):
+            why = "is what is read"
+        elif replaced and lies_in(source, target):
+            why = "would be replaced, and it holds what is read"
+        else:
+            continue
+        raise UsageError(
+            f"`{flag}` must not overwrite an input, got `{out}`: it {why} (`{read}`)",
+            hint=f"choose another {flag}; the input stays as it is",
+        )
+
+
+def check_file(path: Path, *, flag: str = "--out") -> None:
+    """StoreError where a plain file cannot be written at `path`; nothing is made or changed."""
+    real = Path(os.path.realpath(path))
+    if real.is_dir():
+        raise StoreError(f"`{flag}` must be a file, got the folder `{path}`")
+    _refuse_special(real, path)
+    _check_place(real.parent, path)
+
+
+def check_folder(path: Path, *, replaced: bool = False, flag: str = "--out") -> None:
+    """StoreError where files cannot be written into the folder `path`, which may not exist yet.
+
+    `replaced`: the folder is replaced as a whole, so the one it lies in is written, too.
+    """
+    real = Path(os.path.realpath(path))
+    if real.exists() and not real.is_dir():
+        raise StoreError(
+            f"`{flag}` must be a folder, got the file `{path}`", hint=f"choose another {flag}"
+        )
+    _check_place(real, path)
+    if replaced:
+        _check_place(real.parent, path)
+
+
+@contextlib.contextmanager
+def keeping(found: Any) -> Iterator[None]:
+    """Store what the work came to; where that fails, the UnstoredError carries it."""
+    try:
+        yield
+    except (StoreError, OSError) as err:
+        message = err.message if isinstance(err, StoreError) else str(err)
+        raise UnstoredError(message, hint=getattr(err, "hint", None), found=found) from err
+
+
+def is_stdout(path: Path) -> bool:
+    """Whether a path is this process's standard output by one of its names."""
+    names = ("/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", f"/proc/{os.getpid()}/fd/1")
+    return os.path.abspath(path) in names
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is to be written into, not replaced: a device, a pipe, `/dev/stdout`."""
+    seen: set[Path] = set()
+    hop = Path(os.path.abspath(path))
+    while hop not in seen:
+        seen.add(hop)
+        if hop.parts[:2] in (("/", "dev"), ("/", "proc")) and hop.parts[:3] != ("/", "dev", "shm"):
+            return True
+        if not hop.is_symlink():
+            break
+        hop = Path(os.path.abspath(hop.parent / os.readlink(hop)))
+    with contextlib.suppress(OSError):
+        mode = os.stat(path).st_mode
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return False
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path is somewhere below a folder, links followed."""
+    return any(_same(parent, folder) for parent in Path(os.path.realpath(path)).parents)
+
+
+def _same(a: Path, b: Path) -> bool:
+    try:
+        return a == b or os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+def _is_one_of(path: Path, folder: Path) -> bool:
+    """Whether a path is an existing file, perhaps by another name, directly in a folder."""
+    try:
+        return path.is_file() and any(_same(path, file) for file in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _refuse_special(real: Path, named: Path) -> None:
+    if is_stream(named) or is_stream(real):
+        raise StoreError(
+            f"cannot write `{named}`: it is a device or a pipe, and only a plain file is replaced",
+            hint="choose another place",
+        )
+
+
+def _check_place(folder: Path, named: Path) -> None:
+    """StoreError where nothing can be made in a folder, or in the nearest one above it."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    code = 0
+    if not folder.is_dir():
+        code = errno.ENOTDIR
+    elif not os.access(folder, os.W_OK | os.X_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(folder).f_flag & os.ST_RDONLY
+        code = errno.EROFS if read_only else errno.EACCES
+    if code:
+        raise store_error(OSError(code, os.strerror(code)), named)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents. StoreError if a file is in the way or it is forbidden."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise store_error(err, path, "create folder") from err
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder survive a power cut, where the system can."""
+    if os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file as a whole; an older one is replaced only when the new one is complete.
+
+    A link stays, and the file that it names is written.
+    """
+    named, path = path, Path(os.path.realpath(path))
+    _refuse_special(path, named)
+    make_folder(path.parent)
+    fresh = temporary(path)
+    try:
+        try:
+            _write_synced(fresh, data)
+            os.replace(fresh, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                fresh.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+    except OSError as err:
+        raise store_error(err, named) from err
+
+
+@contextlib.contextmanager
+def staging(final: Path) -> Iterator[Path]:
+    """A folder beside a file to be made, on the same file system, gone afterwards."""
+    make_folder(final.parent)
+    folder = temporary(final)
+    make_folder(folder)
+    try:
+        yield folder
+    except OSError as err:
+        raise store_error(err, final) from err
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(folder: Path, final: Path) -> None:
+    """Move the files of a staging folder out, the one called as `final` last: a graph never
+    stands without its weights."""
+    _refuse_special(Path(os.path.realpath(final)), final)
+    data = final.with_name(final.name + ".data")
+    made = {f.name for f in folder.iterdir()}
+    for name in sorted(made, key=lambda n: n == final.name):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(folder / name, final.parent / name)
+    if data.name not in made:
+        data.unlink(missing_ok=True)
+    sync_folder(final.parent)
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    try:
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
+    except OSError as err:
+        raise store_error(err, path, "read") from err
+
+
+def temporary(path: Path) -> Path:
+    """A fresh name beside `path`; the random part keeps two processes apart."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name is one of the temporary names given here."""
+    return bool(_TEMPORARY.match(path.name))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed process left. Only the owner of the lock may do so."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if is_leftover(path):
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as err:
+                raise store_error(err, path, "remove") from err
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
