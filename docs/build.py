@@ -2,7 +2,8 @@
 
 Works on a copy: the pages of this folder, the drawings set into them, and the reference pages,
 which are generated from the installed package (`docs/reference.py`). Needs the `docs` extra. The
-build is strict: a broken link, anchor or name ends it with exit code 1.
+build is strict: a broken link or name, or a page that loads anything from elsewhere, ends it with
+exit code 1. The site opens from disk; its search needs `python -m http.server -d FOLDER`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import reference
 
 DOCS = Path(__file__).resolve().parent
 DRAWING = re.compile(r"^!\[[^\]]*\]\((?:\.\./)*(img/[\w-]+\.svg)\)$", re.MULTILINE)
+FOREIGN = re.compile(r'src="(?:https?:)?//|<link[^>]*stylesheet[^>]*href="(?:https?:)?//')
 
 
 def main(target: Path) -> int:
@@ -33,6 +35,10 @@ def main(target: Path) -> int:
             (root / "docs" / name).write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         code = subprocess.run(command, cwd=root, check=False).returncode
+        foreign = [p.name for p in (root / "site").rglob("*.html") if FOREIGN.search(p.read_text())]
+        if code == 0 and foreign:
+            print(f"these pages load something from elsewhere: {', '.join(foreign)}")
+            return 1
         if code == 0:
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(root / "site", target)

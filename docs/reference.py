@@ -225,7 +225,10 @@ def python() -> str:
         if not name.startswith("__"):
             thing = getattr(npprune, name)
             place = f"{thing.__module__}.{thing.__qualname__}"
-            parts.append(f"## npprune.{name}\n\n{_docstrings(place)}")
+            parts.append(
+                f"::: {place}\n    options:\n      heading_level: 2\n"
+                f"      heading: npprune.{name}\n      toc_label: npprune.{name}\n"
+            )
     parts.append(
         "## Exceptions\n\nAll of them are `npprune.errors.NpPruneError`, with a `message`, a "
         "`hint` or None, and the `exit_code` of the command line.\n\n"
