@@ -23,7 +23,10 @@ FOREIGN = re.compile(r'src="(?:https?:)?//|<link[^>]*stylesheet[^>]*href="(?:htt
 
 
 def main(target: Path) -> int:
-    """Build into `target`, which is replaced; the exit code of the site builder."""
+    """Build into `target`, replacing an older site; the exit code of the site builder."""
+    if target.exists() and not (target / "sitemap.xml").is_file():
+        print(f"{target} exists and is not a site: choose another folder")
+        return 2
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         shutil.copy(DOCS.parent / "mkdocs.yml", root)
@@ -35,7 +38,8 @@ def main(target: Path) -> int:
             (root / "docs" / name).write_text(text, encoding="utf-8")
         command = [sys.executable, "-m", "zensical", "build", "--strict"]
         code = subprocess.run(command, cwd=root, check=False).returncode
-        foreign = [p.name for p in (root / "site").rglob("*.html") if FOREIGN.search(p.read_text())]
+        built = (root / "site").rglob("*.html")
+        foreign = [p.name for p in built if FOREIGN.search(p.read_text(encoding="utf-8"))]
         if code == 0 and foreign:
             print(f"these pages load something from elsewhere: {', '.join(foreign)}")
             return 1
