@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import pairwise
 from operator import index
@@ -79,6 +80,14 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
         place = f" ({where})" if where else ""
         raise StoreError(f"expected a JSON object, got {type(data).__name__}{place}")
     return from_dict(cls, data, where=where)
+
+
+def plain_text(name: str) -> str:
+    """A file's name as text that every file and terminal can hold.
+
+    Bytes of it that are no UTF-8, which Python keeps as lone surrogates, are written `\\xff`.
+    """
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def digest(record: Any) -> str:
@@ -332,6 +341,7 @@ class PruneSummary:
     warnings: list[str] = field(default_factory=list)
     predicted: dict[str, float] = field(default_factory=dict)  # on held-out calibration images
     details: dict[str, Any] = field(default_factory=dict)  # shrinkage, condition numbers, harm
+    label_doubt: str = ""  # why the calibration images' labels are probably wrong
 
 
 @dataclass
@@ -394,6 +404,7 @@ class Evaluation:
     dense_model: ModelInfo | None = None
     pruned_model: ModelInfo | None = None
     seconds: float = 0.0
+    label_doubt: str = ""  # why the labels are probably wrong
 
 
 @dataclass

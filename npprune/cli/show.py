@@ -65,6 +65,7 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
     summary = variant.prune
     output.warn(summary.warnings)
     output.document("variant", to_dict(variant))
+    _doubts(output, [summary.label_doubt])
     title = "Hidden units" + (" (predicted)" if dry_run else "")
     if len(summary.widths) <= MANY_BLOCKS:
         rows = [
@@ -177,6 +178,7 @@ def evaluated(output: Output, evaluation: Evaluation, folder: Path, run: Result 
     from npprune.report.numbers import summary, warnings
 
     output.document("evaluation", to_dict(evaluation))
+    _doubts(output, [evaluation.label_doubt])
     output.warn(warnings(run) if run is not None else [])
     output.table(
         f"Dense and pruned on {text.plural(evaluation.data.images, 'image')}, with 95 % intervals",
@@ -341,6 +343,7 @@ def result(output: Output, found: Result | Variant | Evaluation | ExportRecord, 
     """The whole line: every variant, dense against pruned, and where things lie; or what one
     stage of it found, where that could not be stored."""
     from npprune.report import summary
+    from npprune.report.numbers import doubts
 
     if isinstance(found, Evaluation):
         return evaluated(output, found, root, None)
@@ -351,6 +354,7 @@ def result(output: Output, found: Result | Variant | Evaluation | ExportRecord, 
     if output.unstored is not None:
         return discovery(output, found, root, dry_run=False)
     output.document("result", to_dict(found))
+    _doubts(output, doubts(found))
     for variant in found.variants:
         output.warn(variant.prune.warnings)
     shown = summary(found)
@@ -381,6 +385,17 @@ def data(info: DataInfo) -> str:
     """Where images came from, how their labels were found, how many could not be read."""
     skipped = f", {text.count(len(info.skipped))} unreadable skipped" if info.skipped else ""
     return f"{text.data(info)}, labels by {info.label_rule}{skipped}"
+
+
+def _doubts(output: Output, lines: Sequence[str]) -> None:
+    """The first lines of a result whose labels are probably wrong."""
+    said = [line for line in lines if line]
+    for line in said:
+        output.line(f"warning: {line}")
+    if said:
+        output.line()
+    if output.as_json:
+        output.warn(said)
 
 
 def _protected(summary: PruneSummary) -> Sequence[int]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npprune.data.labels import choose_classes, find_labels
+from npprune.data.labels import KnownNames, choose_classes, find_labels
 from npprune.data.sources import MapSource
 from npprune.errors import DataError
 
@@ -31,10 +31,13 @@ def open_digits(
     *,
     num_classes: int | None = None,
     class_map: str | Path | None = None,
+    known: KnownNames | None = None,
     classes: Sequence[str | int] | str | None = None,
     images_per_class: int | None = None,
 ) -> MapSource:
     """`digits` (all images) or one split of them; labels and names are the digits 0..9.
+
+    known: of a network that was cut to some digits, the names that say which.
 
     Raises:
         DataError: unknown split, a class map (the labels are given), unknown class.
@@ -49,16 +52,23 @@ def open_digits(
         raise DataError(
             f"`{spec}` has labels of its own and takes no class map", hint="leave --class-map out"
         )
+    cut = known if known is not None and known.within is not None else None
     labels = find_labels(
         [str(digit) for digit in range(10)],
         num_classes=num_classes,
+        known=cut,
+        some=classes is not None,
         ranked="the digit shown",
         where=spec,
     )
     chosen = None if classes is None else choose_classes(classes, labels, where=spec)
     _, targets = _digits()
     positions = split_positions(split) if colon else list(range(len(targets)))
-    entries = ((f"{i:04d}", int(targets[i]), partial(digit_image, i)) for i in positions)
+    entries = (
+        (f"{i:04d}", labels.index[str(targets[i])], partial(digit_image, i))
+        for i in positions
+        if str(targets[i]) in labels.index
+    )
     return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
 
 

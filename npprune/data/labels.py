@@ -1,6 +1,7 @@
 """Which class index a folder (or a data set's own class name) means, and how classes are chosen.
 
-Three rules, in this order: an explicit class map; ImageNet synset names; rank in natural order.
+Four rules, in this order: an explicit class map; the class names that the network brings; ImageNet
+synsets or class names; rank in natural order, where no names are known.
 """
 
 from __future__ import annotations
@@ -8,8 +9,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,23 @@ from npprune.errors import DataError
 from npprune.records import ClassInfo
 
 SYNSET = re.compile(r"n\d{8}\Z")
+RANKED = "folder rank"
+
+
+@dataclass(frozen=True)
+class KnownNames:
+    """The class names that a network brings.
+
+    classes: by label; a name that is only its index as text says nothing. within: the labels that
+    the network still has, where its head was cut to some classes of its data; None: all. ranked:
+    the names were once given by folder rank, so their order is a guess. class_map: the file that
+    said the labels when the network was made.
+    """
+
+    classes: Sequence[ClassInfo]
+    within: frozenset[int] | None = None
+    ranked: bool = False
+    class_map: str | None = None
 
 
 @dataclass
@@ -28,6 +49,9 @@ class Labels:
     classes: list[ClassInfo]  # the label space as far as known, by index
     aliases: dict[int, set[str]] = field(default_factory=dict)  # lower case; to choose by
     notes: list[str] = field(default_factory=list)
+    within: frozenset[int] | None = None  # the labels that count; None: all
+    text_order: dict[int, int] | None = None
+    """Label -> label by the plain text order of names, where labels are ranks and those differ."""
 
 
 def find_labels(
@@ -35,13 +59,23 @@ def find_labels(
     *,
     num_classes: int | None = None,
     class_map: str | Path | None = None,
-    ranked: str = "folder rank",
+    known: KnownNames | None = None,
+    some: bool = False,
+    images: Mapping[str, int] | None = None,
+    ranked: str = RANKED,
+    indices: bool = False,
     where: str = "",
 ) -> Labels:
     """The labels of a source whose classes are called `names`, in the source's own order.
 
     num_classes: outputs of the model; None: unknown, and synsets mean ImageNet-1k.
+    known: the names that the network brings.
+    some: classes are chosen later: a name that the network does not have is left out.
+    images: how many images each name has, to be said where it is left out.
     ranked: what to call the rule when the label is the position in `names`.
+    indices: `names` are no names, but the positions themselves.
+
+    Names that are left out are missing in `index`.
 
     Raises:
         DataError: bad class map, a name without a label, synsets among other names, a label
@@ -50,23 +84,30 @@ def find_labels(
     place = f" in {where}" if where else ""
     if class_map is not None:
         labels = _mapped(names, Path(class_map), place)
-    elif any(SYNSET.match(name) for name in names) and (imagenet := _imagenet(num_classes)):
-        labels = _synsets(names, imagenet, place)
-    else:
+    elif indices:
         labels = _ranked(names, ranked, num_classes)
+    else:
+        plain = partial(_unnamed, names, num_classes, ranked, place)
+        labels = _by_known_names(names, known, num_classes, some, place, plain) or plain()
     if num_classes is not None:
-        for name in names:
-            if labels.index[name] >= num_classes:
+        for name, label in labels.index.items():
+            if label >= num_classes:
                 raise DataError(
-                    f"class `{name}`{place} has label {labels.index[name]} ({labels.rule}), and "
+                    f"class `{name}`{place} has label {label} ({labels.rule}), and "
                     f"the model's labels are 0..{num_classes - 1}",
                     hint="use data of the model's classes, or --class-map FILE",
                 )
         labels.classes = [c for c in labels.classes if c.index < num_classes]
+    if known is not None:
+        _complete(labels, known)
+        if known.within is not None:
+            _limit(labels, names, known, images or {}, place)
     for info in labels.classes:
         labels.aliases.setdefault(info.index, set()).add(info.name.lower())
         if info.synset:
             labels.aliases[info.index].add(info.synset)
+    for name, label in labels.index.items():
+        labels.aliases.setdefault(label, set()).add(name.lower())
     return labels
 
 
@@ -92,13 +133,7 @@ def read_class_map(path: Path) -> dict[str, tuple[int, str | None]]:
     txt: one folder name a line, its line number from 0 is the label. json: a list of folder
     names; {folder: label}; {"label": folder}; or {"label": [folder, display name]}.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(
-            f"cannot read class map `{path}`: {getattr(err, 'strerror', None) or err}",
-            hint="--class-map takes a .txt or .json file",
-        ) from err
+    text = read_list(path, "class map", hint="--class-map takes a .txt or .json file")
     if path.suffix.lower() == ".json":
         return _json_map(text, path)
     if path.suffix.lower() != ".txt":
@@ -107,6 +142,27 @@ def read_class_map(path: Path) -> dict[str, tuple[int, str | None]]:
             hint="txt: one folder name a line; json: {folder: label}",
         )
     return _listed([line.strip() for line in text.rstrip().splitlines()], path)
+
+
+def read_list(path: Path, what: str, *, hint: str | None = None) -> str:
+    """The text of a file that a person wrote: UTF-8, with or without a byte order mark.
+
+    Raises:
+        DataError: it cannot be read, or is no UTF-8; `what` says what it is.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as err:
+        raise DataError(f"cannot read {what} `{path}`: {err.strerror or err}", hint=hint) from err
+    except UnicodeDecodeError as err:
+        raise DataError(
+            f"cannot read {what} `{path}`: it is not UTF-8 text", hint="save it as UTF-8"
+        ) from err
+
+
+def class_list(path: Path) -> list[str]:
+    """The classes that a text file names, one a line."""
+    return [line.strip() for line in read_list(path, "class file").splitlines() if line.strip()]
 
 
 def _json_map(text: str, path: Path) -> dict[str, tuple[int, str | None]]:
@@ -134,10 +190,10 @@ def _json_map(text: str, path: Path) -> dict[str, tuple[int, str | None]]:
     for key, value in data.items():
         if isinstance(value, int) and not isinstance(value, bool):
             folder, label, name = key, value, None
-        elif key.isdigit() and isinstance(value, str):
+        elif key.isdecimal() and isinstance(value, str):
             folder, label, name = value, int(key), None
         elif (
-            key.isdigit()
+            key.isdecimal()
             and isinstance(value, list)
             and len(value) == 2
             and all(isinstance(v, str) for v in value)
@@ -167,6 +223,158 @@ def _listed(names: list[Any], path: Path) -> dict[str, tuple[int, str | None]]:
     if not result:
         raise DataError(f"class map `{path}` is empty")
     return result
+
+
+def _by_known_names(
+    names: Sequence[str],
+    known: KnownNames | None,
+    num_classes: int | None,
+    some: bool,
+    place: str,
+    plain: Callable[[], Labels],
+) -> Labels | None:
+    """Labels by the names that the network brings; None where it brings none."""
+    if known is None:
+        return None
+    named = [c for c in known.classes if _is_name(c)]
+    numbers = not named and all(name.isdecimal() for name in names)
+    if numbers:  # as those of digits: a folder's number is a name, too
+        named = list(known.classes)
+    index = match_names(names, named)
+    rest = [name for name in names if name not in index]
+    partly = bool(index) and (some or known.within is not None)
+    if not named or (numbers and rest and not partly):
+        return None
+    if rest and not partly:
+        if index and len(named) < (num_classes or 0) and _agrees(named, index, labels := plain()):
+            return labels
+        raise _mismatch(names, rest, known, named, place)
+    rule = "the network's class names" + (f", once given by {RANKED}" if known.ranked else "")
+    labels = Labels(rule, index, list(named))
+    if known.ranked and known.within is None:
+        labels.text_order = _text_order([c.name for c in sorted(named, key=lambda c: c.index)])
+    return labels
+
+
+def _is_name(info: ClassInfo) -> bool:
+    return info.synset is not None or info.name != str(info.index)
+
+
+def match_names(names: Sequence[str], classes: Sequence[ClassInfo]) -> dict[str, int]:
+    """Name -> label where exactly one class is called so, and no other of `names` means it.
+
+    By name or synset; then without regard to case and Unicode form, or a part of the ImageNet
+    description.
+    """
+    called = (*names, *(c.name for c in classes), *(c.synset for c in classes if c.synset))
+    lemmas = _lemmas() if any(SYNSET.match(name) for name in called) else {}
+
+    def loose(text: str) -> set[str]:
+        forms = {text} | _parts(lemmas.get(text, ""))
+        return {unicodedata.normalize("NFC", form).casefold() for form in forms}
+
+    exact: dict[str, set[int]] = {}
+    near: dict[str, set[int]] = {}
+    for c in classes:
+        for form in {c.name} | ({c.synset} if c.synset else set()):
+            exact.setdefault(form, set()).add(c.index)
+        for form in loose(c.name) | (loose(c.synset) if c.synset else set()):
+            near.setdefault(form, set()).add(c.index)
+    index = {name: min(exact[name]) for name in names if len(exact.get(name, ())) == 1}
+    for name in names:
+        hits = set().union(*(near.get(form, set()) for form in loose(name)))
+        if name not in exact and len(hits - set(index.values())) == 1 == len(hits):
+            index[name] = hits.pop()
+    count = Counter(index.values())
+    return {name: label for name, label in index.items() if count[label] == 1}
+
+
+def _agrees(named: Sequence[ClassInfo], index: Mapping[str, int], labels: Labels) -> bool:
+    """Whether labels found without the network's names fit those that it has for some outputs."""
+    taken = {c.index for c in named}
+    return all(
+        index[name] == label if name in index else label not in taken
+        for name, label in labels.index.items()
+    )
+
+
+def _mismatch(
+    names: Sequence[str],
+    rest: Sequence[str],
+    known: KnownNames,
+    named: Sequence[ClassInfo],
+    place: str,
+) -> DataError:
+    ours, left = [n for n in names if n not in rest], set(rest)
+    verb = "is" if len(rest) == 1 else "are"
+    here = f"; the other names{place}: {_few(ours)}" if ours else ""
+    if known.class_map is not None:
+        hint = f"the network was made with `--class-map {known.class_map}`: give it here too"
+    else:
+        hint = "`--class-map FILE` says the class of every name"
+    if ours and len(ours) <= 20 and not any(re.search(r"[\s,]", name) for name in ours):
+        hint += f"; `--classes {','.join(ours)}` leaves the others out"
+    return DataError(
+        f"{_few([n for n in names if n in left])}{'' if here else place} {verb} none of the "
+        f"network's {len(named)} classes: {_few([c.name for c in named])}{here}",
+        hint=hint,
+    )
+
+
+def _few(names: Sequence[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(f"`{name}`" for name in names[:most]) + more
+
+
+def _complete(labels: Labels, known: KnownNames) -> None:
+    """Add what the network calls the classes that the rule gave no name."""
+    classes = {c.index: c for c in known.classes if _is_name(c)}
+    classes.update({c.index: c for c in labels.classes if c.index not in classes or _is_name(c)})
+    labels.classes = [classes[i] for i in sorted(classes)]
+
+
+def _limit(
+    labels: Labels,
+    names: Sequence[str],
+    known: KnownNames,
+    images: Mapping[str, int],
+    place: str,
+) -> None:
+    """Leave out what is not of the classes that the network's head was cut to."""
+    assert known.within is not None
+    labels.within, labels.text_order = known.within, None
+    labels.index = {n: label for n, label in labels.index.items() if label in known.within}
+    out = [name for name in names if name not in labels.index]
+    ours = [c.name for c in labels.classes if c.index in known.within]
+    if not labels.index:
+        raise DataError(
+            f"no class{place} is one of the {len(known.within)} that the network's head was cut "
+            f"to: {_few(ours)}; there are {_few(list(names))}",
+            hint="give images of those classes, or say every label with --class-map FILE",
+        )
+    if out:
+        count = sum(images.get(name, 0) for name in out)
+        labels.notes.append(
+            f"left out: {_few(out)}{f', with {count} images' if images else ''}: the network's "
+            f"head was cut to {_few(ours)}"
+        )
+
+
+def _unnamed(names: Sequence[str], num_classes: int | None, ranked: str, place: str) -> Labels:
+    """Labels where nothing says how the network calls its classes."""
+    imagenet = None
+    if any(SYNSET.match(name) for name in names):
+        imagenet = _imagenet(num_classes)
+        if imagenet is not None:
+            return _synsets(names, imagenet, place)
+    elif num_classes is not None and len(names) < num_classes and ranked == RANKED:
+        imagenet = _imagenet(num_classes)
+    if imagenet is not None:
+        classes = _imagenet_classes(imagenet)
+        index = match_names(names, classes)
+        if len(index) == len(names):
+            return Labels("ImageNet class names", index, classes)
+    return _ranked(names, ranked, num_classes)
 
 
 def _mapped(names: Sequence[str], path: Path, place: str) -> Labels:
@@ -212,15 +420,23 @@ def _synsets(names: Sequence[str], imagenet: Any, place: str) -> Labels:
     return Labels(
         "ImageNet synset folders",
         {name: known[name] for name in names},
-        [ClassInfo(i, _short(lemmas[synset]), synset) for synset, i in known.items()],
+        _imagenet_classes(imagenet),
         {i: _parts(lemmas[synset]) for synset, i in known.items()},
     )
 
 
+def _imagenet_classes(imagenet: Any) -> list[ClassInfo]:
+    return [
+        ClassInfo(i, _short(imagenet.label_name_to_description(synset)), synset)
+        for i, synset in enumerate(imagenet.label_names())
+    ]
+
+
 def _ranked(names: Sequence[str], ranked: str, num_classes: int | None) -> Labels:
     notes = []
-    if ranked == "folder rank":
-        if all(name.isdigit() for name in names) and any(
+    order = _text_order(names) if ranked == RANKED else None
+    if ranked == RANKED:
+        if all(name.isdecimal() for name in names) and any(
             int(name) != rank for rank, name in enumerate(names)
         ):
             notes.append(
@@ -232,11 +448,34 @@ def _ranked(names: Sequence[str], ranked: str, num_classes: int | None) -> Label
                 f"labels are folder ranks 0..{len(names) - 1}, and the model has {num_classes} "
                 "classes; --class-map says otherwise"
             )
+    if order is not None:
+        notes.append(_two_orders(names))
     return Labels(
         ranked,
         {name: rank for rank, name in enumerate(names)},
         [ClassInfo(rank, name) for rank, name in enumerate(names)],
         notes=notes,
+        text_order=order,
+    )
+
+
+def _text_order(names: Sequence[str]) -> dict[int, int] | None:
+    """Rank -> rank in plain text order, as torchvision sorts; None where both are the same."""
+    text = {name: rank for rank, name in enumerate(sorted(names))}
+    order = {rank: text[name] for rank, name in enumerate(names)}
+    return order if any(a != b for a, b in order.items()) else None
+
+
+def _two_orders(names: Sequence[str]) -> str:
+    text = sorted(names)
+    first = next(i for i, (a, b) in enumerate(zip(names, text, strict=True)) if a != b)
+    cut = slice(max(0, first - 1), first + 3)
+    dots = ["", ", ..."][first + 3 < len(names)], ["", "..., "][first > 1]
+    natural, plain = (dots[1] + ", ".join(order[cut]) + dots[0] for order in (list(names), text))
+    return (
+        f"labels are folder ranks in natural order ({natural}), as timm counts; in plain text "
+        f"order, as torchvision counts, the classes are {plain}: if the network was trained so, "
+        "name them in that order with --class-map FILE, one a line"
     )
 
 
@@ -272,11 +511,7 @@ def _tokens(wanted: Sequence[str | int] | str, labels: Labels) -> list[str | int
     text = wanted.strip()
     path = Path(text)
     if path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as err:
-            raise DataError(f"cannot read the class file `{path}`: {err}") from err
-        return [line.strip() for line in lines if line.strip()]
+        return list(class_list(path))
     if path.suffix == ".txt" or "/" in text:
         raise DataError(
             f"class file `{text}` does not exist", hint="one index, synset or name a line"

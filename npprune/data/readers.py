@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune.data.images import UnreadableImage, decode, to_rgb
-from npprune.data.labels import Labels, choose_classes, find_labels
+from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
 from npprune.data.sources import ImageSource, MapSource, StreamSource
 from npprune.errors import DataError
+from npprune.records import plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,6 +84,7 @@ def open_reader(
     *,
     num_classes: int | None = None,
     class_map: str | Path | None = None,
+    known: KnownNames | None = None,
     classes: Sequence[str | int] | str | None = None,
     images_per_class: int | None = None,
 ) -> ImageSource:
@@ -98,7 +100,7 @@ def open_reader(
     dataset = _create(spec, parsed)
     reader = getattr(dataset, "reader", dataset)
     names = _class_names(dataset, reader)
-    labels = _labels(spec, names, num_classes, class_map)
+    labels = _labels(spec, names, num_classes, class_map, known, classes is not None)
     chosen = None if classes is None else choose_classes(classes, labels, where=spec)
     to_label = partial(_label, spec, names, labels, num_classes)
     if parsed.prefix in ("torch", "hfds"):
@@ -106,7 +108,11 @@ def open_reader(
         return MapSource(
             spec,
             labels,
-            ((id, to_label(target), opener) for id, target, opener in entries(dataset)),
+            (
+                (id, label, opener)
+                for id, target, opener in entries(dataset)
+                if (label := to_label(target)) is not None
+            ),
             chosen=chosen,
             images_per_class=images_per_class,
         )
@@ -116,20 +122,22 @@ def open_reader(
     def one_pass() -> Iterator[tuple[str, int, Opener]]:
         try:
             for id, target, opener in samples(dataset):
-                yield id, to_label(target), opener
+                label = to_label(target)
+                if label is not None:
+                    yield id, label, opener
         except (DataError, GeneratorExit):
             raise
         except Exception as err:  # whatever the package and its network raise
             raise DataError(f"reading `{spec}` failed: {_first_line(err)}") from err
 
-    known = _known_length(reader, parsed)
+    length = _known_length(reader, parsed)
     return StreamSource(
         spec,
         labels,
         one_pass,
         chosen=chosen,
         images_per_class=images_per_class,
-        length=known,
+        length=length,
     )
 
 
@@ -185,17 +193,24 @@ def _class_names(dataset: Any, reader: Any) -> list[str] | None:
         names = sorted(index, key=lambda name: index[name])
     if names is None or len(set(names)) != len(names):
         return None
-    return [str(name) for name in names]
+    return [plain_text(str(name)) for name in names]
 
 
 def _labels(
-    spec: str, names: list[str] | None, num_classes: int | None, class_map: str | Path | None
+    spec: str,
+    names: list[str] | None,
+    num_classes: int | None,
+    class_map: str | Path | None,
+    known: KnownNames | None,
+    some: bool,
 ) -> Labels:
     if names is not None:
         return find_labels(
             names,
             num_classes=num_classes,
             class_map=class_map,
+            known=known,
+            some=some,
             ranked="class index of the data set",
             where=spec,
         )
@@ -205,12 +220,15 @@ def _labels(
             hint="leave --class-map out",
         )
     numbers = [str(i) for i in range(num_classes or 0)]
-    return find_labels(numbers, ranked="class index of the data set", where=spec)
+    return find_labels(
+        numbers, known=known, ranked="class index of the data set", indices=True, where=spec
+    )
 
 
 def _label(
     spec: str, names: list[str] | None, labels: Labels, num_classes: int | None, target: Any
-) -> int:
+) -> int | None:
+    """The label of a data set's class index; None where its class is left out."""
     try:
         index = int(target)
     except (TypeError, ValueError) as err:
@@ -219,7 +237,7 @@ def _label(
             hint="multi-label data sets are not supported; target_key=KEY picks another field",
         ) from err
     if names is not None and 0 <= index < len(names):
-        return labels.index[names[index]]
+        return labels.index.get(names[index])
     top = len(names) if names is not None else num_classes
     if index < 0 or (top is not None and index >= top):
         raise DataError(
@@ -228,7 +246,7 @@ def _label(
             else f"`{spec}`: label {index} is below 0",
             hint="the model and the data set must have the same classes",
         )
-    return index
+    return index if labels.within is None or index in labels.within else None
 
 
 def _torch_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
@@ -242,7 +260,7 @@ def _torch_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
             continue
         path = Path(files[i][0])
         id = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        yield id, target, partial(decode, path, str(path))
+        yield plain_text(id), target, partial(decode, path, plain_text(str(path)))
 
 
 def _from_torch(dataset: Any, i: int) -> Image.Image:

@@ -17,9 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from npprune.data.images import EXTENSIONS, decode
-from npprune.data.labels import Labels, choose_classes, find_labels
+from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
 from npprune.errors import DataError
-from npprune.records import ClassInfo, DataInfo
+from npprune.records import ClassInfo, DataInfo, plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,7 +45,8 @@ class ImageSource(ABC):
     spec: as asked for. label_rule: how labels were found. classes: the label space as far as
     known. selected: the labels that occur or were chosen, ascending. items: all images sorted by
     label, then id; None for a stream, whose images come only in the order they are read.
-    notes: what the user should know about the labels.
+    notes: what the user should know about the labels. text_order: label -> label if names were
+    ranked as plain text, where labels are ranks and the two orders differ.
     """
 
     spec: str
@@ -54,6 +55,7 @@ class ImageSource(ABC):
     selected: list[int]
     items: list[Item] | None
     notes: list[str]
+    text_order: dict[int, int] | None = None
 
     @property
     @abstractmethod
@@ -104,6 +106,7 @@ class MapSource(ImageSource):
         self.label_rule = labels.rule
         self.classes = labels.classes
         self.notes = labels.notes
+        self.text_order = labels.text_order
         self.items: list[Item] = []
         self._open: list[Callable[[], Image.Image]] = []
         wanted = None if chosen is None else set(chosen)
@@ -168,8 +171,11 @@ class StreamSource(ImageSource):
         self.label_rule = labels.rule
         self.classes = labels.classes
         self.notes = labels.notes
+        self.text_order = labels.text_order
         self.items = None
-        self.selected = chosen if chosen is not None else [c.index for c in labels.classes]
+        within = labels.within
+        every = [c.index for c in labels.classes if within is None or c.index in within]
+        self.selected = chosen if chosen is not None else every
         self._samples = samples
         self._chosen = chosen
         self._per_class = images_per_class
@@ -217,6 +223,7 @@ def open_source(
     *,
     num_classes: int | None = None,
     class_map: str | Path | None = None,
+    known: KnownNames | None = None,
     classes: Sequence[str | int] | str | None = None,
     images_per_class: int | None = None,
 ) -> ImageSource:
@@ -226,6 +233,7 @@ def open_source(
         `tfds/`, `hfds/`, `hfids/`, `wds/`, `torch/` and a name, see `npprune.data.readers`.
     num_classes: outputs of the model; decides which ImageNet a synset name is looked up in.
     class_map: a .txt or .json file that says the label of every folder.
+    known: the class names of the network, which decide where there is no class map.
     classes: indices, synsets, names, or a text file of them; None: all.
     images_per_class: only the first so many of each class.
 
@@ -237,6 +245,7 @@ def open_source(
     options = {
         "num_classes": num_classes,
         "class_map": class_map,
+        "known": known,
         "classes": classes,
         "images_per_class": images_per_class,
     }
@@ -264,23 +273,32 @@ def _open_folder(
     *,
     num_classes: int | None,
     class_map: str | Path | None,
+    known: KnownNames | None,
     classes: Sequence[str | int] | str | None,
     images_per_class: int | None,
 ) -> ImageSource:
     root = Path(spec.removeprefix("folder:")).expanduser()
-    files = _class_folders(root)
-    labels = find_labels(list(files), num_classes=num_classes, class_map=class_map, where=str(root))
+    files = {plain_text(name): paths for name, paths in _class_folders(root).items()}
+    labels = find_labels(
+        list(files),
+        num_classes=num_classes,
+        class_map=class_map,
+        known=known,
+        some=classes is not None,
+        images={name: len(paths) for name, paths in files.items()},
+        where=str(root),
+    )
     chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-    for name, paths in files.items():
-        if not paths and (chosen is None or labels.index[name] in chosen):
+    for name, label in labels.index.items():
+        if not files[name] and (chosen is None or label in chosen):
             raise DataError(
                 f"class folder `{root / name}` has no images",
                 hint="remove the folder, or choose other classes with --classes",
             )
     entries = (
-        (path, labels.index[name], partial(decode, root / path, str(root / path)))
-        for name, paths in files.items()
-        for path in paths
+        (plain_text(path), label, partial(decode, root / path, plain_text(str(root / path))))
+        for name, label in labels.index.items()
+        for path in files[name]
     )
     return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
 

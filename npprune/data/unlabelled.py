@@ -11,7 +11,7 @@ from npprune.data.images import EXTENSIONS, decode
 from npprune.data.labels import Labels
 from npprune.data.sources import ImageSource, Item, MapSource, Sample, image_files
 from npprune.errors import DataError
-from npprune.records import DataInfo
+from npprune.records import DataInfo, plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,7 +42,10 @@ def open_unlabelled(spec: str) -> ImageSource:
         raise DataError(
             f"no images below `{root}`", hint=f"image files end in {', '.join(sorted(EXTENSIONS))}"
         )
-    entries = ((path, NO_LABEL, partial(decode, root / path, str(root / path))) for path in paths)
+    entries = (
+        (plain_text(path), NO_LABEL, partial(decode, root / path, plain_text(str(root / path))))
+        for path in paths
+    )
     source = MapSource(spec, Labels("none: they are not used", {}, []), entries)
     source.selected = []
     return source
@@ -64,6 +67,7 @@ class Joined(ImageSource):
         self.first, self.second = first, second
         self.spec = f"{first.spec} + {second.spec}"
         self.label_rule, self.classes = first.label_rule, first.classes
+        self.text_order = first.text_order
         self.selected, self.notes = first.selected, [*first.notes, *second.notes]
         self.items: list[Item] = [*first.items, *(Item(i.id, NO_LABEL) for i in second.items)]
 

@@ -21,6 +21,7 @@ from npprune.core.paths import PathBatch
 from npprune.core.quadrature import default_points, rule_for
 from npprune.core.view import VitView
 from npprune.core.votes import class_top, frequency
+from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
 from npprune.errors import DataError, UsageError, plural
 from npprune.files import keeping
@@ -54,11 +55,13 @@ def discover(
     emit: Emit = ignore,
     dry_run: bool = False,
     command: str = "",
+    names: KnownNames | None = None,
 ) -> Result:
     """Find the paths of all images and store them in the run folder `out`.
 
     Run again to resume: finished shards are never computed twice. Under torchrun the processes
-    share the shards. A dry run opens everything and computes nothing.
+    share the shards. A dry run opens everything and computes nothing. `names`: what the classes
+    are called, where the network itself does not say.
 
     Raises:
         NpPruneError: what is wrong with model, data, settings or folder.
@@ -70,8 +73,9 @@ def discover(
     def open_all() -> tuple[Network, Images, _Search, Manifest]:
         network = open_network(model, where, emit, STAGE)
         images = open_images(
-            data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit
-        )
+            data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
+            names=network.names or names,
+        )  # fmt: skip
         search = _search(network, settings, seed, where, team.local_count, emit)
         manifest = _manifest(out.name, network, images, search, where, reason)
         return network, images, search, manifest

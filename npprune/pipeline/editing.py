@@ -22,6 +22,7 @@ from npprune.core.editing import Factors, edited_logits, keep_factors, members, 
 from npprune.core.view import VitView
 from npprune.core.votes import class_top
 from npprune.data.images import UnreadableImage
+from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
 from npprune.errors import DataError, StoreError, UsageError, plural
 from npprune.models.info import model_sizes
@@ -30,7 +31,15 @@ from npprune.pipeline.device import resolve_device
 from npprune.pipeline.editing_tables import Cell, Measured, analysis
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.found import Found, divide, open_found, paths_of, record
-from npprune.pipeline.inputs import PREPROCESSING, Images, Network, open_images, open_network
+from npprune.pipeline.inputs import (
+    PREPROCESSING,
+    Images,
+    Network,
+    label_doubt,
+    open_images,
+    open_network,
+    run_names,
+)
 from npprune.recipe import DataSection
 from npprune.recipe.sections import EditSection
 from npprune.records import Analysis
@@ -79,10 +88,16 @@ def edit_neurons(
     cells = _cells(settings, found, view)
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
     material = _material(found, settings, data, network, device, emit)
-    measured = _measure(view, material, cells, settings, where, emit)
+    measured, predicted = _measure(view, material, cells, settings, where, emit)
+    doubt = label_doubt(
+        predicted, measured.labels, network.info.num_classes, material.images.source
+    )
+    if doubt:
+        emit(Event(STAGE, doubt, level="warning"))
     measured.sizes = model_sizes(network.model)
     key = name or "-".join(["edit", settings.edit, *settings.paths, *_scopes(settings, view)])
-    result = {key: analysis(measured, settings, material.text(found))}
+    about = f"{doubt}. {material.text(found)}" if doubt else material.text(found)
+    result = {key: analysis(measured, settings, about)}
     record(found, result, command)
     emit(
         Event(STAGE, f"{plural(measured.images, 'image')} in {time.perf_counter() - started:.0f} s")
@@ -188,7 +203,7 @@ def _material(
     of_classes = {m: paths_of(found, m, device=device, emit=emit) for m in methods}
     per_class = any(p != "image" for p in settings.paths)
     if data is None:
-        images = _open(found.recipe.data, found.recipe.data.train, network, emit)
+        images = _open(found.recipe.data, found.recipe.data.train, network, network.names, emit)
         if not per_class:
             table = found.table
             note = f"All of the run: {plural(len(table), 'image')}."
@@ -212,7 +227,7 @@ def _material(
     given = data.model_dump(exclude_unset=True, exclude_none=True)
     same = {k: getattr(found.recipe.data, k) for k in ("class_map", *PREPROCESSING)}
     data = DataSection(**{**same, **given})  # prepared as the run's images were
-    images = _open(data, data.val, network, emit)
+    images = _open(data, data.val, network, network.names or run_names(found.result), emit)
     of_images: dict[str, PathTable] = {}
     if "image" in settings.paths:
         section = data.model_copy(update={"train": data.val})
@@ -222,10 +237,17 @@ def _material(
     return _Material(images, None, of_images, of_classes, own, [note])
 
 
-def _open(section: DataSection, spec: str | None, network: Network, emit: Emit) -> Images:
+def _open(
+    section: DataSection,
+    spec: str | None,
+    network: Network,
+    names: KnownNames | None,
+    emit: Emit,
+) -> Images:
     return open_images(
-        spec, section, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit
-    )
+        spec, section, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
+        names=names,
+    )  # fmt: skip
 
 
 def _rows(table: PathTable, rows: np.ndarray) -> PathTable:
@@ -249,7 +271,7 @@ def _same_images(found: Found, images: Images, network: Network, emit: Emit) -> 
     spec = found.recipe.data.train
     if spec == images.source.spec:
         return set(both)
-    own = _open(found.recipe.data, spec, network, emit).source
+    own = _open(found.recipe.data, spec, network, network.names, emit).source
     if own.items is None:
         return set(both)
     there = {item.id: i for i, item in enumerate(own.items)}
@@ -274,12 +296,14 @@ def _measure(
     settings: EditSection,
     device: torch.device,
     emit: Emit,
-) -> Measured:
-    """Probabilities of the true class and hits of every image, un-edited and in every cell."""
+) -> tuple[Measured, Tensor]:
+    """Probabilities of the true class and hits of every image, un-edited and in every cell; and
+    the un-edited network's top-1."""
     neurons = _Neurons(view, material, settings)
     known = torch.tensor(material.classes)
     labels: list[Tensor] = []
     base: list[Tensor] = []
+    predicted: list[Tensor] = []
     edited: list[list[Tensor]] = [[] for _ in cells]
     outside = done = 0
     total = None if material.positions is None else len(material.positions)
@@ -287,7 +311,8 @@ def _measure(
         x, y = batch.images[rows].to(device), batch.labels[rows]
         with torch.no_grad():
             logits = view.model(x).float().cpu()
-        outside += int((~torch.isin(logits.argmax(1), known)).sum())
+        predicted.append(logits.argmax(1))
+        outside += int((~torch.isin(predicted[-1], known)).sum())
         guess = known[logits[:, known].argmax(1)]
         labels.append(y)
         base.append(_numbers(logits, y))
@@ -306,13 +331,14 @@ def _measure(
             "no image is left to evaluate on",
             hint="give images that are not the run's, of classes that it has paths of",
         )
-    return Measured(
+    measured = Measured(
         labels=torch.cat(labels),
         base=torch.cat(base),
         cells={cell: torch.cat(values) for cell, values in zip(cells, edited, strict=True)},
         kept={cell: neurons.kept(cell) for cell in cells if cell.paths != "image"},
         outside=outside,
     )
+    return measured, torch.cat(predicted)
 
 
 def _numbers(logits: Tensor, labels: Tensor) -> Tensor:

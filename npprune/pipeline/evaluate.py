@@ -15,7 +15,15 @@ from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
 from npprune.pipeline.device import resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
-from npprune.pipeline.inputs import Images, Network, open_checkpoint, open_images, open_network
+from npprune.pipeline.inputs import (
+    Images,
+    Network,
+    dense_names,
+    label_doubt,
+    open_checkpoint,
+    open_images,
+    open_network,
+)
 from npprune.pipeline.outputs import recordable
 from npprune.pipeline.results import run_of, update_variant
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
@@ -54,10 +62,9 @@ def evaluate(
     outputs = config.details.get("outputs")  # a head cut to some classes
     if outputs is not None and data.classes is None:
         emit(Event(STAGE, f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}"))
-        data = data.model_copy(update={"classes": list(outputs)})
     images = open_images(
         data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
-        preprocessing=config.preprocessing,
+        preprocessing=config.preprocessing, names=dense_names(config),
     )  # fmt: skip
     if outputs is not None:
         _check_outputs(outputs, images)
@@ -65,6 +72,9 @@ def evaluate(
     logits, labels, sample = _predict(dense, pruned, images, where, emit)
     evaluation = _compare(*logits, labels, images, config, data)
     evaluation.device = str(where)
+    evaluation.label_doubt = label_doubt(
+        logits[0].argmax(1), labels, dense.info.num_classes, images.source
+    )
     evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:

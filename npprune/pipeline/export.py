@@ -41,7 +41,13 @@ from npprune.models.load import load_timm_folder
 from npprune.pipeline.evaluate import open_dense
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.export_images import ExportImages, read_images, whole_batches
-from npprune.pipeline.inputs import Network, class_names, open_checkpoint, open_network
+from npprune.pipeline.inputs import (
+    Network,
+    class_names,
+    dense_names,
+    open_checkpoint,
+    open_network,
+)
 from npprune.pipeline.outputs import reads_of, recordable
 from npprune.pipeline.results import run_of, update_variant
 from npprune.recipe import DataSection, ExportSection, ModelSection, check
@@ -84,7 +90,7 @@ def export_checkpoint(
     dense = _dense(config, checkpoint, settings, dense_checkpoint, emit)
     read = read_images(
         network.info, config, data, settings.precision,
-        num_classes=_label_space(config, dense), emit=emit,
+        num_classes=_label_space(config, dense), names=dense_names(config), emit=emit,
     )  # fmt: skip
     subject = _Subject(
         network, config.classes, read,
@@ -127,8 +133,9 @@ def export_model(
     network = open_network(model, torch.device("cpu"), emit, STAGE)
     info = network.info
     read = read_images(
-        info, None, data, settings.precision, num_classes=info.num_classes, emit=emit
-    )
+        info, None, data, settings.precision, num_classes=info.num_classes, names=network.names,
+        emit=emit,
+    )  # fmt: skip
     producer = Producer(info.source.architecture, weights_sha256=info.source.sha256)
     subject = _Subject(network, class_names(read.opened, info.num_classes), read, producer)
     emit(Event(STAGE, f"exporting {info.source.architecture} to {out}"))

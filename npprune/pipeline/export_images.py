@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npprune.data.labels import KnownNames
 from npprune.errors import DataError, UsageError, plural
 from npprune.pipeline.events import Emit, Event
 from npprune.pipeline.inputs import Images, open_images
@@ -54,16 +55,17 @@ def read_images(
     precision: str,
     *,
     num_classes: int,
+    names: KnownNames | None,
     emit: Emit,
 ) -> ExportImages:
-    """Real images for a network, `num_classes` being those of the source's label space.
+    """Real images for a network, `num_classes` and `names` being of the source's label space.
 
     Where `data` names no source, a checkpoint's own calibration source is read.
 
     Raises:
         UsageError: no source was named and none is remembered; DataError: it cannot be read.
     """
-    opened = _open(replace(info, num_classes=num_classes), config, data, emit, precision)
+    opened = _open(replace(info, num_classes=num_classes), config, data, emit, precision, names)
     outputs: list[int] | None = None if config is None else config.details.get("outputs")
     wanted = PARITY_IMAGES if precision == "fp32" else HELD_OUT_IMAGES
     if precision == "int8":
@@ -106,6 +108,7 @@ def _open(
     data: DataSection,
     emit: Emit,
     precision: str,
+    names: KnownNames | None,
 ) -> Images:
     """The source named in `data`, else the one that the checkpoint remembers."""
     # Judging int8 takes part in making it: images kept for evaluation are the last to be used.
@@ -119,7 +122,7 @@ def _open(
     try:
         return open_images(
             spec, data, info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
-            preprocessing=info.preprocessing,
+            preprocessing=info.preprocessing, names=names,
         )  # fmt: skip
     except DataError as err:
         if not remembered:

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from npprune.data.labels import class_list
 from npprune.errors import StoreError, UsageError
 from npprune.files import keeping
 from npprune.pipeline.discover import discover
 from npprune.pipeline.events import Emit, Event
+from npprune.pipeline.inputs import run_names
 from npprune.pipeline.outputs import recordable
 from npprune.pipeline.results import add_command
 from npprune.recipe import DataSection, DiscoverSection, Recipe, load_recipe
@@ -104,6 +106,7 @@ def paths_of(
         device=device,
         seed=found.recipe.seed,
         emit=emit,
+        names=None if data is None else run_names(found.result),
     )
     table = open_found(below / method).table
     if data is None and table.ids.tolist() != found.table.ids.tolist():
@@ -134,7 +137,7 @@ def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> li
         return found.table.classes
     given: Sequence[str | int] = [classes] if isinstance(classes, str) else classes
     if isinstance(classes, str) and Path(classes).is_file():
-        given = [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+        given = class_list(Path(classes))
     place: dict[str, int] = {}
     for label in found.table.classes:
         info = found.result.classes[label]

@@ -22,7 +22,7 @@ from npprune.pipeline.distill import Distillation
 from npprune.pipeline.evaluate import dense_reference, dense_section, open_dense
 from npprune.pipeline.events import Emit, Event, ignore
 from npprune.pipeline.heal_images import open_training_images, read_training_images, split
-from npprune.pipeline.inputs import Images, Network, class_names, open_checkpoint
+from npprune.pipeline.inputs import Images, Network, class_names, label_doubt, open_checkpoint
 from npprune.pipeline.layerwise import reconstruct
 from npprune.pipeline.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.pool import Memory, Pool
@@ -331,7 +331,8 @@ def _summary(
         assert first.items is not None
         ids = {i.id for i in first.items}
         info = first.info([name for name in info.skipped if name in ids])
-    warnings = []
+    doubt = label_doubt(top[known], labels[known], held.chosen.shape[1], found.images.source)
+    warnings = [doubt] if doubt else []
     if outcome.best.step == 0:
         warnings.append("healing did not lower the held-out divergence: the weights are as before")
     return HealSummary(

@@ -11,7 +11,7 @@ from npprune.data.transforms import make_transform, resolve
 from npprune.data.unlabelled import Joined, open_unlabelled
 from npprune.errors import DataError, plural
 from npprune.pipeline.events import Emit, Event
-from npprune.pipeline.inputs import Images, open_images
+from npprune.pipeline.inputs import Images, dense_names, open_images
 from npprune.pipeline.pool import Files, Memory, Pool, read
 from npprune.pipeline.processes import Processes
 from npprune.pipeline.teacher import Held, Teacher, logits_of
@@ -32,18 +32,19 @@ def open_training_images(
 ) -> tuple[Images, Images | None]:
     """The images, those of `unlabelled` behind them (and alone beside them)."""
     specialised = config.details.get("classes")
+    names = dense_names(config)
     asked = data
-    if specialised is not None and data.classes is None:
+    if specialised is not None and data.classes is None and names.within is None:
         asked = data.model_copy(update={"classes": list(specialised)})
     try:
         images = open_images(
             data.train or data.calibration, asked, dense, flag="--data", on_bad="skip",
-            stage=STAGE, emit=emit, preprocessing=config.preprocessing,
+            stage=STAGE, emit=emit, preprocessing=config.preprocessing, names=names,
         )  # fmt: skip
     except DataError as err:
         spec = data.train or data.calibration or ""
         needed = settings.label_weight > 0 or asked.classes is not None
-        if needed or not spec.startswith("folder:"):
+        if needed or names.within is not None or not spec.startswith("folder:"):
             raise
         source = open_unlabelled(spec)  # raises where there are no images at all
         emit(Event(STAGE, f"labels are not used: {err.message}"))

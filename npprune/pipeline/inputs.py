@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from npprune.core import metrics
+from npprune.data.labels import RANKED, KnownNames
 from npprune.data.loading import Batch, batches
 from npprune.data.sources import ImageSource, Sample, open_source
 from npprune.data.transforms import describe, make_transform, released, resolve
@@ -18,7 +20,15 @@ from npprune.models.load import build, load
 from npprune.models.released import released_head
 from npprune.pipeline.events import Emit, Event
 from npprune.recipe import DataSection, ModelSection
-from npprune.records import CheckpointConfig, ClassInfo, DataInfo, ModelInfo, Preprocessing
+from npprune.records import (
+    CheckpointConfig,
+    ClassInfo,
+    DataInfo,
+    ModelInfo,
+    Preprocessing,
+    Result,
+)
+from npprune.report import text
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
 
 PREPROCESSING = ("preprocessing", "mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -33,6 +43,41 @@ class Network:
     model: nn.Module
     info: ModelInfo
     config: CheckpointConfig | None = None  # where it came from a checkpoint folder
+
+    @property
+    def names(self) -> KnownNames | None:
+        """The names of its classes, as far as known."""
+        return None if self.config is None else _own_names(self.config)
+
+
+def is_cut(config: CheckpointConfig) -> bool:
+    """Whether the head has only some classes of the data it came from."""
+    return "outputs" in config.details or bool(config.details.get("cut"))
+
+
+def dense_names(config: CheckpointConfig) -> KnownNames:
+    """The names of a checkpoint's classes by the labels of the dense network it was made from."""
+    names, outputs = _own_names(config), config.details.get("outputs")
+    if outputs is None:
+        return names
+    classes = [replace(c, index=outputs[c.index]) for c in config.classes]
+    return replace(names, classes=classes, within=frozenset(outputs))
+
+
+def run_names(result: Result) -> KnownNames:
+    """The names of the classes that a run found its paths of."""
+    found = result.discovery
+    return KnownNames(result.classes, ranked=found is not None and RANKED in found.data.label_rule)
+
+
+def _own_names(config: CheckpointConfig) -> KnownNames:
+    used = config.prune.calibration if config.prune is not None else None
+    return KnownNames(
+        config.classes,
+        within=frozenset(range(config.num_classes)) if is_cut(config) else None,
+        ranked=used is not None and RANKED in used.label_rule,
+        class_map=config.details.get("data", {}).get("class_map"),
+    )
 
 
 def open_network(section: ModelSection, device: torch.device, emit: Emit, stage: str) -> Network:
@@ -123,8 +168,11 @@ def open_images(
     stage: str,
     emit: Emit,
     preprocessing: Preprocessing | None = None,
+    names: KnownNames | None = None,
 ) -> Images:
     """Open a data source for a network and say how labels and preprocessing were found.
+
+    `names`: what the network calls its classes; they decide where there is no class map.
 
     Raises:
         UsageError: no source was named; DataError: it cannot be read.
@@ -146,6 +194,7 @@ def open_images(
         spec,
         num_classes=network.num_classes,
         class_map=section.class_map,
+        known=names,
         classes=section.classes,
         images_per_class=section.images_per_class,
     )
@@ -163,3 +212,42 @@ def class_names(images: Images, num_classes: int) -> list[ClassInfo]:
     """One entry for each output of the classifier; unnamed ones carry their index."""
     known = {c.index: c for c in images.source.classes}
     return [known.get(i, ClassInfo(i, str(i))) for i in range(num_classes)]
+
+
+def label_doubt(predicted: Tensor, labels: Tensor, outputs: int, source: ImageSource) -> str:
+    """What to say first where the dense network's predictions do not fit the labels; else nothing.
+
+    That is where its top-1 is not above chance (by the 95 % interval, on images enough to tell
+    from what lies halfway to all right), or clearly higher if names are ranked as plain text.
+
+    Args:
+        predicted: the dense network's top-1, [n].
+        labels: [n].
+        outputs: classes that it chose among.
+    """
+    if outputs < 2 or len(labels) == 0:
+        return ""
+    total = len(labels)
+    found, other = metrics.wilson(int((predicted == labels).sum()), total), None
+    if source.text_order is not None:
+        moved = torch.tensor([source.text_order.get(int(y), int(y)) for y in labels])
+        other = metrics.wilson(int((predicted == moved).sum()), total)
+    better = other is not None and other.low > found.high
+    chance = 1 / outputs
+    if not better and (found.low > chance or found.high >= (1 + chance) / 2):
+        return ""
+    said = (
+        f"labels are probably shifted: the dense network is right on {found.correct} of "
+        f"{text.plural(total, 'image')} of {source.spec} ({text.percent(found.value)}), where "
+        f"chance is {text.percent(chance)} (labels by {source.label_rule})"
+    )
+    if better and other is not None:
+        return (
+            f"{said}; if class names are ranked in plain text order, as torchvision does, it is "
+            f"right on {other.correct} ({text.percent(other.value)}): name the classes in that "
+            "order with --class-map FILE, one a line"
+        )
+    return (
+        f"{said}; to check, see what `npprune predict` says of some images (after `npprune "
+        "export`); --class-map FILE says the label of every folder"
+    )

@@ -34,7 +34,16 @@ from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.evaluate import dense_reference
 from npprune.pipeline.events import Emit, Event, ignore
-from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
+from npprune.pipeline.inputs import (
+    Images,
+    Network,
+    class_names,
+    is_cut,
+    label_doubt,
+    open_images,
+    open_network,
+    run_names,
+)
 from npprune.pipeline.latency import LatencyTarget
 from npprune.pipeline.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.planning import Chosen, Planner, check_criterion
@@ -56,6 +65,7 @@ from npprune.store.runs import RunFolder
 
 STAGE = "prune"
 SEARCH_STEPS = 64
+DOUBT_IMAGES = 64  # of those to fit on: enough to see labels that are not the network's
 
 
 def prune(
@@ -103,9 +113,10 @@ def prune(
             f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
             f"block, got {settings.topk}"
         )
+    names = network.names or (run_names(run.read_result()) if run is not None else None)
     images = open_images(
         data.calibration or data.train, data, network.info, flag="--calibration",
-        on_bad="skip", stage=STAGE, emit=emit,
+        on_bad="skip", stage=STAGE, emit=emit, names=names,
     )  # fmt: skip
     classes = images.source.selected if data.classes is not None else None
     outputs = classes if not settings.keep_head else None
@@ -115,6 +126,7 @@ def prune(
     emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
     calibration, held_out = calibration_images(images, settings.calibration_images, emit)
     generator = torch.Generator().manual_seed(seed)
+    doubt = _label_doubt(network, calibration, held_out, images, where)
     batches = list(calibration)
     shelf = Shelf(
         statistics_home(run, out), identity(network, outputs), settings.memory,
@@ -149,9 +161,11 @@ def prune(
     plan, smaller = done.plan, done.model
     used = len(calibration) + len(held_out)
     summary = _summary(planner.settings, done, images, used, time.perf_counter() - started)
+    summary.label_doubt = doubt
     info = model_info(smaller, replace(network.info.source, sha256=""))
     info.preprocessing = images.preprocessing
     variant = Variant(name=out.resolve().name, checkpoint="", model=info, prune=summary)
+    cut = network.config is not None and is_cut(network.config)
     if dry_run:
         return variant
     home = run.path if run is not None else out
@@ -165,7 +179,7 @@ def prune(
         weights_sha256="",
         run=os.path.relpath(home, out),
         prune=summary,
-        details=_details(model, out, data, images, classes, plan),
+        details=_details(model, out, data, images, classes, plan, cut),
         versions=environment(where, reason, seed).versions,
     )
     with keeping(variant):
@@ -306,6 +320,19 @@ def carried_out(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module
 
 
 @torch.no_grad()
+def _label_doubt(
+    network: Network, calibration: Held, held_out: Held, images: Images, device: torch.device
+) -> str:
+    """Whether the labels fit what the dense network predicts, on some of the images."""
+    step = max(1, len(calibration) // DOUBT_IMAGES)
+    some = [(x[::step], y[::step]) for x, y in calibration]
+    some += list(held_out)[:: max(1, len(held_out) // DOUBT_IMAGES)]
+    predicted = torch.cat([network.model(x.to(device)).argmax(1).cpu() for x, _ in some])
+    labels = torch.cat([y for _, y in some])
+    return label_doubt(predicted, labels, network.info.num_classes, images.source)
+
+
+@torch.no_grad()
 def _predict(
     network: Network,
     smaller: torch.nn.Module,
@@ -387,6 +414,7 @@ def _details(
     images: Images,
     classes: list[int] | None,
     plan: Plan,
+    cut: bool,
 ) -> dict[str, Any]:
     details: dict[str, Any] = {
         "dense": dense_reference(model, out),
@@ -399,6 +427,8 @@ def _details(
         details["classes"] = classes
     if plan.classes is not None:
         details["outputs"] = plan.classes
+    elif cut:
+        details["cut"] = True
     return details
 
 

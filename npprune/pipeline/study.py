@@ -20,6 +20,7 @@ from torch import Tensor
 
 from npprune.core import metrics
 from npprune.core.view import VitView
+from npprune.data.labels import RANKED, KnownNames
 from npprune.errors import DataError, GateError, UsageError, plural
 from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
@@ -27,7 +28,15 @@ from npprune.models.surgery import check_prunable, cut_head
 from npprune.models.view import make_view
 from npprune.pipeline.device import environment, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
-from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
+from npprune.pipeline.inputs import (
+    Images,
+    Network,
+    class_names,
+    label_doubt,
+    open_images,
+    open_network,
+    run_names,
+)
 from npprune.pipeline.latency import DenseTimer
 from npprune.pipeline.outputs import check_run, reads_of, recordable
 from npprune.pipeline.planning import Batches, Paths, Planner, needs_of
@@ -95,13 +104,17 @@ def study(
             f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
             f"block, got {settings.topk}"
         )
+    names = network.names or (run_names(run.read_result()) if run is not None else None)
     calibration = open_images(
         data.calibration or data.train, data, network.info, flag="--calibration",
-        on_bad="skip", stage=STAGE, emit=emit,
+        on_bad="skip", stage=STAGE, emit=emit, names=names,
     )  # fmt: skip
+    if names is None and calibration.source.label_rule == RANKED:
+        names = KnownNames(calibration.source.classes, ranked=True)
     val = open_images(
-        data.val, data, network.info, flag="--val", on_bad="error", stage=STAGE, emit=emit
-    )
+        data.val, data, network.info, flag="--val", on_bad="error", stage=STAGE, emit=emit,
+        names=names,
+    )  # fmt: skip
     classes = calibration.source.selected if data.classes is not None else None
     if classes is not None:  # as `prune` does: planned on the head that the network will have
         view = make_view(cut_head(network.model, classes))
@@ -220,7 +233,10 @@ def _compute(
     if not missing:
         return
     world.load()
-    atomic.write_json(dense_path(folder), _dense_row(world))
+    dense = _dense_row(world)
+    if dense.label_doubt:
+        emit(Event(STAGE, dense.label_doubt, level="warning"))
+    atomic.write_json(dense_path(folder), dense)
     timer, healer = _timer(world, held), _healer(world)
     last: tuple[Setting, Planner] | None = None
     for row in missing:
@@ -331,6 +347,9 @@ def _dense_row(world: _World) -> StudyDense:
         params=world.network.info.params,
         macs=world.network.info.macs,
         calibration=sum(len(y) for _, y in world.fit),
+        label_doubt=label_doubt(
+            world.dense.argmax(1), world.labels, world.dense.shape[1], world.val.source
+        ),
     )
 
 

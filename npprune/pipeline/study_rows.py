@@ -105,6 +105,7 @@ class StudyDense(Document):
     params: int
     macs: int
     calibration: int  # images that every row was fitted on
+    label_doubt: str = ""  # why the labels are probably wrong
 
 
 def bits(right: Tensor) -> str:

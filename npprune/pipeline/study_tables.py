@@ -100,6 +100,8 @@ def analyses(
     """Everything a report shows of a study."""
     lines = _lines([row for row in found if not row.refused])
     said = _said(found, missing, dense, lines, calibration, val, classes)
+    if dense is not None and dense.label_doubt:
+        said = f"{dense.label_doubt}. {said}"
     if dense is None or not lines:
         columns = ["kept", *_words(paths), "seed"]
         rows: list[Row] = [[f"{100 * s.keep:g} %", *_word(s, paths), s.seed] for s in missing]

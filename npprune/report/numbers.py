@@ -262,12 +262,21 @@ def _beside(m: Measure | None, dense: Cell) -> Cell:
 # ---------------------------------------------------------------- words
 
 
+def doubts(result: Result) -> list[str]:
+    """Why the labels behind the numbers are probably wrong; before all else."""
+    lines = []
+    for v in result.variants:
+        lines.append(v.prune.label_doubt)
+        lines.append(v.evaluation.label_doubt if v.evaluation else "")
+    return [f"{line[0].upper()}{line[1:]}." for line in dict.fromkeys(lines) if line]
+
+
 def headline(result: Result) -> list[str]:
     """What was done and what came of it, a sentence or two for each variant."""
     model = result.model
     name, blocks = model.source.architecture, len(model.widths)
     if result.variants:
-        return [_sentence(result, v) for v in result.variants]
+        return [*doubts(result), *(_sentence(result, v) for v in result.variants)]
     if found := result.discovery:
         each = text.plural(found.topk, "neuron")
         return [
