@@ -24,7 +24,8 @@ from npprune.core.paths import PathBatch
 from npprune.core.quadrature import default_points
 from npprune.core.view import VitView, frozen
 from npprune.errors import DataError, ModelError, UsageError
-from npprune.models.load import build, load
+from npprune.models.load import build
+from npprune.models.load import load_model as _load_model
 from npprune.models.surgery import apply_plan as _apply_plan
 from npprune.models.view import classifiers, make_view
 from npprune.pipeline.memory import halving, images_that_fit
@@ -59,13 +60,16 @@ def load_model(
 ) -> nn.Module:
     """A vision transformer with its weights, in evaluation mode on the CPU.
 
+    What was assumed in loading it is warned of (`UserWarning`).
+
     Args:
         name_or_path: a checkpoint folder written by npprune; a timm name; or `auto`, which reads
             the architecture off `checkpoint`.
         checkpoint: a safetensors, PyTorch or JAX `.npz` file; None takes timm's published weights
             from the hub.
         num_classes: outputs of the head, by default the checkpoint's.
-        img_size: input side in pixels, or (height, width); position embeddings are resampled.
+        img_size: input side in pixels, or (height, width); position embeddings are resampled,
+            unless the file has just as many as it needs.
         num_heads: attention heads, where neither name nor file says.
 
     Raises:
@@ -82,13 +86,13 @@ def load_model(
     if is_checkpoint(name_or_path):
         config, tensors = read_checkpoint(name_or_path)
         return build(config, tensors)
-    return load(
+    return _load_model(
         str(name_or_path),
         checkpoint=checkpoint,
         num_classes=num_classes,
         img_size=img_size,
         num_heads=num_heads,
-    ).model
+    )
 
 
 def discover_paths(

@@ -53,8 +53,8 @@ Checkpoint = Annotated[
 ]
 NumHeads = Annotated[int | None, option(MODEL, "--num-heads", "N", "attention heads per block")]
 ImgSize = Annotated[
-    int | None,
-    option(MODEL, "--img-size", "PIXELS", "input side; position embeddings are resampled"),
+    str | None,
+    option(MODEL, "--img-size", "N|HxW", "input side or sides; position embeddings are resampled"),
 ]
 ReleasedHead = Annotated[
     bool,

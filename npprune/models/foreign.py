@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 from torch import Tensor
 
 from npprune.errors import ModelError
+from npprune.models.layouts import by_name, foreign_layout
+
+Size = tuple[int, int]
 
 STANDARD_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 """Heads of the usual ViT-Ti, S, B, L, H by width."""
@@ -23,7 +27,17 @@ STANDARD_HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
-BY_NAME = "give the timm name of the architecture instead of `auto`"
+_JAX_NAME = re.compile(
+    r"(?:embedding|head)/(?:kernel|bias)$|cls$|Transformer/posembed_input/pos_embedding$"
+    r"|Transformer/encoder_norm/(?:scale|bias)$"
+    r"|Transformer/encoderblock_\d+/(?:LayerNorm_[02]/(?:scale|bias)|MlpBlock_3/Dense_[01]/"
+    r"(?:kernel|bias)|MultiHeadDotProductAttention_1/(?:query|key|value|out)/(?:kernel|bias))$"
+    r"|opt/|step$"  # the optimizer's state
+)
+
+
+class UnknownGrid(ModelError):
+    """The positions of a file do not say how many rows and columns of patches there are."""
 
 
 @dataclass
@@ -52,12 +66,7 @@ def jax_to_timm(arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
             "the archive is a hybrid with a ResNet stem (`conv_root`), which is not supported",
             hint="use a plain ViT, such as ViT-B_16",
         )
-    if "pre_logits/kernel" in a:
-        raise ModelError(
-            "the archive has a representation layer before its head (`pre_logits`), which timm's "
-            "models lack: it would give other outputs",
-            hint="use the archive fine-tuned on ImageNet-1k",
-        )
+    refuse_representation_layer(a)
     pos = "Transformer/posembed_input/pos_embedding"
     missing = [k for k in ("embedding/kernel", "cls", pos, "head/kernel") if k not in a]
     if missing:
@@ -65,6 +74,13 @@ def jax_to_timm(arrays: dict[str, Tensor]) -> tuple[dict[str, Tensor], int]:
             f"the archive lacks `{missing[0]}`, so it is not in the layout of ViT-B_16.npz; its "
             f"first arrays: {', '.join(list(arrays)[:3])}",
             hint="convert it to a PyTorch state dict with timm's names",
+        )
+    unknown = [name for name in a if not _JAX_NAME.match(name)]
+    if unknown:
+        raise ModelError(
+            f"the archive has {len(unknown)} arrays that a plain ViT lacks: "
+            f"{', '.join(f'`{name}`' for name in unknown[:3])}",
+            hint="leaving layers out would give other outputs; use an archive of a plain ViT",
         )
     out = {
         "cls_token": a["cls"],
@@ -109,8 +125,29 @@ def _jax_block(a: dict[str, Tensor], at: str) -> tuple[dict[str, Tensor], int]:
     }, query.shape[1]
 
 
+def refuse_representation_layer(names: Iterable[str]) -> None:
+    """ModelError where a file has the layer `pre_logits`, which timm would drop in silence."""
+    found = next((name for name in names if name.startswith("pre_logits")), None)
+    if found is not None:
+        raise ModelError(
+            f"the file has a representation layer between its norm and its head (`{found}`), "
+            "which timm's models lack: they would give other outputs",
+            hint="use weights without it, such as those fine-tuned on ImageNet-1k",
+        )
+
+
+def with_timm_scales(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DeiT III's names of the layer scales turned into timm's."""
+    return {re.sub(r"\.gamma_([12])$", r".ls\1.gamma", k): v for k, v in tensors.items()}
+
+
 def infer(
-    tensors: dict[str, Tensor], *, num_heads: int | None, jax: bool, wrapped: bool
+    tensors: dict[str, Tensor],
+    *,
+    num_heads: int | None,
+    jax: bool,
+    wrapped: bool,
+    img_size: Size | None = None,
 ) -> Architecture:
     """The plain vision transformer that a state dict in timm's names belongs to.
 
@@ -120,9 +157,11 @@ def infer(
             standard width.
         jax: the file is a JAX archive; wrapped: its weights lay under a key `model`. Both only
             decide which preprocessing is assumed, which the notes say.
+        img_size: height and width that were asked for; where the file has just as many positions
+            as these need, they are its own.
 
     Raises:
-        ModelError: not a plain vision transformer, or the heads cannot be told.
+        ModelError: not a plain vision transformer, or the heads or the grid cannot be told.
     """
     patch, fc1, depth = _landmarks(tensors)
     width, hidden = patch.shape[0], fc1.shape[0]
@@ -130,12 +169,13 @@ def infer(
     registers = next((tensors[k] for k in ("reg_token", "register_tokens") if k in names), None)
     prefix = sum(k in names for k in ("cls_token", "dist_token"))
     prefix += registers.shape[1] if registers is not None else 0
-    grid, no_embed_class = _grid(tensors, prefix)
+    grid, no_embed_class, notes = _grid(tensors, prefix, img_size)
     qkv = tensors["blocks.0.attn.qkv.weight"]
-    heads, notes = _heads(tensors, width, qkv.shape[0] // 3, num_heads)
+    heads, said = _heads(tensors, width, qkv.shape[0] // 3, num_heads)
+    notes += said
     average = "fc_norm.weight" in names or "cls_token" not in names
     args: dict[str, Any] = {
-        "img_size": [grid * patch.shape[2], grid * patch.shape[3]],
+        "img_size": [grid[0] * patch.shape[2], grid[1] * patch.shape[3]],
         "patch_size": patch.shape[2] if patch.shape[2] == patch.shape[3] else list(patch.shape[2:]),
         "in_chans": patch.shape[1],
         "num_classes": tensors["head.weight"].shape[0] if "head.weight" in names else 0,
@@ -157,6 +197,7 @@ def infer(
     arch = "vit_base_patch16_224"
     if "dist_token" in names:  # its own class in timm, with fewer choices
         arch = "deit_base_distilled_patch16_224"
+        args.pop("fc_norm")
     half = jax or not (wrapped or "fc_norm.weight" in names)
     notes.append(
         "the file does not say its preprocessing: assumed mean and standard deviation "
@@ -176,17 +217,19 @@ def _landmarks(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
     )
     missing = [k for k in needed if k not in tensors]
     if missing:
+        known = foreign_layout(tensors)
         raise ModelError(
             f"`auto` reads plain vision transformers in timm's, DeiT's, MAE's or JAX's layout, and "
-            f"the file lacks `{missing[0]}`; its first tensors: {', '.join(list(tensors)[:3])}",
-            hint=BY_NAME,
+            f"the file {f'is {known[0]}: it ' if known else ''}lacks `{missing[0]}`; its first "
+            f"tensors: {', '.join(list(tensors)[:3])}",
+            hint=known[1] if known else by_name(tensors),
         )
     patch, _, fc1, fc2 = (tensors[k] for k in needed)
     if patch.dim() != 4 or fc1.shape[0] != fc2.shape[1]:
         raise ModelError(
             f"`auto` reads plain two-layer MLPs, and the file's first has fc1 {list(fc1.shape)} "
             f"and fc2 {list(fc2.shape)}: it is gated, or not a vision transformer",
-            hint=BY_NAME,
+            hint=by_name(tensors),
         )
     found = {int(m[1]) for k in tensors if (m := re.match(r"blocks\.(\d+)\.", k))}
     depth = max(found) + 1
@@ -207,23 +250,95 @@ def _landmarks(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
     return patch, fc1, depth
 
 
-def _grid(tensors: dict[str, Tensor], prefix: int) -> tuple[int, bool]:
-    """Side of the square patch grid, and whether positions leave the prefix tokens out."""
+@dataclass
+class _Reading:
+    """One way to read the positions of a file."""
+
+    patches: int
+    prefix: int  # positions for class token, distillation token and registers
+
+    @property
+    def side(self) -> int:
+        """Of a square grid; 0 if the patches form none."""
+        side = math.isqrt(max(self.patches, 0))
+        return side if side * side == self.patches else 0
+
+    def shapes(self) -> list[Size]:
+        """The square, or grids at most four times as long as wide, the nearest to square first."""
+        if self.side:
+            return [(self.side, self.side)]
+        low = range(math.isqrt(max(self.patches, 0)), 0, -1)
+        pairs = [(h, self.patches // h) for h in low if self.patches % h == 0]
+        return [pair for h, w in pairs if w <= 4 * h for pair in ((h, w), (w, h))]
+
+
+def _grid(
+    tensors: dict[str, Tensor], prefix: int, img_size: Size | None
+) -> tuple[Size, bool, list[str]]:
+    """Rows and columns of the patch grid, and whether positions leave prefix tokens out.
+
+    The file says no more than how many positions there are. Taken is the grid of `img_size`, if
+    it has as many; else a square beside positions for the prefix tokens; else a square without
+    these, if nothing else is possible.
+    """
     if "pos_embed" not in tensors:
         raise ModelError(
-            "the file has no `pos_embed`, so the image size is not in it",
-            hint=BY_NAME,
+            "the file has no `pos_embed`, so the image size is not in it", hint=by_name(tensors)
         )
     n = tensors["pos_embed"].shape[1]
-    for outside in (False, True):
-        patches = n if outside else n - prefix
-        side = math.isqrt(max(patches, 0))
-        if side > 0 and side * side == patches:
-            return side, outside and prefix > 0
-    raise ModelError(
-        f"`pos_embed` holds {n} positions, which with {prefix} prefix tokens is no square grid",
-        hint=BY_NAME,
+    patch: Size = tuple(tensors["patch_embed.proj.weight"].shape[2:])  # type: ignore[assignment]
+    readings = [_Reading(n - count, count) for count in _prefix_positions(tensors, n, prefix)]
+    if img_size is not None:
+        asked = img_size[0] // patch[0], img_size[1] // patch[1]
+        for reading in readings:
+            if asked[0] * asked[1] == reading.patches:
+                taken = f"{reading.patches} patches: read as {by(asked)}, as the image size says"
+                return asked, reading.prefix < prefix, [taken]
+    square = next((r for r in readings if r.side), None)
+    if square and (square is readings[0] or not readings[0].shapes()):
+        grid, pixels = (square.side, square.side), (square.side * patch[0], square.side * patch[1])
+        taken = (
+            f"{square.patches} patches: read as {by(grid)}, {by(pixels)} pixels; another shape is "
+            "said by `--img-size HxW`"
+        )
+        return grid, square.prefix < prefix, [taken]
+    raise _unknown_grid(n, readings, patch)
+
+
+def _prefix_positions(tensors: dict[str, Tensor], n: int, prefix: int) -> list[int]:
+    """How many of the positions may belong to prefix tokens, the usual number first."""
+    if "register_tokens" in tensors:  # DINOv2: the class token alone
+        return [1]
+    if "blocks.0.gamma_1" in tensors and math.isqrt(n) ** 2 == n:  # DeiT III
+        return [0]
+    return [prefix, 0] if prefix else [0]
+
+
+def _unknown_grid(n: int, readings: list[_Reading], patch: Size) -> UnknownGrid:
+    said, flags = [], []
+    for reading in readings:
+        pixels = [(h * patch[0], w * patch[1]) for h, w in reading.shapes()[:2]]
+        if pixels:
+            grids = " or ".join(map(by, reading.shapes()[:2]))
+            others = (
+                "" if len(readings) == 1 else f" and {reading.prefix or 'none'} of other tokens"
+            )
+            said.append(f"those of {reading.patches} patches ({grids}){others}")
+            flags += [
+                f"`--img-size {size[0] if size[0] == size[1] else by(size)}`" for size in pixels
+            ]
+    return UnknownGrid(
+        f"the image size is not in the file: its {n} positions may be "
+        + (", or ".join(said) or "any grid"),
+        hint="say the height and width it was trained at: "
+        + (", ".join(flags) or "`--img-size HxW`")
+        + " (`img_size=(height, width)` in Python)",
     )
+
+
+def by(size: Size) -> str:
+    """`4x6`."""
+    return f"{size[0]}x{size[1]}"
 
 
 def _heads(

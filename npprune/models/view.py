@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from npprune.core.view import Given, HiddenEdit, Projections, Scope
 from npprune.errors import ModelError
 from npprune.models.attention import answer_first_query, projections
+from npprune.models.layouts import foreign_layout
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """Of the network's products: float32; float32 with TF32's ten bits on a GPU (see
@@ -296,8 +297,7 @@ def _blocks(model: nn.Module) -> list[Any]:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
         raise ModelError(
-            f"{name} has no `blocks`: npprune needs a plain vision transformer",
-            hint="hierarchical models (Swin, PVT, ...) are not supported",
+            f"{name} has no `blocks`: npprune needs a plain vision transformer", hint=_inside(model)
         )
     for part, what in NOT_PLAIN.items():
         if hasattr(model, part):
@@ -318,6 +318,17 @@ def _blocks(model: nn.Module) -> list[Any]:
         if not callable(getattr(model, part, None)):
             raise ModelError(f"{name} has no `{part}`: npprune needs a plain vision transformer")
     return list(blocks)  # their parts are found at run time
+
+
+def _inside(model: nn.Module) -> str:
+    """The next step for a module without `blocks`: a network in it, or what it is."""
+    for part, module in model.named_children():
+        if isinstance(getattr(module, "blocks", None), (nn.Sequential, nn.ModuleList)):
+            return f"the network is inside it: give its `.{part}`"
+    known = foreign_layout(model.state_dict())
+    if known is None:
+        return "timm's plain vision transformers are supported, such as `vit_small_patch16_224`"
+    return f"it is {known[0]}; use timm's network, such as `vit_small_patch16_224`"
 
 
 def _has_class_token(model: Any) -> bool:

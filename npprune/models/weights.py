@@ -1,13 +1,14 @@
 """Reading a checkpoint file of any common kind into tensors, without running code from it.
 
 safetensors; PyTorch files with `weights_only=True`; NumPy archives with `allow_pickle=False`.
+Which of a file's tensors are the network is found by `unwrap`.
 """
 
 from __future__ import annotations
 
-import argparse
 import pickle
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,7 @@ import torch
 from torch import Tensor
 
 from npprune.errors import ModelError
-
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
-"""Keys that hold the weights in a training checkpoint, the averaged weights first (as timm)."""
-
-PREFIXES = ("_orig_mod.", "module.", "model.")
-"""What torch.compile, data parallelism and trainers put before every name."""
+from npprune.models.unwrap import Shapes, unwrap
 
 
 @dataclass
@@ -31,15 +27,19 @@ class Weights:
     tensors: dict[str, Tensor]
     layout: str  # "torch" | "jax"
     wrapper: str | None = None  # the key that held them
+    beside: dict[str, Tensor] = field(default_factory=dict)  # the file's other tensors
     notes: list[str] = field(default_factory=list)
 
 
-def read_weights(path: Path) -> Weights:
-    """The tensors of a checkpoint file, on the CPU.
+def read_weights(path: Path, like: Callable[[], Shapes] | None = None) -> Weights:
+    """The tensors of the network in a checkpoint file, on the CPU.
 
     `.npz` is read as a JAX archive, `.safetensors` as such, all else by `torch.load` with
-    `weights_only=True`. Wrapping keys (`model`, `state_dict`, averaged weights first) and common
-    prefixes (`module.`) are removed.
+    `weights_only=True`. Keys and prefixes around the network are removed (`unwrap`).
+
+    Args:
+        path: the file.
+        like: gives the shapes by name of the wanted network, for a file with different ones.
 
     Raises:
         ModelError: the file is missing, empty, a folder, damaged, holds pickled code, holds no
@@ -48,10 +48,11 @@ def read_weights(path: Path) -> Weights:
     _check_file(path)
     if path.suffix == ".npz":
         weights = Weights(_read_npz(path), "jax")
-    elif path.suffix == ".safetensors":
-        weights = Weights(_without_prefixes(_read_safetensors(path)), "torch")
     else:
-        weights = _unwrap(_read_torch(path), path)
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
+        found = unwrap(read(path), path, like)
+        key = ".".join(found.path) or None
+        weights = Weights(found.tensors, "torch", key, found.beside, found.notes)
     for name, tensor in weights.tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
@@ -98,26 +99,71 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
 
 
 def _read_torch(path: Path) -> Any:
+    _refuse_programs(path)
     try:
-        # Training scripts store their parsed arguments beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
         code = _pickled_code(path)
         if not code:
             raise _damaged(path, "PyTorch", err) from err
+        hint = "where the file comes from, save its state dict alone: `model.state_dict()`"
+        if any(name.startswith(("torch.nn.", "timm.", "torchvision.")) for name in code):
+            hint = "it is a whole pickled network: " + hint
         raise ModelError(
             f"checkpoint {path} holds pickled code ({', '.join(code[:3])}), which is not run",
-            hint="save its state dict alone, best as safetensors",
+            hint=hint,
         ) from err
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as err:
         raise _damaged(path, "PyTorch", err) from err
 
 
+def _refuse_programs(path: Path) -> None:
+    """ModelError for archives of programs, which hold weights in other ways."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.partition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError):
+        return  # PyTorch's older format, or damaged
+    if "constants.pkl" in names:
+        raise ModelError(
+            f"checkpoint {path} is a TorchScript archive, and programs are not run",
+            hint="take its weights out: `import torch; "
+            "torch.save(torch.jit.load(FILE).state_dict(), 'weights.pth')`",
+        )
+    if any(name.startswith(("models/", "data/weights/", "data/constants/")) for name in names):
+        raise ModelError(
+            f"checkpoint {path} is an archive of torch.export, and programs are not run",
+            hint="take its weights out: `import torch; "
+            "torch.save(torch.export.load(FILE).state_dict, 'weights.pth')`",
+        )
+
+
+class _Inert:
+    """Stands for a value that is not looked at: nothing of its own type is run."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+def _plain_types() -> list[Any]:
+    """What training scripts store beside the weights, and is no code: parsed arguments, paths,
+    NumPy's numbers and arrays, PyTorch's version. Under all names that these have had."""
+    paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
+    names = ["argparse.Namespace", "torch.torch_version.TorchVersion"]
+    names += [f"{module}.{kind}" for module in ("pathlib", "pathlib._local") for kind in paths]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # before and since NumPy 2
+        names += [f"{module}.scalar", f"{module}._reconstruct"]
+    names += ["numpy.dtype", "numpy.ndarray"]
+    return [(_Inert, name) for name in names]
+
+
 def _pickled_code(path: Path) -> list[str]:
     """What a PyTorch file would import beyond tensors; empty if it cannot be told."""
     try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        with torch.serialization.safe_globals(_plain_types()):
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # only words the error that is raised anyway
         return []
 
@@ -129,37 +175,3 @@ def _damaged(path: Path, kind: str, err: Exception) -> ModelError:
         hint="it is damaged, cut short, or of another kind; `.safetensors` and `.npz` are read "
         "by their suffix, everything else as a PyTorch file",
     )
-
-
-def _unwrap(loaded: Any, path: Path) -> Weights:
-    """The weights inside a training checkpoint."""
-    wrapper = None
-    if isinstance(loaded, dict):
-        wrapper = next((k for k in WRAPPERS if isinstance(loaded.get(k), dict)), None)
-    found = loaded[wrapper] if wrapper else loaded
-    tensors = (
-        {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
-        if isinstance(found, dict)
-        else {}
-    )
-    if not tensors:
-        what = (
-            f"a dictionary with {', '.join(map(repr, list(found)[:4])) or 'nothing'}"
-            if isinstance(found, dict)
-            else type(found).__name__
-        )
-        raise ModelError(
-            f"checkpoint {path} must hold named tensors, got {what}",
-            hint="save `model.state_dict()`, alone or under the key `model` or `state_dict`",
-        )
-    notes = [f"averaged weights: the file's `{wrapper}`"] if wrapper in WRAPPERS[:2] else []
-    return Weights(_without_prefixes(tensors), "torch", wrapper, notes)
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes that all of them share."""
-    while True:
-        shared = next((p for p in PREFIXES if all(k.startswith(p) for k in tensors)), None)
-        if shared is None or not tensors:
-            return tensors
-        tensors = {k.removeprefix(shared): v for k, v in tensors.items()}

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from npprune.errors import RecipeError
-from npprune.recipe.sections import Recipe, Section
+from npprune.recipe.sections import IMG_SIZE, Recipe, Section
 from npprune.recipe.tree import Place, show
 from npprune.words import did_you_mean
 
@@ -33,6 +33,7 @@ def bounds(section: type[BaseModel], name: str) -> str:
 
 _RULES = {  # fields whose rule is not said by their type and bounds
     "device": "one of `auto`, `cpu`, `cuda`, `cuda:N`, `mps`",
+    "model.img_size": IMG_SIZE,
     "data.classes": "a list of indices, synsets or names, or a file's path",
     "data.mean": "a list of numbers, one per channel",
     "data.std": "a list of numbers above 0, one per channel",

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from npprune import words
 
 BUDGETS = ("keep", "target_params", "target_macs", "target_latency")
 """Fields of the prune section of which one says how much stays."""
+IMG_SIZE = "one side or height x width in pixels, such as `224` or `192x256`"
 
 
 class Section(BaseModel):
@@ -29,15 +39,33 @@ class Section(BaseModel):
         return value
 
 
+Pixels = Annotated[int, Field(ge=1)]
+
+
 class ModelSection(Section):
     """Which network. `auto` as the name builds the architecture from the checkpoint."""
 
     name: str
     checkpoint: str | None = None
     num_classes: int | None = Field(None, ge=1)
-    img_size: int | None = Field(None, ge=1)
+    img_size: Pixels | list[Pixels] | None = None  # one side, or height and width; `HxW` as text
     num_heads: int | None = Field(None, ge=1)
     released_head: bool = False  # MAE as the paper's released program runs it: normalised twice
+
+    @field_validator("img_size", mode="wrap")
+    @classmethod
+    def _sides(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+        """`224`, `"192x256"`, `"192,256"` or `[192, 256]`."""
+        if isinstance(value, str) and re.fullmatch(r"\d+([x,]\d+)?", value):
+            sides = [int(side) for side in re.split("[x,]", value)]
+            value = sides if len(sides) == 2 else sides[0]
+        try:
+            value = check(value)
+        except ValidationError:
+            value = []
+        if isinstance(value, list) and len(value) != 2:
+            raise PydanticCustomError("img_size", "must be " + IMG_SIZE)
+        return value
 
 
 class DataSection(Section):

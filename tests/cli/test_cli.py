@@ -438,11 +438,11 @@ def test_discover(stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
     called = stage("discover", "discover", a_result())
     args = ["--topk", "3", "--points", "7", "--classes", "1,n01440764", "--classes", "tench"]
     args += ["--batch-size", "4", "--no-crop", "--mean", "0.5,0.5,0.5", "--device", "cuda:1"]
-    args += ["--seed", "9", "--img-size", "96", "--images-per-class", "5"]
+    args += ["--seed", "9", "--img-size", "96x64", "--images-per-class", "5"]
     args += ["--precision", "tf32", "--compile"]
     assert app.run_app(["discover", "vit_test.orig", "--data", "folder:a", *args]) == 0
     model, data, settings, out = called.args
-    assert model == ModelSection(name="vit_test.orig", img_size=96)
+    assert model == ModelSection(name="vit_test.orig", img_size=[96, 64])
     assert settings == DiscoverSection(
         topk=3, points=7, batch_size=4, precision="tf32", compile=True
     )

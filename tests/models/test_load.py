@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import pickle
 import socket
-from pathlib import Path
+import warnings
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from npprune.errors import ModelError
 from npprune.models import hub
+from npprune.models import load as loading
 from npprune.models.foreign import jax_to_timm
 from npprune.models.load import build, create, load, load_model, model_info, weights_sha256
 from npprune.records import CheckpointConfig, ModelSource
@@ -207,6 +209,210 @@ def test_positions_are_resampled_for_another_image_size(tmp_path: Path) -> None:
         load("auto", checkpoint=tmp_path / "w.pth", num_heads=3, img_size=0)
 
 
+def test_a_file_of_another_grid_is_never_read_as_a_square(tmp_path: Path) -> None:
+    def saved(grid: tuple[int, int], **args: Any) -> tuple[Path, nn.Module]:
+        model = tiny(img_size=(grid[0] * 8, grid[1] * 8), depth=1, **args)
+        path = tmp_path / f"{grid}{sorted(args)}.pth"
+        torch.save(model.state_dict(), path)
+        return path, model
+
+    for grid in ((4, 6), (3, 5), (2, 4), (7, 9)):  # k - 1 x k + 1 and the class token make k x k
+        path, model = saved(grid)
+        size = (grid[0] * 8, grid[1] * 8)
+        with pytest.raises(ModelError, match="the image size is not in the file") as err:
+            load("auto", checkpoint=path, num_heads=3)
+        assert f"`--img-size {size[0]}x{size[1]}`" in str(err.value.hint)
+        loaded = load("auto", checkpoint=path, num_heads=3, img_size=size)
+        assert loaded.info.preprocessing.input_size == (3, *size)
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(loaded.model(x), model(x))
+    path, model = saved((4, 4), no_embed_class=True)
+    with pytest.raises(ModelError, match=r"3x5 or 5x3\) and 1 of other.*4x4\) and none") as err:
+        load("auto", checkpoint=path, num_heads=3)
+    assert "`--img-size 32`" in str(err.value.hint)
+    again = load("auto", checkpoint=path, num_heads=3, img_size=32).model
+    torch.testing.assert_close(again(images()), model(images()))
+    path, model = saved((2, 8))  # 16 patches: taken as a square, which is said
+    assert "16 patches: read as 4x4" in load("auto", checkpoint=path, num_heads=3).notes[0]
+    loaded = load("auto", checkpoint=path, num_heads=3, img_size=(16, 64))
+    x = torch.randn(1, 3, 16, 64)
+    torch.testing.assert_close(loaded.model(x), model(x))
+
+
+def test_auto_names_what_it_has_no_place_for(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    layers: dict[str, str] = {
+        "pre_logits.fc.weight": "representation layer .*`pre_logits.fc.weight`",
+        "aux_head.weight": r"1 tensors that a plain .* lacks: `aux_head.weight` \[5, 24\]",
+        "head_dist.weight": "lacks: `head_dist.weight`",
+        "blocks.0.attn.qkv.lora_A.weight": "lacks: `blocks.0.attn.qkv.lora_A.weight`",
+    }
+    for name, message in layers.items():
+        torch.save({**state, name: torch.ones(5, 24)}, tmp_path / "w.pth")
+        with pytest.raises(ModelError, match=message):
+            load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    archive = jax_archive(tiny())
+    np.savez(tmp_path / "w.npz", **archive, **{"extra/kernel": np.ones(3)})
+    with pytest.raises(ModelError, match="1 arrays that a plain ViT lacks: `extra/kernel`"):
+        load("auto", checkpoint=tmp_path / "w.npz")
+    torch.save({**state, "mask_token": torch.ones(1, 24)}, tmp_path / "m.pth")
+    notes = load("auto", checkpoint=tmp_path / "m.pth", num_heads=3).notes
+    assert "not used: `mask_token`, for which the network has no place" in notes
+
+
+# ------------------------------------------------------------------ as trainers write them
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+STATE = tiny().state_dict()
+OTHER = {name: tensor + 1 for name, tensor in STATE.items()}  # another state of the network
+SMALL = randomised(create("vit_base_patch16_224", {**TINY, "depth": 1}), 3).state_dict()
+HEADLESS = {name: tensor for name, tensor in STATE.items() if not name.startswith("head")}
+LOSS = {"criterion.weight": torch.ones(5)}
+BESIDE = {
+    "args": argparse.Namespace(out=Path("runs"), lr=np.float32(1e-3)),
+    "best": np.float64(0.5),
+    "history": np.zeros(3),
+    "dir": PureWindowsPath("C:/runs"),
+    "torch": torch.__version__,
+}
+FOUND: dict[str, tuple[Any, str]] = {  # contents, what a note says
+    **{
+        f"prefix {p}": ({"state_dict": prefixed(p, STATE)}, "")
+        for p in ("net.", "vit.", "encoder.", "backbone.", "_orig_mod.module.", "model.net.")
+    },
+    **{
+        f"key {key}": ({key: STATE, "epoch": 3, **BESIDE}, "")
+        for key in ("model_state_dict", "model", "net", "weights", "params", "student", "module")
+    },
+    "averaged by PyTorch": (
+        {"n_averaged": torch.tensor(5), **prefixed("module.", STATE)},
+        "left out, being no part of the network: `n_averaged`",
+    ),
+    "a loss under the trainer": ({"state_dict": prefixed("model.", STATE) | LOSS}, "criterion"),
+    "a loss beside bare names": ({"state_dict": STATE | LOSS}, "`criterion.weight`"),
+    "a measure": ({"model_state_dict": STATE, "best_acc": torch.tensor(0.5)}, "`best_acc`"),
+    "an optimizer": (
+        {
+            "model": STATE,
+            "optimizer": {"state": {0: {"step": torch.ones(1), "exp": torch.ones(2)}}},
+        },
+        "`optimizer` (2 tensors)",
+    ),
+    "compiled blocks": (
+        {k.replace("blocks.0.", "blocks.0._orig_mod."): v for k, v in STATE.items()},
+        "",
+    ),
+    "averages last": (
+        {"model": OTHER, "ema": prefixed("module.", STATE)},
+        "took `module.` of `ema`",
+    ),
+    "averages in one dictionary": (
+        {"state_dict": prefixed("model.", OTHER) | prefixed("ema_model.", STATE)},
+        "not `model.` of `state_dict`; to take `model.` of `state_dict`, save it alone",
+    ),
+    "a teacher": ({"student": OTHER, "teacher": STATE}, "not `student`"),
+    "the most complete": ({"ema": HEADLESS, "model": STATE}, "took `model`"),
+}
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_the_network_inside_is_found(case: str, tmp_path: Path) -> None:
+    content, said = FOUND[case]
+    torch.save(content, tmp_path / "w.pth")
+    loaded = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    for name, tensor in loaded.model.state_dict().items():
+        assert torch.equal(tensor, STATE[name]), name
+    assert said in "\n".join(loaded.notes)
+
+
+def test_the_network_not_taken_can_be_saved_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in (
+        {"student": OTHER, "teacher": STATE, **BESIDE},
+        {"state_dict": prefixed("model.", OTHER) | prefixed("ema_model.", STATE)},
+    ):
+        torch.save(content, "w.pth")
+        notes = load("auto", checkpoint="w.pth", num_heads=3).notes
+        note = next(n for n in notes if "save it alone" in n)
+        exec(note.split("`")[-2].replace("FILE", "'w.pth'"))
+        model = load("auto", checkpoint="alone.pth", num_heads=3).model
+        assert all(torch.equal(v, OTHER[k]) for k, v in model.state_dict().items())
+
+
+def test_of_different_networks_the_named_one_is_taken(tmp_path: Path, vit_tiny_file: Path) -> None:
+    from safetensors.torch import load_file
+
+    content = {"teacher": SMALL, "student": load_file(vit_tiny_file)}
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match="2 different networks: `teacher`, `student`"):
+        load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    loaded = load("vit_tiny_patch16_224", checkpoint=tmp_path / "w.pth")
+    assert "took `student` (it fits the named architecture), not `teacher`" in loaded.notes[0]
+
+
+NAMED = {  # contents of other kinds, what is said, and the next step
+    "torchvision": (
+        {"conv_proj.weight": 1, "encoder.layers.encoder_layer_0.ln_1.weight": 1},
+        "torchvision's vision transformer",
+        "convert it first",
+    ),
+    "hugging face": (
+        {"vit.embeddings.patch_embeddings.projection.weight": 1},
+        "Hugging Face's vision transformer",
+        "convert it first",
+    ),
+    "adapters": ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": 1}, "LoRA", "merge them"),
+    "a resnet": ({"layer1.0.conv1.weight": 1}, "convolutional network", "plain vision transf"),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_hints_name_the_layout_and_lead_in_no_circle(case: str, tmp_path: Path) -> None:
+    names, what, step = NAMED[case]
+    torch.save({k: torch.ones(2, 2) for k in names}, tmp_path / "w.pth")
+    with pytest.raises(ModelError, match=what) as err:
+        load("auto", checkpoint=tmp_path / "w.pth")
+    assert step in str(err.value.hint)
+    with pytest.raises(ModelError) as err:
+        load("vit_tiny_patch16_224", checkpoint=tmp_path / "w.pth")
+    assert what in str(err.value.hint)
+    assert "auto" not in str(err.value.hint)
+
+
+def test_a_name_leads_to_auto_only_where_auto_reads_the_file(tmp_path: Path) -> None:
+    def hint(tensors: dict[str, Tensor]) -> str:
+        torch.save(tensors, tmp_path / "w.pth")
+        with pytest.raises(ModelError) as err:
+            load("vit_tiny_patch16_224", checkpoint=tmp_path / "w.pth")
+        return str(err.value.hint)
+
+    assert "`auto`" in hint(STATE)
+    assert "--img-size 24x40" in hint(tiny(img_size=(24, 40)).state_dict())
+    assert "`auto`" not in hint({**STATE, "blocks.0.attn.rel.weight": torch.ones(2, 2)})
+    assert "`auto`" not in hint({k: v for k, v in STATE.items() if "qkv" not in k})
+
+
+def test_a_classifier_apart_from_the_network_is_not_lost(tmp_path: Path) -> None:
+    def refused(content: Any, match: str) -> str:
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(ModelError, match=match) as err:
+            load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+        return str(err.value.hint)
+
+    net = prefixed("net.", STATE)
+    assert "`head.weight`" in refused({**net, "top.weight": torch.ones(9, 5)}, "layer `top.weight`")
+    apart = {"backbone": HEADLESS, "classifier": {"weight": torch.ones(9, 24)}}
+    refused(apart, r"layer `classifier.weight` \[9, 24\]")
+    sequence = HEADLESS | {"head.1.weight": STATE["head.weight"], "head.1.bias": STATE["head.bias"]}
+    assert "as `head.weight` and `head.bias`" in refused(sequence, "is a sequence of layers")
+
+
 # ------------------------------------------------------------------ by name
 
 
@@ -241,16 +447,15 @@ def test_wrapped_and_prefixed_checkpoints(vit_tiny_file: Path, tmp_path: Path) -
     other = {k: v + 1 for k, v in plain.items()}
     for i, content in enumerate(
         (
-            plain,
             {"model": plain, "args": argparse.Namespace(lr=0.1)},
-            {"state_dict": prefixed},
             {"model": other, "model_ema": prefixed},
         )
     ):
         torch.save(content, tmp_path / f"{i}.pth")
         loaded = load("vit_tiny_patch16_224", checkpoint=tmp_path / f"{i}.pth")
         assert loaded.info.source.sha256 == sha
-    assert loaded.notes == ["averaged weights: the file's `model_ema`"]
+    assert loaded.notes[0] == "averaged weights: the file's `module.` of `model_ema`"
+    assert "took `module.` of `model_ema` (the most complete, then averaged" in loaded.notes[1]
 
 
 def test_a_checkpoint_of_another_model_names_the_tensors(vit_tiny_file: Path) -> None:
@@ -310,6 +515,56 @@ def test_hub_weights_without_a_classifier_are_refused(tmp_path: Path) -> None:
         load("vit_small_patch14_dinov2", checkpoint=tmp_path / "w.safetensors", img_size=28)
 
 
+def test_a_named_network_resamples_from_the_right_grid(tmp_path: Path) -> None:
+    name, args = "vit_tiny_patch16_224", {"num_classes": 5}
+
+    def saved(size: Any) -> tuple[Path, nn.Module]:
+        model = randomised(create(name, {**args, "img_size": size}))
+        torch.save(model.state_dict(), tmp_path / "w.pth")
+        return tmp_path / "w.pth", model
+
+    path, model = saved((112, 448))  # as many patches as 224 x 224
+    loaded = load(name, checkpoint=path, img_size=(112, 448))
+    assert torch.equal(loaded.model.pos_embed, model.pos_embed)  # type: ignore[arg-type]
+    assert "196 patches: read as 7x28, as the image size says" in loaded.notes
+    path, model = saved((96, 160))
+    with pytest.raises(
+        ModelError, match=r"`pos_embed` is \[1, 61, 192\].*60 patches are no sq"
+    ) as e:
+        load(name, checkpoint=path)
+    assert "--img-size HxW" in str(e.value.hint)
+    loaded = load(name, checkpoint=path, img_size=[96, 160])
+    assert torch.equal(loaded.model.pos_embed, model.pos_embed)  # type: ignore[arg-type]
+    path, model = saved(96)
+    assert "`--img-size 96x96` keeps them" in load(name, checkpoint=path).notes[0]
+
+
+def test_names_that_timm_has_changed(monkeypatch: pytest.MonkeyPatch, vit_tiny_file: Path) -> None:
+    asked: list[str] = []
+
+    def fetched(name: str, cfg: dict[str, Any]) -> Path:
+        asked.append(name)
+        return vit_tiny_file
+
+    monkeypatch.setattr(loading, "fetch", fetched)
+    with pytest.warns(UserWarning, match="timm has renamed"):
+        load_model("vit_tiny_patch16_224_in21k")
+    loaded = load("vit_tiny_patch16_224_in21k", checkpoint=vit_tiny_file)
+    new = "vit_tiny_patch16_224.augreg_in21k"
+    assert asked == [new]
+    assert loaded.info.source.architecture == new
+    assert loaded.notes[0] == f"timm has renamed vit_tiny_patch16_224_in21k: it is {new} now"
+    with pytest.raises(ModelError, match=r"of vit_huge_patch14_224\.orig_in21k have no classifier"):
+        load("vit_huge_patch14_224_in21k")  # said before a download
+    for name, hint in (
+        ("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k", "`vit_tiny_patch16_224.augreg_in21k`"),
+        ("google/vit-base-patch16-224", "near: vit_base_patch16_224"),
+    ):
+        with pytest.raises(ModelError, match="timm has no model named") as err:
+            load(name)
+        assert hint in str(err.value.hint)
+
+
 # ------------------------------------------------------------------ broken files
 
 
@@ -348,6 +603,20 @@ def test_broken_files(tmp_path: Path) -> None:
     refused(tmp_path / "nan.pth", "`a` holds values that are not finite")
     np.savez(tmp_path / "obj.npz", a=np.array([{}], dtype=object))
     refused(tmp_path / "obj.npz", "cannot be read as a NumPy file")
+
+
+def test_programs_are_not_run(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a format that PyTorch gives up
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "s.pt")
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "m.pth")
+    for file, match, step in (
+        ("s.pt", "is a TorchScript archive", "torch.jit.load(FILE).state_dict()"),
+        ("m.pth", r"pickled code \(torch.nn.modules.linear.Linear\)", "whole pickled network"),
+    ):
+        with pytest.raises(ModelError, match=match) as err:
+            load("auto", checkpoint=tmp_path / file)
+        assert step in str(err.value.hint)
 
 
 # ------------------------------------------------------------------ hash, build

@@ -229,6 +229,27 @@ def test_scopes_that_a_model_lacks() -> None:
         make_view(create("vit_base_patch16_224", {**TINY, "global_pool": ""}))
 
 
+def test_the_hint_for_other_modules_is_true() -> None:
+    class Other(nn.Module):
+        def __init__(self, **parts: nn.Module) -> None:
+            super().__init__()
+            for name, part in parts.items():
+                self.add_module(name, part)
+
+    plain = family("vit")[0]
+    layers = nn.ModuleDict({"encoder_layer_0": nn.Linear(2, 2)})
+    for module, hint in (
+        (nn.DataParallel(plain), "the network is inside it: give its `.module`"),
+        (Other(net=plain, criterion=nn.Linear(2, 2)), "give its `.net`"),
+        (Other(conv_proj=nn.Linear(2, 2), encoder=Other(layers=layers)), "torchvision's vision"),
+        (Other(layers=nn.Sequential(Other(blocks=nn.Sequential(plain.blocks)))), "hierarchical"),
+        (nn.Linear(2, 2), "timm's plain vision transformers are supported"),
+    ):
+        with pytest.raises(ModelError, match="has no `blocks`") as err:
+            make_view(module)
+        assert hint in str(err.value.hint)
+
+
 def test_a_block_needs_the_embedding_first() -> None:
     model, images = family("vit")
     with pytest.raises(RuntimeError, match="call `embed` first"):

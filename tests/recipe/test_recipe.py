@@ -339,6 +339,16 @@ def test_yaml_of_a_recipe_gives_it_back(tmp_path: Path) -> None:
     assert plain["data"]["classes"] == recipe.data.classes
 
 
+@pytest.mark.parametrize("said", ["[192, 256]", "192x256", '"192,256"'])
+def test_an_image_size_may_have_two_sides(said: str, tmp_path: Path) -> None:
+    recipe = load_recipe(_file(tmp_path, GOOD), [f"model.img_size={said}"])
+    assert recipe.model.img_size == [192, 256]
+    assert load_recipe(_file(tmp_path, recipe_yaml(recipe))) == recipe
+    for wrong in ("[192]", "0", "192x", "[1, 2, 3]", "true", "[8, 0]"):
+        with pytest.raises(RecipeError, match=r"`model\.img_size` must be one side or"):
+            load_recipe(_file(tmp_path, GOOD), [f"model.img_size={wrong}"])
+
+
 def test_every_shipped_recipe_loads() -> None:
     shipped = shipped_recipes()
     folder = Path(__file__).resolve().parents[2] / "recipes"
