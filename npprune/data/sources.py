@@ -7,24 +7,22 @@ first image is opened.
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.data.images import EXTENSIONS, decode
+from npprune.data.folders import read_classes, without_images
 from npprune.data.labels import Labels, choose_classes, find_labels
 from npprune.errors import DataError
+from npprune.images.decoding import decode
 from npprune.records import ClassInfo, DataInfo
 
 if TYPE_CHECKING:
     from PIL import Image
-
-SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 
 
 @dataclass(frozen=True)
@@ -268,70 +266,24 @@ def _open_folder(
     images_per_class: int | None,
 ) -> ImageSource:
     root = Path(spec.removeprefix("folder:")).expanduser()
-    files = _class_folders(root)
+    tree, files, notes = read_classes(root, named=class_map is not None)
+    empty = [name for name, paths in files.items() if not paths]
+    if empty and classes is None:  # before ranks, which these folders have shifted
+        raise without_images(tree, empty[0])
     labels = find_labels(list(files), num_classes=num_classes, class_map=class_map, where=str(root))
     chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-    for name, paths in files.items():
-        if not paths and (chosen is None or labels.index[name] in chosen):
-            raise DataError(
-                f"class folder `{root / name}` has no images",
-                hint="remove the folder, or choose other classes with --classes",
-            )
+    taken = [name for name in files if chosen is None or labels.index[name] in chosen]
+    for name in taken:
+        if not files[name]:
+            raise without_images(tree, name)
     entries = (
         (path, labels.index[name], partial(decode, root / path, str(root / path)))
         for name, paths in files.items()
         for path in paths
     )
-    return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
-
-
-def _class_folders(root: Path) -> dict[str, list[str]]:
-    """Class folder -> its images below it, relative to `root`; folders in natural order."""
-    from timm.utils.misc import natural_key
-
-    if not root.exists():
-        raise DataError(f"image folder `{root}` does not exist", hint="check the path")
-    if not root.is_dir():
-        raise DataError(f"`{root}` is a file, not an image folder")
-    try:
-        children = list(os.scandir(root))
-        names = sorted(
-            (c.name for c in children if c.is_dir() and not c.name.startswith((".", "__"))),
-            key=lambda name: (natural_key(name), name),
-        )
-        files = {name: sorted(image_files(root, name)) for name in names}
-    except OSError as err:
-        raise DataError(f"cannot list `{err.filename or root}`: {err.strerror}") from err
-    if any(files.values()):
-        inside = [name for name in names if name.lower() in SPLIT_NAMES]
-        if len(inside) == len(names):
-            raise DataError(
-                f"`{root}` holds splits ({', '.join(inside)}), not class folders",
-                hint=f"did you mean `folder:{root / inside[0]}`?",
-            )
-        return files
-    if any(Path(c.name).suffix.lower() in EXTENSIONS for c in children):
-        raise DataError(
-            f"`{root}` holds images without class folders, so without labels",
-            hint="put the images of each class into a folder of its own",
-        )
-    raise DataError(
-        f"no images below `{root}`" + ("" if children else ": the folder is empty"),
-        hint=f"image files end in {', '.join(sorted(EXTENSIONS))}",
-    )
-
-
-def image_files(root: Path, name: str) -> Iterator[str]:
-    """The image files below `root / name`, relative to `root`, in no order to rely on."""
-    for folder, subfolders, files in os.walk(root / name, followlinks=True, onerror=_reraise):
-        subfolders.sort()
-        for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
-                yield PurePosixPath(Path(folder, file).relative_to(root)).as_posix()
-
-
-def _reraise(err: OSError) -> None:
-    raise err
+    source = MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
+    source.notes = [*notes, *labels.notes, *tree.notes(taken)]
+    return source
 
 
 def _require_all(source: ImageSource, chosen: list[int] | None, taken: Counter[int]) -> None:
