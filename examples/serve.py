@@ -8,16 +8,15 @@ No PyTorch runs here: ONNX Runtime, with the labels and the preprocessing from t
 """
 
 import argparse
-import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Query, UploadFile
-from PIL import Image
 
 from npprune.export.predict import Classifier
+from npprune.images.decoding import UnreadableImage, decode
 
 MAX_BYTES = 20 * 2**20
 
@@ -44,9 +43,10 @@ def make_app(model: Path, provider: str = "auto", threads: int | None = None) ->
         if len(data) > MAX_BYTES:
             raise HTTPException(413, f"an image may have {MAX_BYTES} bytes")
         try:
-            image = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-            raise HTTPException(422, f"{file.filename} is not a readable image") from err
+            image = decode(data, str(file.filename))
+        except UnreadableImage as err:
+            said = f"{file.filename} is not a readable image: {err.reason}"
+            raise HTTPException(422, said) from err
         return {"guesses": [asdict(g) for g in classifier.classify([image], topk=topk)[0]]}
 
     return app

@@ -90,6 +90,7 @@ def command(
         provider=provider,
         threads=threads,
         on_bad="skip" if on_bad_image == "skip" else "error",
+        warn=lambda note: output.warn([note]),
     )
     seen = _Count()
     first = next(found)  # what cannot start is said before anything is written

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from npprune.data.images import UnreadableImage
 from npprune.data.sources import ImageSource, Item, Sample
 from npprune.data.transforms import Transform
 from npprune.errors import DataError
+from npprune.images.decoding import UnreadableImage
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.data.images import UnreadableImage, decode, to_rgb
 from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
 from npprune.data.sources import ImageSource, MapSource, StreamSource
 from npprune.errors import DataError
+from npprune.images.decoding import ENDINGS, UnreadableImage, decode, reading, to_rgb
 from npprune.records import plain_text
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _create(spec: str, parsed: ReaderSpec) -> Any:
             raise DataError(f"`{spec}`: `num_samples` must be a count, got `{given}`")
         extra["num_samples"] = int(given) if given else (1 if parsed.prefix == "hfids" else None)
     if parsed.prefix == "wds":
-        extra.setdefault("input_key", "jpg;jpeg;png;webp")
+        extra.setdefault("input_key", ";".join(ending[1:] for ending in ENDINGS))
     try:
         return create_dataset(
             f"{parsed.prefix}/{parsed.name}",
@@ -264,10 +264,8 @@ def _torch_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
 
 
 def _from_torch(dataset: Any, i: int) -> Image.Image:
-    try:
+    with reading(f"{i:08d}"):
         return to_rgb(dataset[i][0])
-    except (OSError, ValueError, SyntaxError) as err:
-        raise UnreadableImage(f"{i:08d}", str(err)) from err
 
 
 def _hfds_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
@@ -330,17 +328,23 @@ def _from_hf(image: dict[str, Any], i: int) -> Image.Image:
     id = f"{i:08d}"
     if image.get("bytes"):
         return decode(image["bytes"], id)
+    path = Path(image.get("path") or "")
+    if path.is_file():
+        return decode(path, id)
     from datasets import Image as HfImage
 
-    try:
+    with reading(id):  # from the network, by its own decoder
         return to_rgb(HfImage().decode_example(image))
-    except (OSError, ValueError, SyntaxError) as err:
-        raise UnreadableImage(id, str(err)) from err
 
 
 def _decoded_samples(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
     for i, (image, target) in enumerate(dataset):
-        yield f"{i:08d}", target, partial(to_rgb, image)
+        yield f"{i:08d}", target, partial(_from_pillow, image, f"{i:08d}")
+
+
+def _from_pillow(image: Image.Image, id: str) -> Image.Image:
+    with reading(id):
+        return to_rgb(image)
 
 
 def _known_length(reader: Any, parsed: ReaderSpec) -> int | None:

@@ -7,24 +7,22 @@ first image is opened.
 from __future__ import annotations
 
 import hashlib
-import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.data.images import EXTENSIONS, decode
+from npprune.data.folders import read_classes, without_images
 from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
 from npprune.errors import DataError
+from npprune.images.decoding import decode
 from npprune.records import ClassInfo, DataInfo, plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
-
-SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
 
 
 @dataclass(frozen=True)
@@ -278,78 +276,37 @@ def _open_folder(
     images_per_class: int | None,
 ) -> ImageSource:
     root = Path(spec.removeprefix("folder:")).expanduser()
-    files = {plain_text(name): paths for name, paths in _class_folders(root).items()}
+    tree, folders, notes = read_classes(root, named=class_map is not None)
+    empty = [name for name, paths in folders.items() if not paths]
+    if empty and classes is None:  # before ranks, which these folders have shifted
+        raise without_images(tree, empty[0])
+    shown = {plain_text(name): name for name in folders}
     labels = find_labels(
-        list(files),
+        list(shown),
         num_classes=num_classes,
         class_map=class_map,
         known=known,
         some=classes is not None,
-        images={name: len(paths) for name, paths in files.items()},
+        images={name: len(folders[folder]) for name, folder in shown.items()},
         where=str(root),
     )
     chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-    for name, label in labels.index.items():
-        if not files[name] and (chosen is None or label in chosen):
-            raise DataError(
-                f"class folder `{root / name}` has no images",
-                hint="remove the folder, or choose other classes with --classes",
-            )
+    taken = {
+        shown[name]: label
+        for name, label in labels.index.items()
+        if chosen is None or label in chosen
+    }
+    for name in taken:
+        if not folders[name]:
+            raise without_images(tree, name)
     entries = (
         (plain_text(path), label, partial(decode, root / path, plain_text(str(root / path))))
-        for name, label in labels.index.items()
-        for path in files[name]
+        for name, label in taken.items()
+        for path in folders[name]
     )
-    return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
-
-
-def _class_folders(root: Path) -> dict[str, list[str]]:
-    """Class folder -> its images below it, relative to `root`; folders in natural order."""
-    from timm.utils.misc import natural_key
-
-    if not root.exists():
-        raise DataError(f"image folder `{root}` does not exist", hint="check the path")
-    if not root.is_dir():
-        raise DataError(f"`{root}` is a file, not an image folder")
-    try:
-        children = list(os.scandir(root))
-        names = sorted(
-            (c.name for c in children if c.is_dir() and not c.name.startswith((".", "__"))),
-            key=lambda name: (natural_key(name), name),
-        )
-        files = {name: sorted(image_files(root, name)) for name in names}
-    except OSError as err:
-        raise DataError(f"cannot list `{err.filename or root}`: {err.strerror}") from err
-    if any(files.values()):
-        inside = [name for name in names if name.lower() in SPLIT_NAMES]
-        if len(inside) == len(names):
-            raise DataError(
-                f"`{root}` holds splits ({', '.join(inside)}), not class folders",
-                hint=f"did you mean `folder:{root / inside[0]}`?",
-            )
-        return files
-    if any(Path(c.name).suffix.lower() in EXTENSIONS for c in children):
-        raise DataError(
-            f"`{root}` holds images without class folders, so without labels",
-            hint="put the images of each class into a folder of its own",
-        )
-    raise DataError(
-        f"no images below `{root}`" + ("" if children else ": the folder is empty"),
-        hint=f"image files end in {', '.join(sorted(EXTENSIONS))}",
-    )
-
-
-def image_files(root: Path, name: str) -> Iterator[str]:
-    """The image files below `root / name`, relative to `root`, in no order to rely on."""
-    for folder, subfolders, files in os.walk(root / name, followlinks=True, onerror=_reraise):
-        subfolders.sort()
-        for file in files:
-            if os.path.splitext(file)[1].lower() in EXTENSIONS and not file.startswith("."):
-                yield PurePosixPath(Path(folder, file).relative_to(root)).as_posix()
-
-
-def _reraise(err: OSError) -> None:
-    raise err
+    source = MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
+    source.notes = [*notes, *labels.notes, *tree.notes(list(taken))]
+    return source
 
 
 def _require_all(source: ImageSource, chosen: list[int] | None, taken: Counter[int]) -> None:

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.data.images import EXTENSIONS, decode
 from npprune.data.labels import Labels
-from npprune.data.sources import ImageSource, Item, MapSource, Sample, image_files
+from npprune.data.sources import ImageSource, Item, MapSource, Sample
 from npprune.errors import DataError
+from npprune.images.decoding import decode
+from npprune.images.folders import walk
 from npprune.records import DataInfo, plain_text
 
 if TYPE_CHECKING:
@@ -31,22 +32,14 @@ def open_unlabelled(spec: str) -> ImageSource:
             hint=f"did you mean `folder:{spec}`?" if Path(spec).is_dir() else None,
         )
     root = Path(spec.removeprefix("folder:")).expanduser()
-    if not root.is_dir():
-        what = "is a file, not a folder" if root.exists() else "does not exist"
-        raise DataError(f"image folder `{root}` {what}", hint="check the path")
-    try:
-        paths = sorted(image_files(root, "."))
-    except OSError as err:
-        raise DataError(f"cannot list `{err.filename or root}`: {err.strerror}") from err
-    if not paths:
-        raise DataError(
-            f"no images below `{root}`", hint=f"image files end in {', '.join(sorted(EXTENSIONS))}"
-        )
+    tree = walk(root)
+    if not tree.images:
+        raise tree.without_images()
     entries = (
         (plain_text(path), NO_LABEL, partial(decode, root / path, plain_text(str(root / path))))
-        for path in paths
+        for path in tree.images
     )
-    source = MapSource(spec, Labels("none: they are not used", {}, []), entries)
+    source = MapSource(spec, Labels("none: they are not used", {}, [], notes=tree.notes()), entries)
     source.selected = []
     return source
 

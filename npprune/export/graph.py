@@ -45,9 +45,15 @@ def set_metadata(proto: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
 
 
 def save(proto: onnx.ModelProto, path: Path, *, external_above: int = EXTERNAL_ABOVE) -> None:
-    """Write a graph as one file, or two above `external_above` bytes of weights, and check it."""
+    """Write a graph as one file, or two above `external_above` bytes of weights, and check it.
+
+    The file gets the IR version that came with its operator set, for the runtimes of that time.
+    """
     import onnx
 
+    operators = [o for o in proto.opset_import if not o.domain]
+    found = onnx.helper.find_min_ir_version_for(operators, ignore_unknown=True)
+    proto.ir_version = max(found, 8)  # of opset 17, the oldest written here
     size = sum(len(t.raw_data) for t in proto.graph.initializer)
     if size > external_above:
         data = path.name + ".data"

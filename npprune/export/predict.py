@@ -1,27 +1,28 @@
 """Classify images with nothing but an exported file: ONNX Runtime, NumPy and Pillow.
 
-Labels and preprocessing are read from the file's metadata. No PyTorch is loaded.
+Labels and preprocessing are read from the file's metadata. No PyTorch is loaded: images are found
+and decoded by the same code as everywhere in npprune, and resized and cropped by Pillow as timm
+does it. Normalising in NumPy may differ from PyTorch in the last bit of a float32.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from npprune.errors import DataError, ExportError, NpPruneError, UsageError
 from npprune.export.session import open_session
+from npprune.images.decoding import UnreadableImage, decode, to_rgb
+from npprune.images.folders import walk
 from npprune.records import ClassInfo, Preprocessing, from_dict
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
-"""What counts as an image in a folder, whatever the case."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +117,18 @@ def predict(
     provider: str = "auto",
     threads: int | None = None,
     on_bad: Literal["error", "skip"] = "error",
+    warn: Callable[[str], None] | None = None,
 ) -> Iterator[Prediction]:
     """Predictions for `images` (files, and folders searched through), in order, batch by batch.
 
-    An image that cannot be read ends with DataError, or with `on_bad="skip"` gives a prediction
-    without guesses that says why.
+    An image that cannot be read ends with UnreadableImage, a DataError, or with `on_bad="skip"`
+    gives a prediction without guesses that says why. `warn` is told what folders hold besides.
     """
     if batch < 1:
         raise UsageError(f"`batch` must be at least 1, got `{batch}`")
     if topk < 1:
         raise UsageError(f"`topk` must be at least 1, got `{topk}`")
-    files = find_images(images)
+    files = find_images(images, warn)
     classifier = Classifier(onnx_path, provider=provider, threads=threads)
     for start in range(0, len(files), batch):
         opened = [_open(f, on_bad) for f in files[start : start + batch]]
@@ -139,17 +141,19 @@ def predict(
                 yield Prediction(str(file), next(guesses))
 
 
-def find_images(sources: Sequence[Path]) -> list[Path]:
-    """Files as given, and all images below the folders, in the order of their names."""
+def find_images(sources: Sequence[Path], warn: Callable[[str], None] | None = None) -> list[Path]:
+    """Files as given, and all images below the folders, in the order of their names; `warn` is
+    told what was left out. DataError where there are none."""
     found: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise DataError(
-                    f"no image below {source}", hint=f"looked for {', '.join(SUFFIXES)}"
-                )
-            found += inside
+            tree = walk(source)
+            if not tree.images:
+                raise tree.without_images()
+            found += [source / path for path in tree.images]
+            if warn is not None:
+                for note in tree.notes():
+                    warn(note)
         elif source.exists():
             found.append(source)
         else:
@@ -164,7 +168,7 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     evaluation transform: `center` resizes the shorter side, `squash` both, `border` the longer
     one, to size / crop_pct; then the middle is cut out or padded."""
     channels, height, width = preprocessing.input_size
-    image = image.convert("RGB")
+    image = to_rgb(image)
     if channels == 1:
         image = image.convert("L")
     target = [math.floor(side / preprocessing.crop_pct) for side in (height, width)]
@@ -231,17 +235,12 @@ def _resample(name: str) -> Any:
 
 
 def _open(path: Path, on_bad: str) -> Image.Image | str:
-    from PIL import Image
-
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    # Pillow raises these for damaged files, depending on the format and on where the damage is.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as err:
-        said = f"{path} is not a readable image: {' '.join(str(err).split())[:200]}"
+        return decode(path, str(path))
+    except UnreadableImage as err:
         if on_bad == "skip":
-            return said
-        raise DataError(said, hint="--on-bad-image skip leaves it out and counts it") from err
+            return err.message
+        raise
 
 
 def _read_metadata(known: dict[str, str], path: Path) -> tuple[list[ClassInfo], Preprocessing]:

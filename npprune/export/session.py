@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
+_PLACE = re.compile(r"\S*\.(?:cc|cpp|cu|cuh|h|hpp|mm):\d+ ")  # in ONNX Runtime's source
 _GPU_HINT = "pip install 'onnxruntime-gpu[cuda,cudnn]', and a driver that `nvidia-smi` can see"
 
 
@@ -67,7 +69,7 @@ class Session:
         except Exception as err:  # ONNX Runtime's own exceptions share no public base
             raise ExportError(
                 f"{self.path} cannot run on a batch of shape {tuple(batch.shape)} "
-                f"(input `{self.input_name}` {self.input_shape}): {_line(err)}"
+                f"(input `{self.input_name}` {self.input_shape}): {reason(err)}"
             ) from err
         return logits
 
@@ -162,10 +164,8 @@ def _start(path: Path, provider: str, threads: int | None, timed: bool) -> Any:
                 ort.preload_dlls()
             return ort.InferenceSession(str(path), options, providers=wanted, enable_fallback=0)
     except Exception as err:  # ONNX Runtime's own exceptions share no public base
-        raise ExportError(
-            f"{path} cannot be opened: {_line(err)}",
-            hint="the file is damaged, not ONNX, or lacks the `.data` file written with it",
-        ) from err
+        why = reason(err)
+        raise ExportError(f"{path} cannot be opened: {why}", hint=_hint(why)) from err
 
 
 def _session(session: Any, path: Path, asked: str, reason: str, threads: int | None) -> Session:
@@ -181,8 +181,43 @@ def _has_nvidia_driver() -> bool:
     )
 
 
-def _line(err: BaseException) -> str:
-    return " ".join(str(err).split())[:300]
+def reason(err: BaseException) -> str:
+    """What ONNX Runtime says, in one line, without its codes, source files and C++ signatures."""
+    text = " ".join(str(err).split())
+    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"^Load model from .*? failed:", "", text)
+    while place := _PLACE.search(text):
+        text = text[: place.start()] + _after_signature(text[place.end() :])
+    return text or type(err).__name__
+
+
+def _after_signature(text: str) -> str:
+    """`text` without the function it begins with: a bare name, or a signature in C++."""
+    before, _, _ = text.partition("(")
+    if "::" not in before.rpartition(" ")[2]:
+        return text.partition(" ")[2] or text
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if character == ")" and depth == 0:
+            return re.sub(r"^(::\S+)?( const)?( \[with .*?\])? ", "", text[i + 1 :])
+    return text
+
+
+def _hint(why: str) -> str | None:
+    """The next step, where the reason says which."""
+    import onnxruntime as ort
+
+    newer = f"use a newer ONNX Runtime (this is {ort.__version__})"
+    if "IR version" in why or "under development" in why:
+        return f"{newer}, or export with a lower `--opset`"
+    if "not a registered function/op" in why or "No Op registered" in why:
+        return f"{newer}, or the runtime the file was made for"
+    if re.search(r"external|no such file|GetFileLength", why, re.IGNORECASE):
+        return "the `.data` file written with it must lie beside it, whole and under its own name"
+    if "Protobuf parsing failed" in why or "No graph was found" in why:
+        return "the file is damaged, or no ONNX file"
+    return None
 
 
 @contextlib.contextmanager

@@ -21,10 +21,10 @@ from npprune.core import metrics
 from npprune.core.editing import Factors, edited_logits, keep_factors, members, path_factors, stack
 from npprune.core.view import VitView
 from npprune.core.votes import class_top
-from npprune.data.images import UnreadableImage
 from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
 from npprune.errors import DataError, StoreError, UsageError, plural
+from npprune.images.decoding import UnreadableImage
 from npprune.models.info import model_sizes
 from npprune.models.view import make_view
 from npprune.pipeline.device import resolve_device

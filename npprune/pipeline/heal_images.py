@@ -77,6 +77,8 @@ def _unlabelled(
         config.preprocessing, mean=data.mean, std=data.std, interpolation=data.interpolation,
         crop_pct=data.crop_pct, crop_mode=data.crop_mode,
     )  # fmt: skip
+    for note in source.notes:
+        emit(Event(STAGE, note, level="warning"))
     on_bad = data.on_bad_image or "skip"
     return Images(source, pre, make_transform(pre), data, on_bad, STAGE, emit)
 

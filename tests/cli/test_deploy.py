@@ -241,7 +241,8 @@ def test_unreadable_images(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
     target = tmp_path / "p.json"
     assert run(*args, "--out", target) == 2
     err = capsys.readouterr().err
-    assert "01.png is not a readable image" in err
+    assert "cannot read image `" in err
+    assert "01.png`: not an image" in err
     assert "--on-bad-image skip" in err
     assert [p.name for p in tmp_path.iterdir()] == ["in"]  # no half a file
     assert run(*args, "--out", target, "--on-bad-image", "skip") == 0

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torchvision import transforms as tv
 
-from npprune.data.images import UnreadableImage, decode, to_rgb
 from npprune.data.loading import batches
 from npprune.data.sources import ImageSource, open_source
 from npprune.data.transforms import describe, make_transform, resolve
 from npprune.errors import DataError, UsageError
+from npprune.images.decoding import UnreadableImage
 from npprune.records import Preprocessing
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -127,35 +127,6 @@ def test_describe_is_one_line() -> None:
         describe(Preprocessing((3, 224, 192), MEAN, (0.5,) * 3))
         == "224x192 bicubic, crop 0.9 center, mean 0.485 0.456 0.406, std 0.5 0.5 0.5"
     )
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
-def test_every_mode_becomes_rgb(mode: str) -> None:
-    image = to_rgb(noise((8, 6)).convert("RGB").convert(mode))
-    assert (image.mode, image.size) == ("RGB", (8, 6))
-
-
-def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:
-    values = np.array([[0, 257, 32896, 65535]], dtype=np.uint16)
-    Image.fromarray(values).save(tmp_path / "x.png")
-    pixels = np.asarray(decode(tmp_path / "x.png", "x"))
-    assert pixels[0, :, 0].tolist() == [0, 1, 128, 255]
-    assert pixels[0, :, 2].tolist() == [0, 1, 128, 255]
-
-
-def test_float_pixels_are_unreadable(tmp_path: Path) -> None:
-    Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "x.tiff")
-    with pytest.raises(UnreadableImage, match=r"x\.tiff`: float pixels have no fixed range"):
-        decode(tmp_path / "x.tiff", str(tmp_path / "x.tiff"))
-
-
-def test_an_image_beyond_pillows_limit_is_unreadable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    noise((40, 40)).save(tmp_path / "x.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(UnreadableImage, match="exceeds limit"):
-        decode(tmp_path / "x.png", "x")
 
 
 def test_an_unreadable_image_ends_the_run_and_is_named(source: ImageSource, folder: Path) -> None:

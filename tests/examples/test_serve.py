@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -109,7 +110,23 @@ def test_it_answers_what_predict_answers(server, model):
     assert said[0]["probability"] == pytest.approx(expected[0].probability, abs=1e-6)
 
 
-@pytest.mark.parametrize("data", [b"no picture", jpeg()[:100]])
+def test_sixteen_bits_are_no_white(server):
+    answers = []
+    for pixels in (np.arange(0, 256), np.arange(0, 256).astype(np.uint16) * 257):
+        buffer = io.BytesIO()
+        grey = pixels.reshape(16, 16).astype(np.uint8 if pixels.max() < 256 else np.uint16)
+        Image.fromarray(grey).save(buffer, "PNG")
+        answers.append(post(f"{server}/predict", buffer.getvalue()))
+    assert answers[0] == answers[1]
+
+
+def postscript() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("data", [b"no picture", jpeg()[:100], postscript()])
 def test_what_is_no_image_is_refused(server, data):
     with pytest.raises(urllib.error.HTTPError) as err:
         post(f"{server}/predict", data, "notes.txt")
