@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from npprune.core.methods import find_paths
-from npprune.core.paths import PathBatch
-from npprune.core.quadrature import default_points
+from npprune.core.attribution.methods import find_paths
+from npprune.core.attribution.quadrature import default_points
+from npprune.core.attribution.search import PathBatch
 from npprune.core.view import VitView, frozen
 from npprune.errors import DataError, ModelError, UsageError
 from npprune.models.load import build
 from npprune.models.load import load_model as _load_model
 from npprune.models.surgery import apply_plan as _apply_plan
 from npprune.models.view import classifiers, make_view
-from npprune.pipeline.memory import halving, images_that_fit
+from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.records import Plan
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
 from npprune.words import (

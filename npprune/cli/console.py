@@ -23,7 +23,7 @@ from rich.text import Text
 from npprune.errors import UnstoredError
 
 if TYPE_CHECKING:
-    from npprune.pipeline.events import Emit
+    from npprune.pipeline.common.events import Emit
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -130,7 +130,7 @@ def command(
     output = Output(as_json=as_json)
     with output.working() as emit:
         if folder is not None:
-            from npprune.pipeline.export import export_checkpoint
+            from npprune.pipeline.export.stage import export_checkpoint
 
             record = output.result(
                 export_checkpoint,
@@ -144,7 +144,7 @@ def command(
                 command=flags.command_line(ctx),
             )
         else:
-            from npprune.pipeline.export import export_model
+            from npprune.pipeline.export.stage import export_model
 
             model = flags.model_section(source, ctx.params)
             record = output.result(

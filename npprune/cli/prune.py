@@ -212,11 +212,11 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
-    from npprune.pipeline.prune import prune
+    from npprune.pipeline.prune.stage import prune
 
     if heal is not None:
-        from npprune.pipeline.heal import healed_folder
-        from npprune.pipeline.outputs import check_checkpoint, reads_of
+        from npprune.pipeline.common.outputs import check_checkpoint, reads_of
+        from npprune.pipeline.heal.stage import healed_folder
 
         check_checkpoint(healed_folder(folder), reads_of(start), write=not dry_run)
     output = Output(as_json=as_json)
@@ -240,7 +240,7 @@ def command(
     if not healing:
         return
 
-    from npprune.pipeline.heal import heal_pruned, healed_folder
+    from npprune.pipeline.heal.stage import heal_pruned, healed_folder
 
     def train() -> Variant:
         training = HealSection(epochs=heal)

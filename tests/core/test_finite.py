@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npprune.core.methods import find_paths
-from npprune.core.statistics import collect_statistics
+from npprune.core.attribution.methods import find_paths
+from npprune.core.compression.statistics import collect_statistics
 from npprune.errors import DataError, ModelError, NpPruneError
 from npprune.models.view import make_view
 from tests.helpers.tiny import tiny_batch, tiny_vit

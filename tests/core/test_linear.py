@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from npprune.core.compensation import compensate
+from npprune.core.compression.compensation import compensate
+from npprune.core.compression.statistics import Moments
 from npprune.core.linear import factor, regularised, ridge
-from npprune.core.statistics import Moments
 from npprune.errors import ModelError
 
 

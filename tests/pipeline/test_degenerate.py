@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from npprune.core.criteria import score
+from npprune.core.compression.criteria import score
 from npprune.errors import UsageError
-from npprune.pipeline import planning
-from npprune.pipeline.prune import prune
+from npprune.pipeline.prune import planning
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import Variant
 from tests.helpers.tiny import tiny_vit

@@ -11,18 +11,18 @@ import pytest
 from npprune.cli import app
 from npprune.errors import NpPruneError, StoreError, UnstoredError, UsageError
 from npprune.models.info import model_info
-from npprune.pipeline import evaluate as evaluating
-from npprune.pipeline import outputs
-from npprune.pipeline.bench import BenchSettings, bench_checkpoint, bench_files
-from npprune.pipeline.discover import discover
-from npprune.pipeline.events import Event
-from npprune.pipeline.export import export_checkpoint, export_model
-from npprune.pipeline.heal import heal
-from npprune.pipeline.prune import prune
-from npprune.pipeline.released import export_released, import_released
-from npprune.pipeline.results import render_report
+from npprune.pipeline.common import outputs
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.discover.path_files import export_released, import_released
+from npprune.pipeline.discover.stage import discover
+from npprune.pipeline.evaluate import stage as evaluating
+from npprune.pipeline.export.bench import BenchSettings, bench_checkpoint, bench_files
+from npprune.pipeline.export.stage import export_checkpoint, export_model
+from npprune.pipeline.heal.stage import heal
+from npprune.pipeline.prune.stage import prune
 from npprune.pipeline.run import run_recipe
-from npprune.pipeline.study import study
+from npprune.pipeline.study.stage import study
 from npprune.recipe import (
     DataSection,
     DiscoverSection,
