@@ -30,9 +30,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npprune.core.methods import points_of
-from npprune.core.paths import clean_hidden, joint_attribution
-from npprune.core.quadrature import quadrature, rule_for
+from npprune.core.attribution.methods import points_of
+from npprune.core.attribution.quadrature import quadrature, rule_for
+from npprune.core.attribution.search import clean_hidden, joint_attribution
 from npprune.core.view import Scope, VitView, frozen
 from npprune.data.loading import batches
 from npprune.data.sources import open_source

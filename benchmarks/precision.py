@@ -22,7 +22,7 @@ from torch import nn
 
 from npprune.core.view import Scope
 from npprune.models.view import make_view
-from npprune.pipeline.device import products
+from npprune.pipeline.common.device import products
 
 VALIDATION = 50_000  # images of ImageNet's validation set
 

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npprune.core.methods import Method, find_paths
-from npprune.core.paths import Accumulation, PathBatch
-from npprune.core.quadrature import RuleOrAuto, default_points
+from npprune.core.attribution.methods import Method, find_paths
+from npprune.core.attribution.quadrature import RuleOrAuto, default_points
+from npprune.core.attribution.search import Accumulation, PathBatch
 from npprune.core.view import Scope
 from npprune.errors import UsageError
 from npprune.models.load import build, load
 from npprune.models.surgery import apply_plan as _apply_plan
 from npprune.models.view import make_view
-from npprune.pipeline.memory import halving, images_that_fit
+from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.records import Plan
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
 

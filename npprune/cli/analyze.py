@@ -79,7 +79,7 @@ def command(
     every = what == "paths" and classes == ["all"]
     chosen = None if every else flags.classes(classes)
 
-    from npprune.pipeline.analyze import analyze_paths, analyze_scores, analyze_similarity
+    from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyze_similarity
 
     output = Output(as_json=as_json)
     line = flags.command_line(ctx)

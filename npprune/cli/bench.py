@@ -84,7 +84,7 @@ def command(
         raise UsageError("`--dense` goes with a checkpoint; the first of two files is dense")
     folder = None if files else flags.checkpoint_folder(sources[0])
 
-    from npprune.pipeline.bench import BenchSettings, bench_checkpoint, bench_files
+    from npprune.pipeline.export.bench import BenchSettings, bench_checkpoint, bench_files
 
     settings = BenchSettings(runtimes, batches or [1, 16], counts, seconds, provider, memory)
     output = Output(as_json=as_json)

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from npprune.pipeline.events import Emit
+    from npprune.pipeline.common.events import Emit
 
 WIDE_CELL = 20  # columns; a longer interval is broken at its comma, to fit three into 80
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe

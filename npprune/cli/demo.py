@@ -33,7 +33,7 @@ def command(
     """Show everything on a small network and handwritten digits, in under three minutes."""
     chosen, start = flags.device(device), flags.seed(seed)
 
-    from npprune.pipeline.demo import run_demo
+    from npprune.pipeline.demo.stage import run_demo
 
     output = Output(as_json=as_json)
     with output.working() as emit:

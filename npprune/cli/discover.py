@@ -161,7 +161,7 @@ def command(
     chosen, start = flags.device(device), flags.seed(seed)
     folder = flags.out_folder(out or Path("reports") / flags.folder_name(network))
 
-    from npprune.pipeline.discover import discover
+    from npprune.pipeline.discover.stage import discover
 
     output = Output(as_json=as_json)
     with output.working() as emit:

@@ -80,7 +80,7 @@ def run_edit(ctx: typer.Context, run: Path, device: str, as_json: bool) -> None:
     if given.get("data") is not None:
         data = flags.data_section(given, val=given["data"])
 
-    from npprune.pipeline.editing import edit_neurons
+    from npprune.pipeline.analyze.editing import edit_neurons
 
     output = Output(as_json=as_json)
     with output.working() as emit:

@@ -36,7 +36,7 @@ def environment() -> dict[str, Any]:
     import psutil
     import torch
 
-    from npprune.pipeline.device import resolve_device
+    from npprune.pipeline.common.device import resolve_device
 
     device, reason = resolve_device("auto")
     cuda = [

@@ -96,7 +96,7 @@ def command(
     images = flags.data_section(ctx.params, val=data)
     chosen = flags.device(device)
 
-    from npprune.pipeline.evaluate import evaluate
+    from npprune.pipeline.evaluate.stage import evaluate
 
     output = Output(as_json=as_json)
     with output.working() as emit:
@@ -114,7 +114,7 @@ def command(
 
 def _run_result(checkpoint: Path) -> Result | None:
     """The result of the checkpoint's run, with this checkpoint as its only variant."""
-    from npprune.pipeline.results import run_of
+    from npprune.pipeline.common.results import run_of
     from npprune.store.checkpoints import read_config
 
     run = run_of(checkpoint, read_config(checkpoint))

@@ -129,7 +129,7 @@ def command(
     output = Output(as_json=as_json)
     with output.working() as emit:
         if folder is not None:
-            from npprune.pipeline.export import export_checkpoint
+            from npprune.pipeline.export.stage import export_checkpoint
 
             record = export_checkpoint(
                 folder,
@@ -142,7 +142,7 @@ def command(
                 command=flags.command_line(ctx),
             )
         else:
-            from npprune.pipeline.export import export_model
+            from npprune.pipeline.export.stage import export_model
 
             model = flags.model_section(source, ctx.params)
             record = export_model(model, images, settings, out=target, provider=provider, emit=emit)

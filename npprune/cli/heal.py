@@ -142,7 +142,7 @@ def command(
     images = flags.data_section({**ctx.params, "batch_size": None}, train=data)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
-    from npprune.pipeline.heal import heal
+    from npprune.pipeline.heal.stage import heal
 
     output = Output(as_json=as_json)
     with output.working() as emit:

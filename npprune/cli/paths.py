@@ -63,7 +63,7 @@ def export_command(
         raise UsageError(f"`--layout` must be one of `batch`, `image`, got `{layout}`")
     flags.out_folder(out)
 
-    from npprune.pipeline.released import export_released
+    from npprune.pipeline.discover.path_files import export_released
 
     output = Output(as_json=as_json)
     with output.working():
@@ -98,7 +98,7 @@ def import_command(
     network = flags.model_section(model, ctx.params)
     folder = flags.out_folder(out)
 
-    from npprune.pipeline.released import import_released
+    from npprune.pipeline.discover.path_files import import_released
 
     output = Output(as_json=as_json)
     with output.working() as emit:

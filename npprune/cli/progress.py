@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from npprune.pipeline.events import Event
+from npprune.pipeline.common.events import Event
 
 QUIET_SECONDS = 10.0  # without a terminal: a line at least this often,
 QUIET_SHARE = 0.1  # or at every tenth of the work,

@@ -214,7 +214,7 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
-    from npprune.pipeline.prune import prune
+    from npprune.pipeline.prune.stage import prune
 
     output = Output(as_json=as_json)
     with output.working() as emit:
@@ -235,7 +235,7 @@ def command(
     if not healing:
         return
 
-    from npprune.pipeline.heal import heal_pruned
+    from npprune.pipeline.heal.stage import heal_pruned
 
     with output.working() as emit:
         healed, variant = heal_pruned(

@@ -145,7 +145,7 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration, val=val)
     chosen = flags.device(device)
 
-    from npprune.pipeline.study import study
+    from npprune.pipeline.study.stage import study
 
     output = Output(as_json=as_json)
     with output.working() as emit:

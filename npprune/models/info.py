@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from npprune.core import cost
+from npprune.core.compression import cost
 from npprune.errors import ModelError
 from npprune.models.attention import projections
 from npprune.models.view import classifiers, make_view

@@ -16,7 +16,7 @@ from npprune.errors import ModelError
 from npprune.models.foreign import infer, jax_to_timm
 from npprune.models.hub import fetch
 from npprune.models.info import model_info, weights_sha256
-from npprune.models.shapes import fit_to
+from npprune.models.uneven import fit_to
 from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
 from npprune.records import CheckpointConfig, ModelInfo, ModelSource

@@ -16,12 +16,17 @@ import torch_pruning as tp
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from npprune.core.attention import SmallerAttention, smaller_qkv, stand_ins, weight_factors
+from npprune.core.compression.attention import (
+    SmallerAttention,
+    smaller_qkv,
+    stand_ins,
+    weight_factors,
+)
 from npprune.core.view import Projections
 from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
-from npprune.models.shapes import set_heads, set_query_dim
+from npprune.models.uneven import set_heads, set_query_dim
 from npprune.models.view import TimmView, classifiers, make_view
 from npprune.records import Plan
 

@@ -1,5 +1,5 @@
 """Report: a pure function of a run's `result.json`."""
 
-from npprune.pipeline.results import render_report
+from npprune.pipeline.common.results import render_report
 
 __all__ = ["render_report"]

@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from npprune.errors import UsageError
-from npprune.pipeline import digits_network
-from npprune.pipeline.discover import discover
-from npprune.pipeline.evaluate import evaluate
-from npprune.pipeline.events import Emit, Event, ignore
-from npprune.pipeline.export import export_checkpoint
-from npprune.pipeline.heal import heal_pruned
-from npprune.pipeline.processes import processes
-from npprune.pipeline.prune import prune
-from npprune.pipeline.results import render_report
+from npprune.pipeline.common.events import Emit, Event, ignore
+from npprune.pipeline.common.processes import processes
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.demo import network as digits_network
+from npprune.pipeline.discover.stage import discover
+from npprune.pipeline.evaluate.stage import evaluate
+from npprune.pipeline.export.stage import export_checkpoint
+from npprune.pipeline.heal.stage import heal_pruned
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import ModelSection, Recipe
 from npprune.records import Result
 from npprune.store.runs import RunFolder

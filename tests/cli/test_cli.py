@@ -16,7 +16,7 @@ import pytest
 
 from npprune import errors
 from npprune.cli import app, flags
-from npprune.pipeline.events import Event
+from npprune.pipeline.common.events import Event
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, PruneSection
 from npprune.records import (
     Accuracy,
@@ -598,7 +598,7 @@ def test_run_and_demo(
 
 
 def test_env_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("npprune.pipeline.device")
+    pytest.importorskip("npprune.pipeline.common.device")
     assert app.run_app(["env", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["versions"]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -9,11 +9,11 @@ import pytest
 
 from npprune.cli import app
 from npprune.errors import ModelError, StoreError, UsageError
-from npprune.pipeline.prune import prune
-from npprune.pipeline.released import export_released, import_released
+from npprune.pipeline.discover.path_files import export_released, import_released
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import Manifest, from_json
-from npprune.store.released import ReleasedImage, read_released, released_name, write_released
+from npprune.store.paper_files import ReleasedImage, read_released, released_name, write_released
 from npprune.store.runs import RunFolder
 from tests.helpers.discovering import COUNTS, World, make_world
 

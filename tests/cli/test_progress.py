@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from npprune.cli.progress import Progress, duration
-from npprune.pipeline.events import Event
+from npprune.pipeline.common.events import Event
 
 
 class Clock:

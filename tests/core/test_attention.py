@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npprune.core.attention import (
+from npprune.core.compression.attention import (
     SmallerAttention,
     collect_attention,
     query_factors,
@@ -14,9 +14,9 @@ from npprune.core.attention import (
     stand_ins,
     weight_factors,
 )
-from npprune.core.compensation import compensate, error
-from npprune.core.elimination import eliminate_groups
-from npprune.core.harm import layers_replaced, measure_attention_harm, predict
+from npprune.core.compression.compensation import compensate, error
+from npprune.core.compression.elimination import eliminate_groups
+from npprune.core.compression.harm import layers_replaced, measure_attention_harm, predict
 from npprune.core.metrics import divergence
 from npprune.errors import UsageError
 from npprune.models.view import TimmView

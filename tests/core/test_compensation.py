@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from npprune.core.compensation import Cross, choose_shrinkage, compensate, error
-from npprune.core.statistics import Moments
+from npprune.core.compression.compensation import Cross, choose_shrinkage, compensate, error
+from npprune.core.compression.statistics import Moments
 from npprune.errors import UsageError
 
 KEEP = [0, 2, 3, 7]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from npprune.core import cost
+from npprune.core.compression import cost
 from npprune.errors import GateError, UsageError
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npprune.core.criteria import CRITERIA, Context, path_prior, score
-from npprune.core.statistics import Statistics, collect_statistics
+from npprune.core.compression.criteria import CRITERIA, Context, path_prior, score
+from npprune.core.compression.statistics import Statistics, collect_statistics
 from npprune.errors import UsageError
 from tests.core.test_statistics import data, in_batches, tiny_view
 

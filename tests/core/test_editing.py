@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npprune.core.editing import (
+from npprune.core.attribution.editing import (
     edited_logits,
     keep_factors,
     members,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from npprune.core.elimination import eliminate, inverse, square_root
+from npprune.core.compression.elimination import eliminate, inverse, square_root
 from npprune.errors import UsageError
 
 

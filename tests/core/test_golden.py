@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 
 import npprune
-from npprune.models.released import released_head
+from npprune.models.released_head import released_head
 
 pytestmark = pytest.mark.golden
 CLASSES = ["airplane", "cat"]

@@ -9,9 +9,9 @@ import torch
 
 import npprune
 from npprune.cli import app
-from npprune.core.editing import edited_logits, members, path_factors, stack
+from npprune.core.attribution.editing import edited_logits, members, path_factors, stack
 from npprune.models.view import make_view
-from npprune.pipeline.found import open_found
+from npprune.pipeline.discover.finished import open_found
 from tests.core.test_golden import images, lines
 
 pytestmark = pytest.mark.golden

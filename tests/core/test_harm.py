@@ -8,10 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from npprune.core.compensation import compensate
-from npprune.core.harm import Replacement, candidates_for, measure_harm, predict, replaced
+from npprune.core.compression.compensation import compensate
+from npprune.core.compression.harm import (
+    Replacement,
+    candidates_for,
+    measure_harm,
+    predict,
+    replaced,
+)
+from npprune.core.compression.statistics import collect_statistics
 from npprune.core.metrics import divergence
-from npprune.core.statistics import collect_statistics
 from npprune.errors import UsageError
 from npprune.models.view import TimmView, make_view
 from tests.core.test_statistics import data, tiny_view

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from npprune.core import healing, metrics
+from npprune.core import metrics
+from npprune.core.compression import healing
 from npprune.models.surgery import apply_plan
 from npprune.models.view import make_view
 from npprune.records import Plan

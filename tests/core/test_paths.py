@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npprune.core import paths
-from npprune.core.methods import METHODS, find_paths
-from npprune.core.paths import joint_attribution, own_attribution
-from npprune.core.quadrature import END_AT_ONE, Rule, RuleOrAuto, quadrature
+from npprune.core.attribution import search as paths
+from npprune.core.attribution.methods import METHODS, find_paths
+from npprune.core.attribution.quadrature import END_AT_ONE, Rule, RuleOrAuto, quadrature
+from npprune.core.attribution.search import joint_attribution, own_attribution
 from npprune.core.view import Scope
 from npprune.models.view import make_view
 from tests.helpers.tiny import tiny_batch, tiny_vit

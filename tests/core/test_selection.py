@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from npprune.core import selection
+from npprune.core.compression import selection
 from npprune.errors import GateError, UsageError
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npprune.core.compensation import choose_shrinkage, compensate
-from npprune.core.elimination import SHRINKAGE
-from npprune.core.harm import Replacement
-from npprune.core.sequential import PRIOR_IMAGES, compensate_in_sequence
-from npprune.core.statistics import Moments, collect_statistics
+from npprune.core.compression.compensation import choose_shrinkage, compensate
+from npprune.core.compression.elimination import SHRINKAGE
+from npprune.core.compression.harm import Replacement
+from npprune.core.compression.sequential import PRIOR_IMAGES, compensate_in_sequence
+from npprune.core.compression.statistics import Moments, collect_statistics
 from npprune.models.view import TimmView
 from tests.core.test_harm import changed
 from tests.core.test_statistics import data, in_batches, tiny_view

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from npprune.core.similarity import (
+from npprune.core.attribution.similarity import (
     agreement,
     cluster_order,
     consistency,

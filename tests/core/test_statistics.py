@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import Tensor
 
-from npprune.core.statistics import Statistics, collect_statistics
+from npprune.core.compression.statistics import Statistics, collect_statistics
 from npprune.errors import UsageError
 from npprune.models.view import TimmView, make_view
 

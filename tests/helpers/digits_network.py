@@ -10,7 +10,7 @@ from torch import nn
 
 from npprune.models.info import model_info, state
 from npprune.models.load import create
-from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
 from npprune.records import CheckpointConfig, ClassInfo, ModelSource
 from npprune.store.checkpoints import write_checkpoint
 

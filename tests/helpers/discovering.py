@@ -18,21 +18,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from npprune.cli import app
-from npprune.core.methods import find_paths
+from npprune.core.attribution.methods import find_paths
 from npprune.core.view import Scope, VitView
 from npprune.models.view import make_view
-from npprune.pipeline import discover as stage
-from npprune.pipeline.discover import discover
-from npprune.pipeline.events import Event
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.discover import stage as stage
+from npprune.pipeline.discover.stage import discover
 from npprune.recipe import DataSection, DiscoverSection, ModelSection
 from npprune.records import Result
-from npprune.store.paths import PathStore, PathTable
+from npprune.store.path_store import PathStore, PathTable
 from tests.helpers.tiny import tiny_batch, tiny_vit
 
 # A server that forks before autograd has threads: they would not survive a fork of the tests' own
 # process. What is slow to import is imported once.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["npprune.api", "npprune.pipeline.discover", "npprune.cli.app"])
+FORK.set_forkserver_preload(["npprune.api", "npprune.pipeline.discover.stage", "npprune.cli.app"])
 
 COUNTS = (6, 6, 1, 6, 6, 6, 6)  # images per class: 37
 

@@ -10,9 +10,9 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from npprune.core import cost
-from npprune.core.attention import collect_attention, shrink, smaller_qkv, stand_ins
-from npprune.core.harm import layers_replaced
+from npprune.core.compression import cost
+from npprune.core.compression.attention import collect_attention, shrink, smaller_qkv, stand_ins
+from npprune.core.compression.harm import layers_replaced
 from npprune.errors import ModelError
 from npprune.export.onnx import export_onnx
 from npprune.export.parity import check_parity

@@ -12,7 +12,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from npprune.core import cost
+from npprune.core.compression import cost
 from npprune.errors import ModelError
 from npprune.models.info import count_macs, model_sizes, state
 from npprune.models.load import build, create, load, model_info, weights_sha256

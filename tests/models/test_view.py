@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from npprune.core.tangent import value_and_tangent
+from npprune.core.attribution.tangent import value_and_tangent
 from npprune.errors import ModelError
 from npprune.models.load import create
 from npprune.models.view import make_view

@@ -15,20 +15,20 @@ from PIL import Image
 
 import npprune
 from npprune.cli import app
-from npprune.core.editing import edited_logits, members, path_factors
+from npprune.core.attribution.editing import edited_logits, members, path_factors
+from npprune.core.attribution.votes import class_top
 from npprune.core.metrics import true_probability
-from npprune.core.votes import class_top
 from npprune.errors import DataError, UsageError
 from npprune.models.surgery import apply_plan
 from npprune.models.view import make_view
-from npprune.pipeline.analyze import analyze_paths, analyze_scores, analyze_similarity
-from npprune.pipeline.discover import discover
-from npprune.pipeline.editing import edit_neurons
-from npprune.pipeline.editing_tables import relative_change
-from npprune.pipeline.events import Event
-from npprune.pipeline.found import divide, open_found
-from npprune.pipeline.inputs import open_images, open_network
-from npprune.pipeline.results import render_report
+from npprune.pipeline.analyze.editing import edit_neurons
+from npprune.pipeline.analyze.editing_tables import relative_change
+from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyze_similarity
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.inputs import open_images, open_network
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.discover.finished import divide, open_found
+from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.run import run_recipe
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, load_recipe
 from npprune.recipe.sections import EditSection

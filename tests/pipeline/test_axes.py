@@ -14,21 +14,21 @@ from torch import nn
 import npprune
 from npprune.cli import show
 from npprune.cli.console import Output
-from npprune.core import cost
+from npprune.core.compression import cost
 from npprune.errors import ModelError, UsageError
 from npprune.models.info import count_macs, model_info, model_sizes, state
 from npprune.models.load import create
 from npprune.models.surgery import mask_plan
 from npprune.models.view import make_view
-from npprune.pipeline.axes import AttentionAxes, check_settings
-from npprune.pipeline.evaluate import evaluate
-from npprune.pipeline.events import ignore
-from npprune.pipeline.export import export_checkpoint
-from npprune.pipeline.heal import heal
-from npprune.pipeline.planning import Planner
-from npprune.pipeline.prune import prune
-from npprune.pipeline.results import render_report
-from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.pipeline.common.events import ignore
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.pipeline.evaluate.stage import evaluate
+from npprune.pipeline.export.stage import export_checkpoint
+from npprune.pipeline.heal.stage import heal
+from npprune.pipeline.prune.axes import AttentionAxes, check_settings
+from npprune.pipeline.prune.planning import Planner
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import (
     DataSection,
     EvaluateSection,
@@ -207,7 +207,7 @@ def test_the_mix_is_the_best_there_is() -> None:
     assert table is not None
     sizes = model_sizes(model)
     assert [set(row) for row in attention] == [set(product((1, 2), (8, 16)))] * 2
-    from npprune.core.selection import smooth
+    from npprune.core.compression.selection import smooth
 
     rows = [smooth(row, [16, 32, 48]) for row in table]
     goal, best = 0.6 * cost.macs(sizes), (float("inf"), 0.0)

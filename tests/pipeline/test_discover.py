@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from npprune.core.quadrature import default_points
+from npprune.core.attribution.quadrature import default_points
 from npprune.core.view import Scope
 from npprune.data.labels import Labels
 from npprune.data.sources import StreamSource, open_source
 from npprune.errors import DataError, StoreError, UsageError
-from npprune.pipeline import discover as stage
-from npprune.pipeline import inputs, memory
-from npprune.pipeline.device import products
+from npprune.pipeline.common import inputs, memory
+from npprune.pipeline.common.device import products
+from npprune.pipeline.discover import stage as stage
 from npprune.records import ClassInfo, Result
 from npprune.report import text
 from npprune.store.runs import RunFolder

@@ -22,12 +22,12 @@ from npprune.export.parity import GATES, Gate
 from npprune.export.predict import Classifier
 from npprune.export.session import open_session
 from npprune.models.info import model_info
-from npprune.pipeline import export_images
-from npprune.pipeline.bench import BenchSettings, analysis, bench_checkpoint, bench_files
-from npprune.pipeline.events import Event
-from npprune.pipeline.export import default_target, export_checkpoint, export_model
-from npprune.pipeline.inputs import Images
-from npprune.pipeline.results import render_report
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.inputs import Images
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.export import images as export_images
+from npprune.pipeline.export.bench import BenchSettings, analysis, bench_checkpoint, bench_files
+from npprune.pipeline.export.stage import default_target, export_checkpoint, export_model
 from npprune.recipe import DataSection, ExportSection, ModelSection
 from npprune.records import (
     Benchmark,
@@ -139,7 +139,7 @@ def test_an_unpruned_checkpoint_has_nothing_to_be_timed_beside(world: Path, tmp_
 def test_it_is_timed_beside_the_dense_network(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, events: list[Event]
 ) -> None:
-    from npprune.pipeline import export
+    from npprune.pipeline.export import stage as export
 
     monkeypatch.setattr(export, "noise_warning", lambda latency: f"noisy at {latency.batch}")
     settings = ExportSection(batch=4, with_preprocessing=True, precision="fp16")
@@ -509,7 +509,7 @@ def test_files_of_different_images_are_not_compared(world: Path, tmp_path: Path)
 def test_a_checkpoint_beside_its_dense_network(
     world: Path, tmp_path: Path, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from npprune.pipeline import bench
+    from npprune.pipeline.export import bench
 
     monkeypatch.setattr(bench, "noise_warning", lambda t: "busy" if t.batch == 2 else None)
     settings = BenchSettings(batches=[2], threads=[1], seconds=0.01, provider="cpu", memory=False)

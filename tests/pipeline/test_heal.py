@@ -16,19 +16,19 @@ import torch
 from PIL import Image
 
 from npprune.cli.app import run_app
-from npprune.core import healing
+from npprune.core.compression import healing
 from npprune.data.sources import open_source
 from npprune.data.transforms import make_transform
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import state
 from npprune.models.load import build
-from npprune.pipeline import heal as stage
-from npprune.pipeline import pool as pools
-from npprune.pipeline.evaluate import evaluate
-from npprune.pipeline.events import Event
-from npprune.pipeline.heal import heal, heal_pruned
-from npprune.pipeline.prune import prune
-from npprune.pipeline.results import render_report
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.evaluate.stage import evaluate
+from npprune.pipeline.heal import image_cache as pools
+from npprune.pipeline.heal import stage as stage
+from npprune.pipeline.heal.stage import heal, heal_pruned
+from npprune.pipeline.prune.stage import prune
 from npprune.pipeline.run import run_recipe
 from npprune.recipe import DataSection, EvaluateSection, HealSection, ModelSection, Recipe
 from npprune.records import Preprocessing, Variant
@@ -171,7 +171,7 @@ def test_images_read_anew_in_every_epoch_give_the_same_weights(
     def too_many(images: object, positions: list[int], what: str, **more: int) -> object:
         return None if what == "reading images" else read(images, positions, what, **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("npprune.pipeline.heal_images.read", too_many)
+    monkeypatch.setattr("npprune.pipeline.heal.images.read", too_many)
     heal(half_network, DATA, settings, b)
     assert weights(a) == weights(b)
 
@@ -228,7 +228,7 @@ def test_divergence_that_rises_ends_the_training(
         fitted,
     )
     settings = short(epochs=6, lr=0.1, patience=1)
-    monkeypatch.setattr("npprune.pipeline.distill.MAY_RISE", 0.0)
+    monkeypatch.setattr("npprune.pipeline.heal.distillation.MAY_RISE", 0.0)
     found = heal(fitted, DATA, settings, half_network.with_name("healed")).heal
     assert found is not None
     assert found.stopped == "held-out divergence that rose once"
@@ -362,7 +362,7 @@ def test_a_killed_process_goes_on_with_the_same_bits(half_network: Path) -> None
     heal(half_network, DATA, short(), straight)
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
-        "from npprune.pipeline.heal import heal\n"
+        "from npprune.pipeline.heal.stage import heal\n"
         "from npprune.recipe import DataSection, HealSection\n"
         "def emit(e):\n"
         "    if e.level == 'progress' and e.unit == 'steps' and e.done == 13:\n"
@@ -420,7 +420,7 @@ def test_two_processes_come_to_what_one_comes_to(half_network: Path) -> None:
 def test_a_batch_that_cannot_be_shared_is_refused(
     half_network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from npprune.pipeline.processes import Processes
+    from npprune.pipeline.common.processes import Processes
 
     monkeypatch.setattr(stage, "processes", lambda: Processes(0, 3, 0, 3))
     with pytest.raises(UsageError, match=r"a multiple of the 3 processes.*got 16"):

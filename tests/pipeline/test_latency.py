@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from npprune.core.selection import select, smooth, widths_for
+from npprune.core.compression.selection import select, smooth, widths_for
 from npprune.errors import GateError, UsageError
 from npprune.export.widths import WidthLatency
 from npprune.models.info import model_info, state
 from npprune.models.load import create
-from npprune.pipeline import latency as timing
-from npprune.pipeline.latency import LatencyTable, build_table, correct, outcome
-from npprune.pipeline.prune import prune
-from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
+from npprune.pipeline.prune import latency as timing
+from npprune.pipeline.prune.latency import LatencyTable, build_table, correct, outcome
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import CheckpointConfig, ClassInfo, Latency, ModelSource
 from npprune.store.checkpoints import read_config, write_checkpoint

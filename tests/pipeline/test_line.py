@@ -12,20 +12,20 @@ import torch
 from torch import nn
 
 import npprune
+from npprune.core.attribution.votes import class_top
 from npprune.core.view import VitView
-from npprune.core.votes import class_top
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import model_info, state
 from npprune.models.load import create
 from npprune.models.surgery import mask_plan
-from npprune.pipeline.discover import discover
-from npprune.pipeline.evaluate import evaluate
-from npprune.pipeline.events import Event
-from npprune.pipeline.export import export_checkpoint
-from npprune.pipeline.planning import Planner
-from npprune.pipeline.prune import prune
-from npprune.pipeline.results import render_report
-from npprune.pipeline.train_demo import ARCHITECTURE, MODEL_ARGS
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.results import render_report
+from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS
+from npprune.pipeline.discover.stage import discover
+from npprune.pipeline.evaluate.stage import evaluate
+from npprune.pipeline.export.stage import export_checkpoint
+from npprune.pipeline.prune.planning import Planner
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import (
     DataSection,
     DiscoverSection,
@@ -36,7 +36,7 @@ from npprune.recipe import (
 )
 from npprune.records import ModelSource
 from npprune.store.checkpoints import read_config, write_checkpoint
-from npprune.store.paths import PathStore
+from npprune.store.path_store import PathStore
 from npprune.store.runs import RunFolder, read_plan
 from tests.helpers.digits_network import random_digits_network
 
@@ -177,7 +177,7 @@ def test_what_stays_is_planned_on_the_head_that_stays(
             seen.append(view.head(view.embed(torch.randn(1, 3, 8, 8))).shape[1])
             super().__init__(view, *args, **kwargs)
 
-    monkeypatch.setattr("npprune.pipeline.prune.Planner", Seen)
+    monkeypatch.setattr("npprune.pipeline.prune.stage.Planner", Seen)
     prune(run, DataSection(classes=[3, 7, 8]), half(keep_head=keep_head), run.parent / "few")
     assert seen == [outputs]
 
@@ -207,7 +207,7 @@ def test_max_drop_refuses_a_budget_that_loses_more(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prediction = {"images": 30.0, "drop": 0.025}
-    monkeypatch.setattr("npprune.pipeline.prune._predict", lambda *args: dict(prediction))
+    monkeypatch.setattr("npprune.pipeline.prune.stage._predict", lambda *args: dict(prediction))
     out = run.parent / "small"
     with pytest.raises(GateError, match=r"fall by 2\.5 points .* more than `--max-drop` 2 ") as err:
         prune(run, DataSection(), half(max_drop=2.0), out)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from npprune.errors import PeerError
-from npprune.pipeline.processes import Processes, backend
+from npprune.pipeline.common.processes import Processes, backend
 from npprune.records import Manifest, from_json
 from npprune.store.runs import RunFolder
 from tests.helpers.discovering import COUNTS, FORK, World, make_world, run_rank

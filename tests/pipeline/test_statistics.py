@@ -17,22 +17,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from npprune.core.criteria import Context, score
-from npprune.core.statistics import Need, Statistics, collect_statistics
+from npprune.core.compression.criteria import Context, score
+from npprune.core.compression.statistics import Need, Statistics, collect_statistics
 from npprune.errors import StoreError
 from npprune.models.view import TimmView, make_view
-from npprune.pipeline import statistics as module
-from npprune.pipeline.events import Event, ignore
-from npprune.pipeline.planning import Planner
-from npprune.pipeline.prune import prune
-from npprune.pipeline.statistics import SavedStatistics, Shelf, collect
-from npprune.pipeline.study import study
+from npprune.pipeline.common.events import Event, ignore
+from npprune.pipeline.prune import statistics as module
+from npprune.pipeline.prune.planning import Planner
+from npprune.pipeline.prune.stage import prune
+from npprune.pipeline.prune.statistics import SavedStatistics, Shelf, collect
+from npprune.pipeline.study.stage import study
 from npprune.recipe import DataSection, ModelSection, PruneSection, StudySection
 from npprune.store import atomic
-from npprune.store import statistics as store_module
+from npprune.store import statistics_store as store_module
 from npprune.store.checkpoints import read_config
 from npprune.store.runs import read_plan
-from npprune.store.statistics import SIDECAR, StatisticsInfo, StatisticsStore
+from npprune.store.statistics_store import SIDECAR, StatisticsInfo, StatisticsStore
 from tests.helpers.tiny import tiny_batch, tiny_vit
 
 ALL: set[Need] = {"moments", "salience", "gates", "curvature"}
@@ -560,7 +560,7 @@ def test_random_orders_keep_their_seed_when_statistics_are_found(
 def test_a_run_keeps_them_in_its_folder_and_its_study_finds_them(
     dense: ModelSection, tmp_path: Path
 ) -> None:
-    from npprune.pipeline.discover import discover
+    from npprune.pipeline.discover.stage import discover
     from npprune.recipe import DiscoverSection
 
     images = DataSection(train="digits:calibration", images_per_class=3, batch_size=16)

@@ -11,18 +11,17 @@ import pytest
 import torch
 
 from npprune.cli.app import run_app
-from npprune.core.votes import attribution
+from npprune.core.attribution.votes import attribution
 from npprune.errors import StoreError, UsageError
-from npprune.pipeline import latency as timing
-from npprune.pipeline import study as module
-from npprune.pipeline.discover import discover
-from npprune.pipeline.evaluate import evaluate
-from npprune.pipeline.events import Event
-from npprune.pipeline.heal import heal_pruned
-from npprune.pipeline.prepare import _vote
-from npprune.pipeline.prune import prune
-from npprune.pipeline.study import study
-from npprune.pipeline.study_rows import (
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.discover.stage import discover
+from npprune.pipeline.evaluate.stage import evaluate
+from npprune.pipeline.heal.stage import heal_pruned
+from npprune.pipeline.prune import latency as timing
+from npprune.pipeline.prune.calibration import _vote
+from npprune.pipeline.prune.stage import prune
+from npprune.pipeline.study import stage as module
+from npprune.pipeline.study.rows import (
     Setting,
     StudyDense,
     StudyRow,
@@ -30,7 +29,8 @@ from npprune.pipeline.study_rows import (
     grouped,
     settings_of,
 )
-from npprune.pipeline.study_tables import analyses
+from npprune.pipeline.study.stage import study
+from npprune.pipeline.study.tables import analyses
 from npprune.recipe import (
     DataSection,
     DiscoverSection,
@@ -42,7 +42,7 @@ from npprune.recipe import (
 )
 from npprune.records import Mean, Rate
 from npprune.store import atomic
-from npprune.store.paths import PathTable
+from npprune.store.path_store import PathTable
 from npprune.store.runs import RunFolder
 from tests.helpers.digits_network import random_digits_network
 from tests.pipeline.test_heal import dense_network

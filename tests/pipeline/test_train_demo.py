@@ -9,8 +9,8 @@ from torch import nn
 from npprune.data.transforms import resolve
 from npprune.models.info import model_preprocessing
 from npprune.models.view import make_view
-from npprune.pipeline import train_demo
-from npprune.pipeline.events import Event
+from npprune.pipeline.common.events import Event
+from npprune.pipeline.demo import training as train_demo
 
 
 def train_briefly(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[nn.Module, dict]:

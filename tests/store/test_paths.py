@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npprune.core import votes
+from npprune.core.attribution import votes
 from npprune.errors import StoreError
-from npprune.store.paths import PathStore, ShardData, table_from_shards
+from npprune.store.path_store import PathStore, ShardData, table_from_shards
 
 
 def _shard(positions: list[int], label: int = 3, seed: int = 0) -> ShardData:
@@ -51,7 +51,7 @@ def test_the_bytes_are_the_same_in_another_process(tmp_path: Path) -> None:
     PathStore(tmp_path / "a", "abc").write_shard(0, _shard([0, 1]))
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); from tests.store.test_paths import _shard\n"
-        "from npprune.store.paths import PathStore\n"
+        "from npprune.store.path_store import PathStore\n"
         "PathStore(sys.argv[2], 'abc').write_shard(0, _shard([0, 1]))\n"
     )
     subprocess.run(

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from npprune.errors import StoreError
-from npprune.store.paths import PathStore
-from npprune.store.released import (
+from npprune.store.paper_files import (
     ReleasedImage,
     read_released,
     released_files,
@@ -20,6 +19,7 @@ from npprune.store.released import (
     shard_from_released,
     write_released,
 )
+from npprune.store.path_store import PathStore
 
 PATHS = [
     ReleasedImage([[3], [1]], 0.5, [[0], [1]], -0.25),

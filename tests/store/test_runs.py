@@ -159,7 +159,7 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from tests.store.test_paths import _shard
 from tests.store.test_runs import _manifest
-from npprune.store.paths import PathStore
+from npprune.store.path_store import PathStore
 from npprune.store.runs import RunFolder
 run = RunFolder(sys.argv[2])
 with run.lock():

@@ -1,0 +1,437 @@
+"""Influential neuron paths by joint attribution, chosen block by block.
+
+"Discovering Influential Neuron Path in Vision Transformers" (ICLR 2025). A path P takes K hidden
+units of every block's MLP. With w a unit's activation in the clean run and p the softmax
+probability of the image's label, its joint attribution score is
+
+    JAS(P) = (sum of w over P) * integral over alpha in [0, 1] of
+             (sum over P of dp/dw, where every unit of P stands at alpha * w).
+
+The search goes through the blocks in order. In block l all units are scaled by alpha together
+with the path so far, and unit i is scored as if it joined the path:
+
+    score_i = (W + w_i) * integral of (G + g_i)          per token of the scope, then summed
+
+with W the path's activations, G the sum of its gradients, g_i the unit's own. The K best join;
+from then on they alone are scaled in block l, the block's other units standing at the clean run's
+values on the scope's tokens.
+
+Four facts keep this exact and cheap:
+
+- Up to block l everything is settled once its units are chosen, so the stream X before the next
+  block is kept for every alpha, and no block is run twice.
+- Only the *sum* G of the path's gradients is needed: a directional derivative. With `cls` scope
+  dX, the change of the stream when all of the path's units rise at unit rate, is carried along in
+  forward mode, and G = <dp/dX, dX>: the backward pass ends at block l. With `patch` and `all`
+  scope G is needed for each token, and one backward pass through the kept graph gives it.
+- In block 0 there is no path, and nothing that stays depends on the alphas. Its integral, at the
+  patches the hardest of all (a choice that goes wrong there changes all later ones), may take more
+  points than the others.
+- At alpha = 1 nothing is scaled, whatever was chosen, so dp/dX is the clean run's: one backward
+  pass has it for all blocks. The last point of the Radau rules costs almost nothing.
+
+Unit i acts through its column of fc2 alone, so with o the MLP's output, g_i = <W2[:, i], dp/do>,
+and the gradient can be integrated over alpha before it is multiplied by W2.
+
+Letters: b images, m points, s tokens of the scope, t tokens, d width, h units, k chosen.
+"""
+
+from __future__ import annotations
+
+import sys
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+from torch.nn.functional import linear
+
+from npprune.core.attribution.quadrature import (
+    END_AT_ONE,
+    RuleOrAuto,
+    default_points,
+    first_block_points,
+    quadrature,
+    rule_for,
+)
+from npprune.core.attribution.tangent import value_and_tangent
+from npprune.core.view import Scope, VitView, frozen
+
+Accumulation = Literal["sum", "last"]
+
+PIECE = 8 * 2**20
+"""Bytes of hidden activations a thread at which a CPU is fastest: beyond some tens of MiB every
+tensor is memory that the system has to hand out anew."""
+
+
+@dataclass
+class PathBatch:
+    """The paths of a batch of images.
+
+    neurons: int64 [images, blocks, topk], best first in each block.
+    scores: float [images], the joint attribution score of the whole path.
+    """
+
+    neurons: Tensor
+    scores: Tensor
+
+
+def clean_hidden(view: VitView, images: Tensor, scope: Scope) -> tuple[list[Tensor], Tensor]:
+    """The clean run: hidden activations [b, s, h] of every block at the scope's tokens, and the
+    logits [b, c]."""
+    tokens = view.tokens(scope)
+    hidden: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        hidden.append(_part(h, tokens, images.dtype))
+        return h
+
+    with torch.no_grad():
+        x = view.embed(images)
+        for l in range(len(view.widths)):
+            x = view.block(l, x, edit=keep)
+        return hidden, view.head(x)
+
+
+def clean_gradients(
+    view: VitView, images: Tensor, labels: Tensor, scope: Scope
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The clean run: hidden activations [b, s, h] of every block at the scope's tokens, and dp/dX
+    [b, t, d] of the stream before every block and after the last."""
+    tokens = view.tokens(scope)
+    hidden: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        hidden.append(_part(h, tokens, images.dtype))
+        return h
+
+    streams = [view.embed(images).detach().requires_grad_()]
+    for l in range(len(view.widths)):
+        streams.append(view.block(l, streams[-1], edit=keep))
+    p = view.head(streams[-1]).softmax(-1).gather(1, labels[:, None])
+    return hidden, list(torch.autograd.grad(p.sum(), streams))
+
+
+def joint_attribution(
+    view: VitView,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    topk: int = 1,
+    scope: Scope = "cls",
+    rule: RuleOrAuto = "auto",
+    points: int | None = None,
+    accumulation: Accumulation = "sum",
+    neurons: Tensor | None = None,
+) -> PathBatch:
+    """The layer-progressive search, or the score of a given path.
+
+    Args:
+        images: [b, 3, H, W], preprocessed; labels: int64 [b], one each, in any mixture.
+        topk: units per block.
+        accumulation: `sum` lets all K units of a block contribute to the joint sums (the
+            formula); `last` only the K-th, as the paper's released program does.
+        neurons: a path [b, L, k] to score instead of searching for one.
+
+    Returns:
+        The paths and their scores, detached, on the images' device.
+    """
+    walk = _TangentWalk if scope == "cls" else _GraphWalk
+    with frozen(view.model):
+        state = walk(view, images, labels, scope, rule, points, searching=neurons is None)
+        w = state.w
+        path_w = torch.zeros_like(w[0][..., 0])  # W [b, s]
+        path: list[Tensor] = []
+        for l in range(len(view.widths)):
+            if neurons is None:
+                path_g, g = state.candidates(l, w[l])  # G [b, s], g [b, s, h]
+                unit_scores = ((path_w[..., None] + w[l]) * (path_g[..., None] + g)).sum(1)
+                chosen = unit_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
+            else:
+                chosen = neurons[:, l].to(images.device)
+            joins = chosen if accumulation == "sum" else chosen[:, -1:]
+            path_w = path_w + _take(w[l], joins).sum(-1)
+            state.settle(l, w[l], chosen, joins)
+            path.append(chosen)
+        score = (path_w * state.path_gradient()).sum(1)
+    return PathBatch(torch.stack(path, 1), score.detach())
+
+
+def own_attribution(
+    view: VitView,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    scope: Scope,
+    rule: RuleOrAuto = "auto",
+    points: int | None = None,
+) -> list[Tensor]:
+    """Each unit's own part, no path: w_i * integral of g_i, [b, h] per block.
+
+    One block's units are scaled together on the clean run's stream; the sum over a block is the
+    change of p when its hidden activations at the scope's tokens go from 0 to their values.
+    """
+    with frozen(view.model):
+        walk, own = _Walk(view, images, labels, scope, rule, points), []
+        for l, w in enumerate(walk.w):
+            g = walk.first_gradient() if l == 0 else walk.own_gradient(l, w)
+            own.append((w * g).sum(1))
+            with torch.no_grad():
+                walk.x = view.block(l, walk.x)
+    return own
+
+
+class _Walk:
+    """What both searches share: m * b streams, alpha-major, that advance one block a step."""
+
+    def __init__(
+        self,
+        view: VitView,
+        images: Tensor,
+        labels: Tensor,
+        scope: Scope,
+        rule: RuleOrAuto,
+        points: int | None,
+        *,
+        searching: bool = True,
+    ) -> None:
+        """searching: gradients will be asked for after every block, not after the last alone."""
+        self.view, self.image_labels, self.scope = view, labels, scope
+        self.rule = rule = rule_for(rule, scope)
+        self.tokens = view.tokens(scope)
+        self.last = len(view.widths) - 1
+        self.clean: list[Tensor] = []  # dp/dX at alpha = 1
+        if searching and rule in END_AT_ONE:
+            self.w, self.clean = clean_gradients(view, images, labels, scope)
+        else:
+            self.w, _ = clean_hidden(view, images, scope)
+        with torch.no_grad():
+            self.x = view.embed(images)  # the same for all alphas until a neuron is scaled
+        self.step = _rows_at_a_time(self.x, max(view.widths))
+        self.first = first_block_points(rule, scope) if points is None else points
+        self.place(default_points(rule, scope) if points is None else points)
+
+    def place(self, m: int) -> None:
+        """The alphas, and the pieces of rows that go through the blocks together: those at
+        alpha = 1 by themselves where their gradient is known."""
+        alphas, self.weights = (v.to(self.x) for v in quadrature(self.rule, m))
+        b = len(self.image_labels)
+        self.m, self.labels = m, self.image_labels.repeat(m)
+        self.alphas = alphas.repeat_interleave(b)[:, None, None]  # [mb, 1, 1]
+        self.fresh = (m - 1 if self.clean else m) * b  # rows whose gradient is not known yet
+        self.pieces = _slices(0, self.fresh, self.step) + _slices(self.fresh, m * b, self.step)
+
+    def first_gradient(self) -> Tensor:
+        """The integral of g_i [b, s, h] in block 0, where there is no path yet: nothing that
+        stays depends on the alphas, and there may be more of them."""
+        walk = copy(self)
+        walk.step = max(1, min(self.step, self.fresh))  # no more memory than the other blocks
+        walk.place(self.first)
+        return walk.own_gradient(0, self.w[0])
+
+    def repeat(self, value: Tensor) -> Tensor:
+        """[b, ...] -> [mb, ...]."""
+        return value.repeat(self.m, *[1] * (value.dim() - 1))
+
+    def integral(self, value: Tensor) -> Tensor:
+        """[mb, ...] -> [b, ...], the weighted sum over the points."""
+        return torch.einsum("m,mb...->b...", self.weights, value.unflatten(0, (self.m, -1)))
+
+    def gradient(self, x: Tensor, l: int) -> Tensor:
+        """dp/dx [mb, t, d] of each row's own label, x being the streams before block l."""
+        return torch.cat([self.piece_gradient(x[rows], l, rows) for rows in self.pieces])
+
+    def piece_gradient(self, x: Tensor, l: int, rows: slice) -> Tensor:
+        """The same for one of the pieces, whose streams x are."""
+        if rows.start >= self.fresh:
+            return self.clean[l][rows.start - self.fresh : rows.stop - self.fresh]
+        y = x = x.detach().requires_grad_()
+        for block in range(l, self.last + 1):
+            y = self.view.block(block, y, cls_only=self.cls_only(block))
+        p = self.view.head(y).softmax(-1).gather(1, self.labels[rows, None])
+        return torch.autograd.grad(p.sum(), x)[0]
+
+    def own_gradient(self, l: int, w: Tensor) -> Tensor:
+        """The integral of g_i [b, s, h] without a path: block l's units are scaled, and the
+        stream before it, `x` [b, t, d], is the clean run's."""
+        with torch.no_grad():
+            attention = self.repeat(self.view.attention_output(l, self.x))
+        x, o_all = self.repeat(self.x), self.scaled(l, w)
+        dp_do: list[Tensor] = []
+        for rows in self.pieces:
+            o = o_all[rows].detach().requires_grad_()
+            y = self.view.tail(l, x[rows], attention[rows], given=(self.tokens, o))
+            dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
+        return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
+
+    def cls_only(self, l: int) -> bool:
+        """In the last block under class-token pooling, no one reads the other tokens."""
+        return l == self.last and self.view.scope == "cls"
+
+    def settled(self, l: int, w: Tensor, chosen: Tensor) -> Tensor:
+        """The MLP's output [mb, s, d] with the chosen units at alpha * w, the others at w."""
+        fc2 = self.view.fc2(l)
+        clean = fc2(w)  # [b, s, d]
+        chosen_part = torch.einsum("bsk,bkd->bsd", _take(w, chosen), fc2.weight.t()[chosen])
+        return self.repeat(clean) - (1 - self.alphas) * self.repeat(chosen_part)
+
+    def scaled(self, l: int, w: Tensor) -> Tensor:
+        """The MLP's output [mb, s, d] with all units at alpha * w."""
+        fc2 = self.view.fc2(l)
+        products = self.alphas * self.repeat(linear(w, fc2.weight))
+        return products if fc2.bias is None else products + fc2.bias
+
+    def direction(self, l: int, joins: Tensor) -> Tensor:
+        """The change of the MLP's output [mb, 1, d] when the joining units rise at unit rate."""
+        return self.repeat(self.view.fc2(l).weight.t()[joins].sum(1, keepdim=True))
+
+
+class _TangentWalk(_Walk):
+    """Class-token scope: the stream and its tangent along the path, both in forward mode."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.dx: Tensor | None = None  # zero until a neuron is chosen
+        self.at = -1  # the block that _advance has run
+
+    def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        self._advance(l)
+        o = self.scaled(l, w).detach().requires_grad_()
+        cls, dcls = self._cls_tail(l, o, torch.zeros_like(o))
+        dp_dy = self.gradient(_put(self.y, self.tokens, cls), l + 1)
+        (dp_do,) = torch.autograd.grad(cls, o, dp_dy[:, self.tokens])
+        g = self.integral(dp_do) @ self.view.fc2(l).weight
+        if self.dy is None:
+            return g.new_zeros(g.shape[:2]), g
+        path_g = (dp_dy * _put(self.dy, self.tokens, dcls)).sum((1, 2))
+        return self.integral(path_g)[:, None], g
+
+    def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
+        self._advance(l)
+        with torch.no_grad():
+            cls, dcls = self._cls_tail(l, self.settled(l, w, chosen), self.direction(l, joins))
+            dy = torch.zeros_like(self.y) if self.dy is None else self.dy
+            self.x, self.dx = _put(self.y, self.tokens, cls), _put(dy, self.tokens, dcls)
+
+    def path_gradient(self) -> Tensor:
+        assert self.dx is not None
+        dp_dx = self.gradient(self.x, self.last + 1)
+        return self.integral((dp_dx * self.dx).sum((1, 2)))[:, None]
+
+    def _advance(self, l: int) -> None:
+        """Block l on the stream and its tangent, once: attention, and all tokens but the class
+        token. What the class token's MLP gives is decided in `_cls_tail`."""
+        if self.at == l:
+            return
+        self.at = l
+
+        def block(x: Tensor) -> tuple[Tensor, Tensor]:
+            y, attention = self.view.block_and_attention(l, x, cls_only=self.cls_only(l))
+            return y, attention[:, self.tokens]
+
+        if self.dx is None:
+            with torch.no_grad():
+                self.y, attention = (self.repeat(v) for v in block(self.x))
+            self.x, self.dy, dattention = self.repeat(self.x), None, torch.zeros_like(attention)
+        else:
+            steps = zip(self.x.split(self.step), self.dx.split(self.step), strict=True)
+            done = [value_and_tangent(block, *step) for step in steps]
+            self.y, attention, self.dy, dattention = (
+                torch.cat([pieces[i][j] for pieces in done]) for i in (0, 1) for j in (0, 1)
+            )
+        dx = torch.zeros_like(self.x) if self.dx is None else self.dx
+        self.cls = [self.x[:, self.tokens], attention]
+        self.dcls = [dx[:, self.tokens], dattention]
+
+    def _cls_tail(self, l: int, o: Tensor, do: Tensor) -> tuple[Tensor, Tensor]:
+        """The class token after block l, and its tangent, when its MLP gives o (changing by do)."""
+
+        def tail(x: Tensor, attention: Tensor, o: Tensor) -> Tensor:
+            return self.view.tail(l, x, attention, given=(slice(None), o))
+
+        return jvp(tail, (*self.cls, o), (*self.dcls, do))  # type: ignore[return-value]
+
+
+class _GraphWalk(_Walk):
+    """Any scope: the path's units carry a nudge eps, one for each token, and the graph is kept.
+
+    p's gradient in eps is the path's summed gradient at each token.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        x = self.repeat(self.x)
+        self.streams = [x[rows] for rows in self.pieces]
+        self.attentions: list[Tensor] = []
+        self.eps: list[Tensor] = []
+        self.path_g: Tensor | None = None  # where the last block's choice cannot change it
+
+    def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
+        if l == 0:
+            return w.new_zeros(w.shape[:2]), self.first_gradient()
+        o_all, gradients = self.scaled(l, w), []
+        for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
+            o = o_all[rows].detach().requires_grad_()
+            y, attention = self.view.block_and_attention(l, x, given=(self.tokens, o))
+            self.attentions.append(attention)
+            dp_dy = self.piece_gradient(y, l + 1, rows)
+            gradients.append(torch.autograd.grad(y, (o, eps), dp_dy, retain_graph=True))
+        dp_do, dp_deps = (torch.cat(pieces) for pieces in zip(*gradients, strict=True))
+        g, path_g = self.integral(dp_do) @ self.view.fc2(l).weight, self.integral(dp_deps)
+        if self.cls_only(l) and self.scope == "patch":
+            self.path_g = path_g  # no one reads what block l does to the patches
+        return path_g, g
+
+    def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
+        o_all, do = self.settled(l, w, chosen), self.direction(l, joins)
+        if not self.eps:
+            eps = w.new_zeros(o_all.shape[:2])
+            self.eps = [eps[rows].requires_grad_() for rows in self.pieces]
+        for i, rows in enumerate(self.pieces):
+            given = self.tokens, o_all[rows] + self.eps[i][..., None] * do[rows]
+            if self.attentions:
+                x, attention = self.streams[i], self.attentions[i]
+                self.streams[i] = self.view.tail(l, x, attention, given=given)
+            else:  # the first block, or a given path: not run for candidates
+                self.streams[i] = self.view.block(l, self.streams[i], given=given)
+        self.attentions = []
+
+    def path_gradient(self) -> Tensor:
+        if self.path_g is not None:
+            return self.path_g
+        dp_deps: list[Tensor] = []
+        for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
+            dp_dx = self.piece_gradient(x, self.last + 1, rows)
+            dp_deps += torch.autograd.grad(x, eps, dp_dx)
+        return self.integral(torch.cat(dp_deps))
+
+
+def _rows_at_a_time(x: Tensor, width: int) -> int:
+    """Streams [b, t, d] that go through the blocks together; a GPU takes them all."""
+    if x.device.type != "cpu":
+        return sys.maxsize
+    row = x.shape[1] * width * x.element_size()
+    return max(1, PIECE * torch.get_num_threads() // row)
+
+
+def _slices(start: int, stop: int, step: int) -> list[slice]:
+    return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+def _part(h: Tensor, tokens: slice, dtype: torch.dtype) -> Tensor:
+    """A copy of h at the tokens: the whole of h need not stay for it."""
+    return h[:, tokens].detach().to(dtype, copy=True)
+
+
+def _take(w: Tensor, units: Tensor) -> Tensor:
+    """The units [b, k] of w [b, s, h]: [b, s, k]."""
+    return w.gather(2, units[:, None].expand(-1, w.shape[1], -1))
+
+
+def _put(x: Tensor, tokens: slice, value: Tensor) -> Tensor:
+    """x with `value` at the tokens, as a new tensor."""
+    x = x.clone()
+    x[:, tokens] = value
+    return x

@@ -1,0 +1,1 @@
+"""What stays and what is refitted: statistics, criteria, measured harm, budgets, compensation."""

@@ -1,0 +1,198 @@
+"""The harm of pruning, measured: nats of KL divergence from the dense network's predictions.
+
+For each block and a few widths, that block alone is pruned, with its compensation, and
+KL(dense || pruned) of the predictions is averaged over a few hundred calibration images. Blocks
+are independent to first order, so the table adds up; `core.selection.solve` spends a budget on it.
+
+A pruned block is computed on the dense modules by a hook on `fc2` (its own output is replaced by
+W_K h_K + b), so nothing is copied, and any set of blocks may be pruned at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from npprune.core.compression.compensation import compensate
+from npprune.core.compression.elimination import SHRINKAGE
+from npprune.core.compression.selection import keep_sets
+from npprune.core.compression.statistics import Moments
+from npprune.core.metrics import divergence
+from npprune.core.view import VitView
+from npprune.errors import UsageError
+
+Option = TypeVar("Option")
+
+
+@dataclass
+class Replacement:
+    """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d]."""
+
+    keep: Sequence[int]
+    weight: Tensor
+    bias: Tensor
+
+
+def candidates_for(
+    view: VitView,
+    moments: Callable[[int], Moments],
+    scores: Sequence[Tensor],
+    widths: Sequence[Sequence[int]],
+    *,
+    protected: Sequence[Sequence[int]] | None = None,
+    shrinkage: float = SHRINKAGE,
+) -> list[dict[int, Replacement]]:
+    """The pruned second layer of every block at each of its `widths`: best scores, least squares.
+
+    `moments(l)` are block l's; `scores` [h] per block, higher = keep; `protected` stay first.
+    Second layers are held in the model's precision.
+    """
+    fixed = protected if protected is not None else [()] * len(scores)
+    out: list[dict[int, Replacement]] = []
+    for l, row in enumerate(widths):
+        fc2, m = view.fc2(l), moments(l)
+        made = {}
+        for width in row:
+            keep = keep_sets([scores[l]], [width], [fixed[l]])[0][0]
+            found = compensate(m, fc2.weight, fc2.bias, keep, shrinkage=shrinkage, diagnose=False)
+            made[width] = Replacement(keep, found.weight.to(fc2.weight), found.bias.to(fc2.weight))
+        out.append(made)
+    return out
+
+
+@contextmanager
+def replaced(view: VitView, replacements: Mapping[int, Replacement]) -> Iterator[None]:
+    """For the duration, `fc2` of each named block gives W_K h_K + b."""
+    with layers_replaced({view.fc2(l): r for l, r in replacements.items()}):
+        yield
+
+
+@contextmanager
+def layers_replaced(replacements: Mapping[nn.Linear, Replacement]) -> Iterator[None]:
+    """For the duration, each of these layers gives W_K x_K + b."""
+
+    def hook(r: Replacement) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+        index = torch.as_tensor(list(r.keep))
+
+        def give(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            h = inputs[0]
+            kept = h.index_select(-1, index.to(h.device))
+            return nn.functional.linear(kept, r.weight.to(h), r.bias.to(h))
+
+        return give
+
+    handles = [layer.register_forward_hook(hook(r)) for layer, r in replacements.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def predict(
+    view: VitView,
+    batches: Iterable[Tensor],
+    replacements: Mapping[int, Replacement] | None = None,
+) -> Tensor:
+    """Logits [n, c] of images in batches [b, 3, H, W], with some blocks replaced."""
+    out = []
+    with replaced(view, replacements or {}):
+        for images in batches:
+            x = view.embed(images)
+            for l in range(len(view.widths)):
+                x = view.block(l, x)
+            out.append(view.head(x))
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def measure_harm(
+    view: VitView,
+    batches: Sequence[Tensor],
+    candidates: Sequence[Mapping[int, Replacement]],
+    *,
+    others: Mapping[int, Replacement] | None = None,
+    reference: Tensor | None = None,
+    on_block: Callable[[int, dict[int, float]], None] | None = None,
+) -> list[dict[int, float]]:
+    """KL(dense || pruned) in nats for each block and width, that block alone pruned.
+
+    Args:
+        batches: images, held in memory; a hundred or two are enough.
+        candidates: per block, width -> its pruned second layer. The full width needs none: it is
+            0 nats where the others are dense.
+        others: the other blocks' state while one is measured; None: dense. With them given, the
+            harm is that of the whole network at the candidate's width.
+        reference: dense logits [n, c] of the batches, if they are known already.
+        on_block: called with each finished row, e.g. to report progress.
+
+    Returns: per block, width -> mean KL over the images.
+    """
+    depth, base = len(view.widths), dict(others or {})
+    if len(candidates) != depth:
+        raise UsageError(f"candidates must be given for {depth} blocks, got {len(candidates)}")
+    dense = predict(view, batches) if reference is None else reference
+    streams = [view.embed(images) for images in batches]
+    table: list[dict[int, float]] = []
+    for l, widths in enumerate(candidates):
+        attention = [view.attention_output(l, x) for x in streams]
+        row = {}
+        for width, candidate in widths.items():
+            logits = []
+            with replaced(view, {**{i: r for i, r in base.items() if i != l}, l: candidate}):
+                for x, a in zip(streams, attention, strict=True):
+                    y = view.tail(l, x, a)
+                    for later in range(l + 1, depth):
+                        y = view.block(later, y)
+                    logits.append(view.head(y))
+            row[width] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
+        if not base:
+            row.setdefault(view.widths[l], 0.0)
+        table.append(row)
+        if on_block is not None:
+            on_block(l, row)
+        with replaced(view, {l: base[l]} if l in base else {}):
+            streams = [view.tail(l, x, a) for x, a in zip(streams, attention, strict=True)]
+    return table
+
+
+@torch.no_grad()
+def measure_attention_harm(
+    view: VitView,
+    batches: Sequence[Tensor],
+    candidates: Sequence[Mapping[Option, Mapping[nn.Linear, Replacement]]],
+    *,
+    on_block: Callable[[int, dict[Option, float]], None] | None = None,
+) -> list[dict[Option, float]]:
+    """KL(dense || changed) in nats for each block and option, that block's attention alone changed.
+
+    Args:
+        batches: images, held in memory.
+        candidates: per block, option -> the layers that stand in for the attention's own.
+        on_block: called with each finished row.
+    """
+    dense = predict(view, batches)
+    streams = [view.embed(images) for images in batches]
+    table: list[dict[Option, float]] = []
+    for l, options in enumerate(candidates):
+        row = {}
+        for option, layers in options.items():
+            logits = []
+            for x in streams:
+                with layers_replaced(layers):
+                    y = view.block(l, x)
+                for later in range(l + 1, len(view.widths)):
+                    y = view.block(later, y)
+                logits.append(view.head(y))
+            row[option] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
+        table.append(row)
+        if on_block is not None:
+            on_block(l, row)
+        streams = [view.block(l, x) for x in streams]
+    return table

@@ -1,0 +1,1 @@
+"""What every stage needs: the device, the network and its images, events, the run's result."""

@@ -1,0 +1,165 @@
+"""What every stage begins with: the network, its preprocessing, the images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from npprune.data.loading import Batch, batches
+from npprune.data.sources import ImageSource, Sample, open_source
+from npprune.data.transforms import describe, make_transform, released, resolve
+from npprune.errors import UsageError
+from npprune.models.load import build, load
+from npprune.models.released_head import released_head
+from npprune.pipeline.common.events import Emit, Event
+from npprune.recipe import DataSection, ModelSection
+from npprune.records import CheckpointConfig, ClassInfo, DataInfo, ModelInfo, Preprocessing
+from npprune.store.checkpoints import is_checkpoint, read_checkpoint
+
+PREPROCESSING = ("preprocessing", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+"""Fields of a data section that say how images are prepared."""
+OnBad = Literal["error", "skip"]
+
+
+@dataclass
+class Network:
+    """A network in evaluation mode on its device, and what it is."""
+
+    model: nn.Module
+    info: ModelInfo
+    config: CheckpointConfig | None = None  # where it came from a checkpoint folder
+
+
+def open_network(section: ModelSection, device: torch.device, emit: Emit, stage: str) -> Network:
+    """Load the network that a recipe names: a timm name, `auto`, or a checkpoint folder."""
+    if is_checkpoint(section.name):
+        return open_checkpoint(Path(section.name), device)
+    loaded = load(
+        section.name,
+        checkpoint=section.checkpoint,
+        num_classes=section.num_classes,
+        img_size=section.img_size,
+        num_heads=section.num_heads,
+    )
+    for note in loaded.notes:
+        emit(Event(stage, note))
+    if section.released_head:
+        emit(Event(stage, "head: pooled tokens are normalised twice, as the released program does"))
+        return Network(released_head(loaded.model).to(device), loaded.info)
+    return Network(loaded.model.to(device), loaded.info)
+
+
+def open_checkpoint(folder: Path, device: torch.device) -> Network:
+    """Rebuild the network of a checkpoint folder."""
+    from npprune.models.info import model_info
+
+    config, tensors = read_checkpoint(folder)
+    model = build(config, tensors)
+    info = model_info(model, replace(config.source, sha256=""))
+    info.preprocessing = config.preprocessing
+    return Network(model.to(device), info, config)
+
+
+@dataclass
+class Images:
+    """A source with the transform that suits a network."""
+
+    source: ImageSource
+    preprocessing: Preprocessing
+    transform: Callable[..., Tensor]
+    section: DataSection
+    on_bad: OnBad
+    stage: str
+    emit: Emit
+    skipped: list[str] = field(default_factory=list)
+
+    def batches(
+        self,
+        batch_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        entries: Iterable[tuple[int, Sample]] | None = None,
+    ) -> Iterator[Batch]:
+        """Batches in order; what cannot be read is refused or collected in `skipped`.
+
+        `indices`: positions to read; `entries`: of a stream, positions and samples to read.
+        """
+        before = len(self.skipped)
+        for batch in batches(
+            self.source,
+            self.transform,
+            batch_size or self.section.batch_size,
+            on_bad=self.on_bad,
+            skipped=self.skipped,
+            workers=self.section.workers,
+            indices=indices,
+            entries=entries,
+        ):
+            before = self._say_skipped(before)
+            yield batch
+        self._say_skipped(before)
+
+    def info(self) -> DataInfo:
+        """What was read so far, with what was skipped."""
+        return self.source.info(self.skipped)
+
+    def _say_skipped(self, before: int) -> int:
+        for name in self.skipped[before:]:
+            self.emit(Event(self.stage, f"skipped `{name}`: it cannot be read", level="warning"))
+        return len(self.skipped)
+
+
+def open_images(
+    spec: str | None,
+    section: DataSection,
+    network: ModelInfo,
+    *,
+    flag: str,
+    on_bad: OnBad,
+    stage: str,
+    emit: Emit,
+    preprocessing: Preprocessing | None = None,
+) -> Images:
+    """Open a data source for a network and say how labels and preprocessing were found.
+
+    Raises:
+        UsageError: no source was named; DataError: it cannot be read.
+    """
+    if spec is None:
+        raise UsageError(
+            f"`{flag}` is needed: the images to {stage} on", hint=f"e.g. `{flag} folder:PATH`"
+        )
+    base = preprocessing or network.preprocessing
+    pre = resolve(
+        released(base) if section.preprocessing == "released" else base,
+        mean=section.mean,
+        std=section.std,
+        interpolation=section.interpolation,
+        crop_pct=section.crop_pct,
+        crop_mode=section.crop_mode,
+    )
+    source = open_source(
+        spec,
+        num_classes=network.num_classes,
+        class_map=section.class_map,
+        classes=section.classes,
+        images_per_class=section.images_per_class,
+    )
+    count = "a stream" if source.length is None else f"{source.length} images"
+    emit(Event(stage, f"{spec}: {count}, labels by {source.label_rule}"))
+    emit(Event(stage, f"preprocessing: {describe(pre)}"))
+    for note in source.notes:
+        emit(Event(stage, note, level="warning"))
+    return Images(
+        source, pre, make_transform(pre), section, section.on_bad_image or on_bad, stage, emit
+    )
+
+
+def class_names(images: Images, num_classes: int) -> list[ClassInfo]:
+    """One entry for each output of the classifier; unnamed ones carry their index."""
+    known = {c.index: c for c in images.source.classes}
+    return [known.get(i, ClassInfo(i, str(i))) for i in range(num_classes)]

@@ -1,0 +1,181 @@
+"""What a finished discovery left: its paths and settings, and the same for the other methods.
+
+The paths of other methods, or of other images, are found by `discover` with the run's own
+settings, in run folders below the run's: they resume, and are found once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from npprune.errors import StoreError, UsageError
+from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.results import add_command
+from npprune.pipeline.discover.stage import discover
+from npprune.recipe import DataSection, DiscoverSection, Recipe, load_recipe
+from npprune.records import Analysis, Manifest, Result
+from npprune.store.path_store import PathStore, PathTable
+from npprune.store.runs import RunFolder
+
+
+@dataclass
+class Found:
+    """A run folder with paths."""
+
+    folder: RunFolder
+    manifest: Manifest
+    recipe: Recipe
+    result: Result
+    table: PathTable
+
+    @property
+    def settings(self) -> DiscoverSection:
+        """How the paths were found."""
+        assert self.recipe.discover is not None
+        return self.recipe.discover
+
+    @property
+    def widths(self) -> list[int]:
+        """Hidden units per block."""
+        return self.manifest.model.widths
+
+    def name(self, label: int) -> str:
+        """The class's name, or its index as text."""
+        known = self.result.classes
+        return known[label].name if 0 <= label < len(known) else str(label)
+
+
+def open_found(run: Path) -> Found:
+    """The run's paths.
+
+    Raises:
+        StoreError: no run, or one whose discovery has not ended.
+    """
+    folder = RunFolder(run)
+    manifest = folder.read_manifest()
+    result = folder.read_result()
+    recipe = load_recipe(folder.recipe_path)
+    if result.discovery is None or recipe.discover is None:
+        raise StoreError(
+            f"`{run}` has no paths yet", hint="`npprune discover ... --out FOLDER` finds them"
+        )
+    store = PathStore(folder.paths_folder, manifest.settings_sha256)
+    return Found(folder, manifest, recipe, result, store.read_all(store.count()))
+
+
+def paths_of(
+    found: Found,
+    method: str,
+    *,
+    data: DataSection | None = None,
+    device: str = "auto",
+    emit: Emit,
+) -> PathTable:
+    """The paths of a method on the run's images, or on those of `data.train`.
+
+    The run's settings hold: K, scope, quadrature, points, accumulation, seed.
+
+    Raises:
+        StoreError: the method's paths are of other images than the run's.
+    """
+    if method == found.settings.method and data is None:
+        return found.table
+    below = found.folder.path / "methods"
+    if data is not None:
+        text = data.model_dump_json(exclude={"batch_size", "workers", "val", "calibration"})
+        below = below / hashlib.sha256(text.encode()).hexdigest()[:12]
+    emit(Event("analyze", f"paths by {method}: {below / method}"))
+    if data is None and (there := _there(below / method, found)) is not None:
+        return there
+    discover(
+        found.recipe.model,
+        data or found.recipe.data,
+        found.settings.model_copy(update={"method": method}),
+        below / method,
+        device=device,
+        seed=found.recipe.seed,
+        emit=emit,
+    )
+    table = open_found(below / method).table
+    if data is None and table.ids.tolist() != found.table.ids.tolist():
+        raise StoreError(
+            f"`{below / method}` holds paths of other images than `{found.folder.path}`",
+            hint="the images have changed: discover again into another folder",
+        )
+    return table
+
+
+def _there(run: Path, found: Found) -> PathTable | None:
+    """The paths of a companion run that has ended, on the same images by the same network."""
+    if not RunFolder(run).result_path.is_file():
+        return None
+    other = open_found(run)
+    same = other.table.ids.tolist() == found.table.ids.tolist()
+    theirs, ours = ({**f.manifest.settings, "method": "", "seed": 0} for f in (other, found))
+    return other.table if same and theirs == ours else None
+
+
+def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> list[int]:
+    """The labels that `--classes` names: indices, synsets or names; None: all with paths.
+
+    Raises:
+        UsageError: a class that the run has no paths of.
+    """
+    if classes is None:
+        return found.table.classes
+    given: Sequence[str | int] = [classes] if isinstance(classes, str) else classes
+    if isinstance(classes, str) and Path(classes).is_file():
+        given = [line.strip() for line in Path(classes).read_text().splitlines() if line.strip()]
+    place: dict[str, int] = {}
+    for label in found.table.classes:
+        info = found.result.classes[label]
+        parts = [part.strip() for part in info.name.split(",")]
+        for word in (str(label), info.synset or "", info.name, *parts):
+            place.setdefault(word.lower(), label)
+    chosen = set()
+    for token in given:
+        named = place.get(str(token).strip().lower())
+        if named is None:
+            raise UsageError(
+                f"`{found.folder.path}` has no paths of class `{token}`",
+                hint="choose among the classes it holds: "
+                + ", ".join(f"{c} {found.name(c)}" for c in found.table.classes[:5]),
+            )
+        chosen.add(named)
+    return sorted(chosen)
+
+
+def record(found: Found, analyses: dict[str, Analysis], command: str) -> Result:
+    """Put analyses into the run's result; one of the same key is replaced."""
+    with found.folder.lock():
+        result = found.folder.read_result()
+        result.analyses.update(analyses)
+        add_command(result, command)
+        found.folder.write_result(result)
+    return result
+
+
+def divide(table: PathTable) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Two halves of each class's images: rows to take paths from, rows to evaluate on.
+
+    The order is that of the ids' hashes, so the halves depend on nothing else; an odd image goes
+    to the paths. Classes with one image have none to evaluate on: they are returned, too.
+    """
+    take: list[int] = []
+    hold: list[int] = []
+    alone: list[int] = []
+    for label in table.classes:
+        rows = np.flatnonzero(table.labels == label)
+        hashes = [hashlib.sha256(str(table.ids[r]).encode()).hexdigest() for r in rows]
+        rows = rows[np.argsort(hashes, kind="stable")]
+        half = (len(rows) + 1) // 2
+        take += rows[:half].tolist()
+        hold += rows[half:].tolist()
+        if len(rows) == 1:
+            alone.append(label)
+    return np.array(sorted(take), np.int64), np.array(sorted(hold), np.int64), alone

@@ -1,0 +1,251 @@
+"""Evaluate: dense and pruned on the same images in one run."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npprune.core import metrics
+from npprune.errors import DataError, ModelError
+from npprune.export.bench import bench_pair, torch_runner
+from npprune.pipeline.common.device import resolve_device
+from npprune.pipeline.common.events import Emit, Event, ignore
+from npprune.pipeline.common.inputs import (
+    Images,
+    Network,
+    open_checkpoint,
+    open_images,
+    open_network,
+)
+from npprune.pipeline.common.results import update_variant
+from npprune.recipe import DataSection, EvaluateSection, ModelSection
+from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
+from npprune.store.checkpoints import is_checkpoint
+
+STAGE = "evaluate"
+
+
+def evaluate(
+    checkpoint: Path,
+    data: DataSection,
+    settings: EvaluateSection,
+    *,
+    dense_checkpoint: str | None = None,
+    device: str = "auto",
+    emit: Emit = ignore,
+    command: str = "",
+) -> Evaluation:
+    """Measure a pruned checkpoint against the dense network it came from.
+
+    Both see the same images in the same order in one run. The result goes into the run folder
+    that the checkpoint belongs to.
+
+    Raises:
+        NpPruneError: what is wrong with checkpoint, dense weights or images.
+    """
+    where, reason = resolve_device(device)
+    pruned = open_checkpoint(checkpoint, where)
+    config = pruned.config
+    assert config is not None
+    dense = open_dense(config, checkpoint, where, dense_checkpoint, emit)
+    emit(Event(STAGE, f"{checkpoint.name} and its dense network on {where} ({reason})"))
+    outputs = config.details.get("outputs")  # a head cut to some classes
+    if outputs is not None and data.classes is None:
+        emit(Event(STAGE, f"images of the checkpoint's {len(outputs)} classes"))
+        data = data.model_copy(update={"classes": list(outputs)})
+    images = open_images(
+        data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
+        preprocessing=config.preprocessing,
+    )  # fmt: skip
+    if outputs is not None:
+        _check_outputs(outputs, images)
+    started = time.perf_counter()
+    logits, labels, sample = _predict(dense, pruned, images, where, emit)
+    evaluation = _compare(*logits, labels, images, config, data)
+    evaluation.device = str(where)
+    evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
+    evaluation.seconds = time.perf_counter() - started
+    if settings.latency:
+        evaluation.latency = [
+            bench_pair(
+                torch_runner(dense.model, b, images=sample, device=str(where)),
+                torch_runner(pruned.model, b, images=sample, device=str(where)),
+            )
+            for b in settings.batches
+        ]
+
+    def update(variant: Variant) -> None:
+        variant.model, variant.evaluation = pruned.info, evaluation
+
+    update_variant(checkpoint, config, pruned.info, dense.info, update, command=command)
+    return evaluation
+
+
+def open_dense(
+    config: CheckpointConfig,
+    folder: Path,
+    device: torch.device,
+    override: str | None,
+    emit: Emit,
+    *,
+    any_weights: bool = False,
+) -> Network:
+    """The dense network that a checkpoint came from, its weights checked by hash.
+
+    Raises:
+        ModelError: its weights are not where they were, or are others.
+    """
+    section = dense_section(config, folder, override)
+    dense = open_network(section, device, emit, STAGE)
+    if dense.info.source.sha256 != config.source.sha256 and not any_weights:
+        raise ModelError(
+            f"`{folder}` was pruned from weights {config.source.sha256[:12]}..., and "
+            f"`{section.checkpoint or section.name}` has {dense.info.source.sha256[:12]}...",
+            hint="give the weights it came from with `--dense FILE`",
+        )
+    return dense
+
+
+def dense_section(config: CheckpointConfig, folder: Path, override: str | None) -> ModelSection:
+    """Where the dense network of a checkpoint is.
+
+    Raises:
+        ModelError: its weights are not there.
+    """
+    asked = dict(config.details.get("dense", {})) or {"name": config.source.architecture}
+    if override is not None:
+        key = "name" if Path(override).is_dir() else "checkpoint"
+        asked[key] = override
+    for key in ("name", "checkpoint"):
+        if asked.get(f"{key}_relative") and not Path(asked.get(key) or "").exists():
+            moved = folder / asked[f"{key}_relative"]
+            if moved.exists():
+                asked[key] = str(moved)
+    if override is not None and not Path(override).is_dir() and is_checkpoint(asked["name"]):
+        if not is_checkpoint(Path(override).parent):
+            raise ModelError(
+                f"the dense network of `{folder}` is a checkpoint folder, and `--dense` names a "
+                f"file: `{override}`",
+                hint="give the folder that has its weights and its `config.json`",
+            )
+        asked = {"name": str(Path(override).parent)}
+    section = ModelSection(**{k: v for k, v in asked.items() if not k.endswith("_relative")})
+    if section.checkpoint is not None and not Path(section.checkpoint).is_file():
+        raise ModelError(
+            f"the dense weights of `{folder}` are not at `{section.checkpoint}`",
+            hint="say where they are with `--dense FILE`",
+        )
+    return section
+
+
+def dense_reference(section: ModelSection, folder: Path) -> dict[str, object]:
+    """How to find the dense network again from a checkpoint folder that may be moved with it."""
+    found: dict[str, object] = section.model_dump(exclude_none=True)
+    for key in ("name", "checkpoint"):
+        value = found.get(key)
+        if isinstance(value, str) and Path(value).exists():
+            found[f"{key}_relative"] = os.path.relpath(value, folder)
+    return found
+
+
+@torch.no_grad()
+def _predict(
+    dense: Network, pruned: Network, images: Images, device: torch.device, emit: Emit
+) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+    """Logits [n, c] of both, labels [n], and a few of the images for timing."""
+    before, after, labels = [], [], []
+    sample: Tensor | None = None
+    done = 0
+    for batch in images.batches():
+        x = batch.images.to(device)
+        before.append(dense.model(x).float().cpu())
+        after.append(pruned.model(x).float().cpu())
+        labels.append(batch.labels)
+        sample = batch.images if sample is None else sample
+        done += len(batch)
+        emit(Event(STAGE, level="progress", done=done, total=images.source.length))
+    if sample is None:
+        raise DataError(f"no image of `{images.source.spec}` could be read")
+    return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample
+
+
+def _check_outputs(outputs: list[int], images: Images) -> None:
+    """DataError where classes were asked for that the checkpoint's head does not have."""
+    unknown = sorted(set(images.source.selected or ()) - set(outputs))
+    if unknown:
+        raise DataError(
+            f"the checkpoint's head has {len(outputs)} classes, and class {unknown[0]} "
+            f"({images.source.name(unknown[0])}) is not one of them",
+            hint="leave `--classes` out, or choose among those of the checkpoint",
+        )
+
+
+def _compare(
+    dense: Tensor,
+    pruned: Tensor,
+    labels: Tensor,
+    images: Images,
+    config: CheckpointConfig,
+    data: DataSection,
+) -> Evaluation:
+    outputs = config.details.get("outputs")  # a head cut to some classes
+    if outputs is not None:
+        full = torch.full_like(dense, float("-inf"))
+        full[:, outputs] = pruned
+        pruned = full
+    chosen = outputs or config.details.get("classes")
+    if chosen is None and data.classes is not None:
+        chosen = images.source.selected
+    p_dense = metrics.true_probability(dense, labels)
+    p_pruned = metrics.true_probability(pruned, labels)
+    deviation = metrics.probability_deviation(p_dense, p_pruned)
+    a, b = metrics.accuracy(dense, labels), metrics.accuracy(pruned, labels)
+    evaluation = Evaluation(
+        data=images.info(),
+        preprocessing=images.preprocessing,
+        device="",
+        dense=a,
+        pruned=b,
+        probability_deviation=metrics.mean_interval(deviation),
+        deviation_by_class=metrics.deviation_by_class(p_dense, p_pruned, labels),
+        accuracy_deviation=(b.top1.value - a.top1.value) / a.top1.value if a.top1.value else 0.0,
+        top1_change=metrics.top1_change(dense, pruned, labels),
+        agreement=metrics.agreement(dense, pruned),
+        classes=_rows(dense, pruned, labels, deviation, images),
+    )
+    if chosen:
+        inside = torch.isin(labels, torch.tensor(chosen))
+        if bool(inside.any()):
+            evaluation.restricted_to = list(chosen)
+            evaluation.dense_restricted = metrics.accuracy(
+                metrics.restrict(dense, chosen)[inside], labels[inside]
+            )
+            evaluation.pruned_restricted = metrics.accuracy(
+                metrics.restrict(pruned, chosen)[inside], labels[inside]
+            )
+    return evaluation
+
+
+def _rows(
+    dense: Tensor, pruned: Tensor, labels: Tensor, deviation: Tensor, images: Images
+) -> list[ClassRow]:
+    right_before = (dense.argmax(1) == labels).double()
+    right_after = (pruned.argmax(1) == labels).double()
+    rows = []
+    for label in labels.unique().tolist():
+        mask = labels == label
+        rows.append(
+            ClassRow(
+                label=label,
+                name=images.source.name(label),
+                images=int(mask.sum()),
+                dense_top1=float(right_before[mask].mean()),
+                pruned_top1=float(right_after[mask].mean()),
+                deviation=float(deviation[mask].mean()),
+            )
+        )
+    return rows

@@ -1,0 +1,145 @@
+"""What pruning begins with: the network, a run's paths, and the calibration images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from npprune.core.attribution.votes import attribution, class_top, class_votes
+from npprune.core.view import VitView
+from npprune.errors import StoreError, UsageError
+from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.inputs import PREPROCESSING, Images, Network
+from npprune.pipeline.prune.planning import Paths
+from npprune.recipe import DataSection, ModelSection, load_recipe
+from npprune.records import UNKNOWN_WEIGHTS
+from npprune.store.path_store import PathStore, PathTable
+from npprune.store.runs import RunFolder
+
+CALIBRATION_IMAGES = 1000
+HELD_OUT = 10  # one image of so many is not used for fitting, but for the prediction
+
+
+def origin(
+    source: Path | ModelSection, data: DataSection
+) -> tuple[ModelSection, DataSection, RunFolder | None]:
+    """The network, the images (a run's own where none were named) and the run."""
+    if isinstance(source, ModelSection):
+        return source, data, None
+    run = RunFolder(source)
+    if run.read_manifest().model.source.sha256 == UNKNOWN_WEIGHTS:
+        raise StoreError(
+            f"`{source}` was imported, and nothing says of which weights its paths are",
+            hint="`npprune paths import ... --checkpoint FILE --out FOLDER` names them",
+        )
+    recipe = load_recipe(run.recipe_path)
+    given = data.model_dump(exclude_unset=True, exclude_none=True)
+    if "calibration" in given or "train" in given:
+        base = {k: getattr(recipe.data, k) for k in ("class_map", *PREPROCESSING)}
+    else:
+        base = recipe.data.model_dump()
+    # paths may be those of the released program's head; what is pruned is the network itself
+    model = recipe.model.model_copy(update={"released_head": False})
+    return model, DataSection(**{**base, **given}), run
+
+
+def read_paths(
+    run: RunFolder | None,
+    network: Network,
+    classes: list[int] | None,
+    view: VitView,
+    topk: int | None,
+) -> Paths | None:
+    """What the classes' paths say of every neuron; None without a run.
+
+    Raises:
+        StoreError: the paths are of other weights.
+        UsageError: a class has no paths.
+    """
+    if run is None:
+        return None
+    manifest = run.read_manifest()
+    if manifest.model.source.sha256 != network.info.source.sha256:
+        raise StoreError(
+            f"the paths of `{run.path}` are of weights {manifest.model.source.sha256[:12]}..., "
+            f"and the network has {network.info.source.sha256[:12]}...",
+            hint="discover again, or restore the weights",
+        )
+    store = PathStore(run.paths_folder, manifest.settings_sha256)
+    table = store.read_all(store.count())
+    wanted = table.classes if classes is None else [c for c in classes if c in table.classes]
+    missing = [] if classes is None else [c for c in classes if c not in table.classes]
+    if not wanted or missing:
+        raise UsageError(
+            f"`{run.path}` has no paths of class {(missing or [0])[0]}",
+            hint="discover them first, or choose among the classes it holds",
+        )
+    return _vote(table, wanted, view, topk)
+
+
+def _vote(table: PathTable, wanted: Sequence[int], view: VitView, topk: int | None) -> Paths:
+    """Every class counts the same, however many images it has."""
+    count = topk or table.neurons.shape[2]
+    union: list[set[int]] = [set() for _ in view.widths]
+    votes = [torch.zeros(h, dtype=torch.float64) for h in view.widths]
+    scores = [torch.zeros(h, dtype=torch.float64) for h in view.widths]
+    for c in wanted:
+        images = int((table.labels == c).sum())
+        for l, best in enumerate(class_top(table.neurons, table.labels, c, count)):
+            union[l].update(best)
+        for l, v in enumerate(class_votes(table.neurons, table.labels, c, view.widths)):
+            votes[l] += torch.from_numpy(v) / images
+        own = table.where(c)
+        for l, v in enumerate(attribution(own.neurons, own.scores, view.widths)):
+            scores[l] += torch.from_numpy(v) / images
+    return Paths([sorted(u) for u in union], votes, len(wanted), count, scores)
+
+
+@dataclass
+class Held:
+    """Images kept in memory, in batches."""
+
+    images: list[Tensor]
+    labels: list[Tensor]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(zip(self.images, self.labels, strict=True))
+
+    def __len__(self) -> int:
+        return sum(len(y) for y in self.labels)
+
+
+def calibration_images(images: Images, limit: int | None, emit: Emit) -> tuple[Held, Held]:
+    """The calibration images and those held out of them, evenly over the source's order."""
+    limit = limit or CALIBRATION_IMAGES
+    fit, held = Held([], []), Held([], [])
+    if images.source.items is None:
+        batches = images.batches()
+        total: int | None = limit
+        positions = None
+    else:
+        n = len(images.source.items)
+        positions = [i * n // min(n, limit) for i in range(min(n, limit))]
+        batches = images.batches(indices=positions)
+        total = len(positions)
+    seen = 0
+    for batch in batches:
+        x, y = batch.images[: limit - seen], batch.labels[: limit - seen]
+        out = torch.arange(seen, seen + len(y)) % HELD_OUT == HELD_OUT - 1
+        for part, mask in ((held, out), (fit, ~out)):
+            if bool(mask.any()):
+                part.images.append(x[mask])
+                part.labels.append(y[mask])
+        seen += len(y)
+        emit(Event("calibration", level="progress", done=seen, total=total))
+        if seen >= limit:
+            break
+    if len(fit) == 0:
+        raise UsageError(
+            f"no image of `{images.source.spec}` could be read", hint="give others to calibrate on"
+        )
+    return fit, held

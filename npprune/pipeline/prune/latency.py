@@ -1,0 +1,346 @@
+"""Milliseconds as a budget: what each width of a block costs on the runtime that will serve it.
+
+One block's MLP is timed alone at several widths: that gives the shape of the price list. Timed
+alone its weights stay in the cache, so the level comes from whole networks: the dense one and one
+of narrower blocks, exported and timed in turn. What is left of the dense time is not prunable.
+Then the widths that the budget leads to are timed as a network too, and the level corrected.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from npprune.core.compression.selection import widths_for
+from npprune.errors import GateError
+from npprune.export.bench import Runner, bench_pair, noise_warning, onnx_runner
+from npprune.export.onnx import export_onnx
+from npprune.export.widths import WidthLatency, measure_width_latency
+from npprune.models.info import model_sizes
+from npprune.models.surgery import apply_plan
+from npprune.pipeline.common.events import Emit, Event
+from npprune.recipe import PruneSection
+from npprune.records import Latency, Plan, Preprocessing, to_dict
+
+STAGE = "latency"
+LATENCY_TOLERANCE = 0.05  # of the latency asked for
+FIRST_SHARE = 0.4  # of all widths, in the network that gives the level first
+CORRECTIONS = 2  # of the level, at most
+CLOSE = 0.02  # foreseen and measured latency need no correction
+WIDTHS = 8  # timed between the least and the full one
+WIDTH_SECONDS = 0.5  # for each of them, at least
+PAIR_SECONDS = 3.0  # for two whole networks, at least
+STEPS = 10_000  # prices are multiples of this part of the dense latency: the solver stays exact
+
+
+class DenseTimer:
+    """The dense network in ONNX Runtime, to time others beside. A context: it holds a file."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        *,
+        batch: int = 1,
+        threads: int | None = None,
+        provider: str = "auto",
+    ) -> None:
+        self.preprocessing, self.batch, self.provider = preprocessing, batch, provider
+        self.threads = threads or torch.get_num_threads()
+        self._held = ExitStack()
+        self._folder = Path(self._held.enter_context(tempfile.TemporaryDirectory()))
+        try:
+            self._dense = self._runner(model, "dense")
+        except BaseException:
+            self._held.close()
+            raise
+
+    def __enter__(self) -> DenseTimer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held.close()
+
+    def beside(self, model: nn.Module) -> Latency:
+        """Both in turn, milliseconds a batch."""
+        other = self._runner(model, "other")
+        return bench_pair(self._dense, other, min_seconds=PAIR_SECONDS)
+
+    def _runner(self, model: nn.Module, name: str) -> Runner:
+        path = self._folder / f"{name}.onnx"
+        export_onnx(model, self.preprocessing, [], path)
+        return onnx_runner(path, self.batch, provider=self.provider, threads=self.threads)
+
+
+@dataclass
+class LatencyTable:
+    """Milliseconds of each block's MLP at each width it may take.
+
+    `prices`: per block, inside the whole network, which is what a budget buys.
+    """
+
+    alone: list[dict[int, float]]  # per block, timed alone
+    dense_ms: float  # the whole dense network, one batch
+    dense_widths: list[int]
+    batch: int = 1
+    threads: int = 0
+    provider: str = ""
+    level: float = 1.0  # milliseconds inside the network over those alone
+    alone_ms: dict[int, float] = field(default_factory=dict)  # as timed, width -> milliseconds
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._price()
+
+    def _price(self) -> None:
+        unit = self.dense_ms / STEPS
+        self.prices = [
+            {w: max(1, round(self.level * ms / unit)) * unit for w, ms in row.items()}
+            for row in self.alone
+        ]
+
+    def set_level(self, widths: Sequence[int], pair: Latency) -> None:
+        """The level at which the table foresees what `pair` measured at these widths."""
+        dense = sum(row[w] for row, w in zip(self.alone, self.dense_widths, strict=True))
+        narrow = sum(row[w] for row, w in zip(self.alone, widths, strict=True))
+        saved = self.dense_ms * (1 - pair.ratio)
+        if saved > 0 and dense > narrow:
+            self.level = saved / (dense - narrow)
+            self._price()
+            return
+        self.warnings.append(
+            f"a network of widths {min(widths)} to {max(widths)} took {pair.ratio:.2f} x the "
+            "dense latency: on this machine, at this batch size, narrower blocks are not faster"
+        )
+
+    def foreseen_ms(self, widths: Sequence[int]) -> float:
+        """The whole network at these widths."""
+        return self.fixed_ms + self.hidden_ms(widths)
+
+    @property
+    def fixed_ms(self) -> float:
+        """What no width changes."""
+        return self.dense_ms - self.hidden_ms(self.dense_widths)
+
+    def hidden_ms(self, widths: Sequence[int]) -> float:
+        """All blocks' MLPs at these widths."""
+        return sum(row[w] for row, w in zip(self.prices, widths, strict=True))
+
+    def goal(self, target: float) -> float:
+        """Milliseconds asked for: up to 1 a share of the dense network's, above 1 as they are."""
+        return target * self.dense_ms if target <= 1 else min(target, self.dense_ms)
+
+    def budget(self, target: float) -> float:
+        """Milliseconds that the hidden units may take.
+
+        Raises:
+            GateError: what is not pruned, or the least widths allowed, take longer already.
+        """
+        goal = self.goal(target)
+        least = self.fixed_ms + self.hidden_ms([min(row) for row in self.prices])
+        if goal < least:
+            raise GateError(
+                f"a latency of {goal:.4g} ms is below the {least:.4g} ms that the network takes "
+                f"with every block at its least width (dense {self.dense_ms:.4g} ms, batch "
+                f"{self.batch}, {self.provider})",
+                hint="raise the target, or lower `--min-keep`: only MLP neurons are removed",
+            )
+        return min(goal - self.fixed_ms, self.hidden_ms(self.dense_widths))
+
+
+class LatencyTarget:
+    """A latency asked for: its price list, and the runtime it is timed on. A context."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        widths: Sequence[int],
+        settings: PruneSection,
+        emit: Emit,
+    ) -> None:
+        """Time one MLP at several widths, and two whole networks to know the level."""
+        self.model, self.dense_widths, self.emit = model, list(widths), emit
+        self.target = settings.target_latency or 1.0
+        sizes = model_sizes(model)
+        allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
+        self.timer = DenseTimer(
+            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
+        )
+        try:
+            emit(Event(STAGE, f"timing a block's MLP at several widths, batch {self.timer.batch}"))
+            alone = measure_width_latency(
+                sizes.width,
+                _grid(sorted({w for row in allowed for w in row})),
+                tokens=sizes.tokens,
+                batch=self.timer.batch,
+                threads=self.timer.threads,
+                provider=self.timer.provider,
+                min_seconds=WIDTH_SECONDS,
+            )
+            self.table = build_table(alone, allowed, widths, self._at)
+        except BaseException:
+            self.timer.__exit__(None, None, None)
+            raise
+
+    def __enter__(self) -> LatencyTarget:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.timer.__exit__(kind, error, trace)
+
+    def correct(self, widths_at: Callable[[float], list[int]]) -> None:
+        """See `correct`."""
+        correct(self.table, self.target, widths_at, self._at)
+
+    def check(self, model: nn.Module, widths: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+        """Time what was made; see `outcome`."""
+        measured = self.timer.beside(model)
+        record, warnings = outcome(self.table, self.target, widths, measured)
+        self.emit(
+            Event(
+                STAGE,
+                f"{measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
+                f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
+                f"{measured.provider}",
+            )
+        )
+        return record, warnings
+
+    def _at(self, widths: Sequence[int]) -> Latency:
+        """The network with its blocks at other widths; which neurons stay does not matter."""
+        said = f"timing a network of widths {min(widths)} to {max(widths)} beside the dense one"
+        self.emit(Event(STAGE, said))
+        plan = Plan(keep=[list(range(w)) for w in widths], widths=self.dense_widths)
+        return self.timer.beside(apply_plan(self.model, plan))
+
+
+def build_table(
+    alone: WidthLatency,
+    allowed: Sequence[Sequence[int]],
+    widths: Sequence[int],
+    whole: Callable[[Sequence[int]], Latency],
+) -> LatencyTable:
+    """Prices from the MLP timed alone, at the level of the whole network.
+
+    `whole(widths)` times the dense network and one of other widths in turn.
+    """
+    rows = [_rising({w: alone.at(w) for w in row}) for row in allowed]
+    narrow = [_nearest(row, FIRST_SHARE * h) for row, h in zip(allowed, widths, strict=True)]
+    pair = whole(narrow)
+    table = LatencyTable(
+        rows, pair.dense_ms, list(widths), alone.batch, alone.threads, alone.provider
+    )
+    table.alone_ms = dict(zip(alone.widths, alone.ms, strict=True))
+    table.set_level(narrow, pair)
+    if (noisy := noise_warning(pair)) is not None:
+        table.warnings.append(noisy)
+    return table
+
+
+def correct(
+    table: LatencyTable,
+    target: float,
+    widths_at: Callable[[float], list[int]],
+    whole: Callable[[Sequence[int]], Latency],
+) -> None:
+    """Set the level anew from the widths that the budget leads to, until they are as foreseen.
+
+    `widths_at(budget)`: the widths that selection takes.
+
+    Raises:
+        GateError: the target cannot be reached.
+    """
+    for _ in range(CORRECTIONS):
+        widths = widths_at(table.budget(target))
+        if list(widths) == table.dense_widths:
+            return
+        pair = whole(widths)
+        foreseen = table.foreseen_ms(widths) / table.dense_ms
+        if abs(pair.ratio / foreseen - 1) <= CLOSE:
+            return
+        table.set_level(widths, pair)
+
+
+def outcome(
+    table: LatencyTable, target: float, widths: Sequence[int], latency: Latency
+) -> tuple[dict[str, Any], list[str]]:
+    """What was asked for, foreseen and measured; and why the last is not the first, if it is not.
+
+    `latency`: the pruned network beside the dense one.
+    """
+    foreseen = table.foreseen_ms(widths)
+    share = target <= 1
+    asked = target if share else target / latency.dense_ms
+    measured = latency.ratio if share else latency.pruned_ms / latency.dense_ms
+    record = {
+        "target": target,
+        "asked_share": asked,
+        "achieved_share": measured,
+        "foreseen_ms": foreseen,
+        "fixed_ms": table.fixed_ms,
+        "level": table.level,
+        "alone_ms": table.alone_ms,
+        "measured": to_dict(latency),
+    }
+    warnings = list(table.warnings)
+    if latency.ratio >= 1:
+        warnings.insert(
+            0,
+            f"the pruned network is not faster than the dense one on this machine: "
+            f"{latency.pruned_ms:.4g} ms against {latency.dense_ms:.4g} ms at batch "
+            f"{latency.batch} ({latency.provider})",
+        )
+    off = measured / asked - 1
+    if abs(off) > LATENCY_TOLERANCE:
+        planned = foreseen / table.goal(target) - 1
+        if abs(planned) > LATENCY_TOLERANCE:
+            why = f"the widths allowed come no nearer than {planned:+.1%}"
+        else:
+            why = noise_warning(latency) or (
+                f"the table foresaw {foreseen / table.dense_ms:.1%}; the times of single blocks "
+                "do not add up here, or the load of the machine has changed"
+            )
+        warnings.append(
+            f"latency is {measured:.1%} of the dense network's, and {asked:.1%} was asked for "
+            f"({off:+.1%}): {why}"
+        )
+    return record, warnings
+
+
+def _grid(widths: Sequence[int]) -> list[int]:
+    """The least and the full width, and those nearest to equal steps between them."""
+    least, full = widths[0], widths[-1]
+    steps = range(WIDTHS + 1)
+    return sorted({_nearest(widths, least + (full - least) * i / WIDTHS) for i in steps})
+
+
+def _nearest(allowed: Sequence[int], width: float) -> int:
+    return min(allowed, key=lambda w: (abs(w - width), w))
+
+
+def _rising(row: dict[int, float]) -> dict[int, float]:
+    """Wider is never cheaper: what says otherwise is noise, which an exact solver would exploit."""
+    out, most = {}, 0.0
+    for w in sorted(row):
+        most = max(most, row[w])
+        out[w] = most
+    return out

@@ -1,0 +1,419 @@
+"""The pass over the calibration images: its sums are kept, found again, and gone on with.
+
+What is saved is read only by a command that would compute the same bits: the key holds the
+network, the decoded images batch by batch, the draws, and what computes. Where the sums of all
+blocks do not fit into memory, groups of blocks are collected in several passes with the same
+draws, and read from disk one block at a time afterwards: the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from npprune.core.compression.statistics import (
+    NEEDS,
+    BlockSums,
+    Need,
+    Statistics,
+    Target,
+    collect_statistics,
+)
+from npprune.core.view import VitView
+from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.inputs import Network
+from npprune.pipeline.common.memory import allowed_bytes
+from npprune.records import to_dict
+from npprune.store.runs import RunFolder
+from npprune.store.statistics_store import StatisticsStore
+
+Batches = list[tuple[Tensor, Tensor]]
+
+STAGE = "statistics"
+VERSION = 1  # of the sums: one more whenever `collect_statistics` gives other bits
+TARGET: Target = "fisher"
+DRAWS = 1
+SAVE_SECONDS = 30.0  # between two saved states of a pass,
+SAVE_SHARE = 10  # and at least so many times as long as a save takes
+WORK = 8  # matrices [h, h] at work on one block: its covariance, inverse and copies
+_GENERATOR = "generator"
+
+
+@dataclass
+class Shelf:
+    """Where a command's statistics are kept, and how much memory they may take.
+
+    home: the folder of all sets; None: they are not kept. network: what decides the sums besides
+    images and draws (see `identity`). memory: GiB for the sums, None: half of the memory.
+    write: whether anything may be written to the home.
+    """
+
+    home: Path | None = None
+    network: dict[str, Any] = field(default_factory=dict)
+    memory: float | None = None
+    write: bool = True
+    images: str = ""  # sha256 of the decoded images, once it was computed
+
+
+@dataclass
+class Collected:
+    """The statistics, the seconds they took (now or before), and what a record should say."""
+
+    statistics: Statistics
+    seconds: float
+    record: dict[str, Any]
+
+
+def statistics_home(run: RunFolder | None, out: Path) -> Path:
+    """The run folder's; without a run a hidden folder beside the checkpoint, shared by all that
+    stand there: the checkpoint itself is replaced as a whole, and another budget has another."""
+    return run.path / "statistics" if run is not None else out.resolve().parent / ".statistics"
+
+
+def identity(network: Network, outputs: list[int] | None = None) -> dict[str, Any]:
+    """What a network is, as far as it decides what it computes.
+
+    outputs: the classes that its head is cut to.
+    """
+    source = network.info.source
+    return {
+        "sha256": source.sha256,
+        "architecture": source.architecture,
+        "arguments": to_dict(source)["model_args"],
+        "class": type(network.model).__qualname__,
+        "heads": network.info.heads,
+        "outputs": outputs,
+    }
+
+
+def collect(
+    view: VitView,
+    batches: Batches,
+    needs: Iterable[Need],
+    generator: torch.Generator,
+    shelf: Shelf,
+    emit: Emit,
+) -> Collected:
+    """The statistics of the calibration images: found, gone on with, or computed.
+
+    The generator is left as after one whole pass, whatever was found.
+    """
+    ordered = tuple(n for n in NEEDS if n in set(needs))
+    return _Collecting(view, batches, ordered, generator, shelf, emit).run()
+
+
+class SavedStatistics(Statistics):
+    """Statistics that stay on disk: one block at a time is in memory."""
+
+    def __init__(
+        self, needs: tuple[Need, ...], images: int, files: dict[int, Any], device: torch.device
+    ) -> None:
+        super().__init__(TARGET, needs, images)
+        self._files, self._device = files, device
+        self._last: tuple[int, BlockSums] | None = None
+
+    def block(self, l: int) -> BlockSums:
+        """The sums of block l, read when they are asked for."""
+        if self._last is None or self._last[0] != l:
+            self._last = None  # gone before the next one comes
+            self._last = l, _read(self._files[l], self._device)
+        return self._last[1]
+
+    def position_weights(self, l: int, salience: float) -> Tensor:
+        """As in `Statistics`, without reading the block's matrices."""
+        sums = _read(self._files[l], self._device, ("position",))
+        return Statistics(TARGET, self.needs, self.images, {l: sums}).position_weights(l, salience)
+
+
+class _Collecting:
+    """One call of `collect`."""
+
+    def __init__(
+        self,
+        view: VitView,
+        batches: Batches,
+        needs: tuple[Need, ...],
+        generator: torch.Generator,
+        shelf: Shelf,
+        emit: Emit,
+    ) -> None:
+        self.view, self.batches, self.needs = view, batches, needs
+        self.generator, self.shelf, self.emit = generator, shelf, emit
+        self.draws = needs != ("moments",)
+        self.blocks = range(len(view.widths))
+        self.images = sum(len(y) for _, y in batches)
+        self.device = next(view.model.parameters()).device
+        self.sizes = [self._bytes(l) for l in self.blocks]
+        self.allowed = allowed_bytes(shelf.memory, self.device)
+        self.room = self.allowed - WORK * 8 * max(view.widths) ** 2
+        self.fits = sum(self.sizes) <= self.room
+        self.first_draw = generator.get_state()
+        self.sums: dict[int, BlockSums] = {}
+        self.seconds = 0.0  # earlier commands'
+        self.passes = 0
+        self.found = 0.0  # share of the work
+
+    def run(self) -> Collected:
+        store = self._store() if self.shelf.home is not None else None
+        if store is not None:
+            self._open(store)
+            whole = all(store.done(l) for l in self.blocks)
+            if not whole and (not self.shelf.write or not self._disk_has_room(store)):
+                store = None
+        if store is not None:
+            if not whole:
+                with store.lock(self._say_waiting):
+                    self._open(store)  # another process may have been at it
+                    self._compute(store)
+                    store.remove_older()
+            else:
+                self._say_found(store)
+            return self._result(store)
+        if self.fits:
+            self._compute(None)
+            return self._result(None)
+        folder = tempfile.mkdtemp(prefix="npprune-")
+        try:
+            spilled = StatisticsStore(folder, {}, images=self.images, batches=len(self.batches))
+            self._compute(spilled)
+            result = self._result(spilled)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        weakref.finalize(result.statistics, shutil.rmtree, folder, ignore_errors=True)
+        return result
+
+    # ------------------------------------------------------------ parts
+
+    def _store(self) -> StatisticsStore:
+        assert self.shelf.home is not None
+        return StatisticsStore(
+            self.shelf.home, self._settings(), images=self.images, batches=len(self.batches)
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that decides the bits of the sums."""
+        if not self.shelf.images:
+            self.shelf.images = images_sha256(self.batches)
+        settings = {
+            "version": VERSION,
+            "network": self.shelf.network,
+            "images": self.shelf.images,
+            "needs": list(self.needs),
+            "torch": torch.__version__,
+            "hardware": hardware(self.device),
+        }
+        if self.draws:
+            start = hashlib.sha256(self.first_draw.numpy().tobytes()).hexdigest()
+            settings |= {"target": TARGET, "draws": DRAWS, "generator": start}
+        return settings
+
+    def _open(self, store: StatisticsStore) -> None:
+        bad = store.open()
+        if bad:
+            self.emit(
+                Event(
+                    STAGE,
+                    f"`{store.path}`: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''} "
+                    "cannot be used (damaged or changed): computed again",
+                    level="warning",
+                )
+            )
+        self.seconds = store.info.seconds
+
+    def _disk_has_room(self, store: StatisticsStore) -> bool:
+        """Whether two states of the sums fit on the disk: one is written beside the other."""
+        needed = 2 * sum(self.sizes)
+        free = store.free()
+        if free >= needed:
+            return True
+        self.emit(
+            Event(
+                STAGE,
+                f"statistics are not kept: they take {needed / 2**30:.1f} GiB while they are "
+                f"written, and `{store.home}` has {free / 2**30:.1f} GiB left",
+                level="warning",
+            )
+        )
+        return False
+
+    def _compute(self, store: StatisticsStore | None) -> None:
+        """What is missing, in as few passes as the memory allows."""
+        if store is not None and store.info.blocks:
+            self._say_found(store)
+        passes = self._passes(store)
+        if passes and not self.fits:
+            self.emit(
+                Event(
+                    STAGE,
+                    f"the sums of {len(self.blocks)} blocks take {sum(self.sizes) / 2**30:.2g} GiB "
+                    f"and {self.allowed / 2**30:.2g} are allowed (`--memory`): "
+                    f"{_count(len(passes), 'pass', 'passes')} over the images, kept on disk",
+                )
+            )
+        self.passes = len(passes)
+        for i, (begun, group) in enumerate(passes):
+            self._pass(store, begun, group, i)
+
+    def _passes(self, store: StatisticsStore | None) -> list[tuple[int, list[int]]]:
+        """(batches done before, blocks) of every pass."""
+        at = {l: part.batches for l, part in store.info.blocks.items()} if store else {}
+        out: list[tuple[int, list[int]]] = []
+        taken = 0
+        for l in self.blocks:
+            begun = at.get(l, 0)
+            if begun == len(self.batches):
+                continue
+            taken += self.sizes[l]
+            if not out or out[-1][0] != begun or (not self.fits and taken > self.room):
+                out.append((begun, []))
+                taken = self.sizes[l]
+            out[-1][1].append(l)
+        return out
+
+    def _pass(
+        self, store: StatisticsStore | None, begun: int, group: list[int], number: int
+    ) -> None:
+        """One pass over the batches from `begun` on, for some blocks."""
+        state = Statistics(TARGET, self.needs)
+        self.generator.set_state(self.first_draw)
+        if begun and store is not None:
+            files = {l: store.file(l) for l in group}
+            state.images = store.info.blocks[group[0]].images
+            state.blocks = {l: _read(file, self.device) for l, file in files.items()}
+            if self.draws:
+                self.generator.set_state(files[group[0]].get_tensor(_GENERATOR).clone())
+            del files
+        done, start = begun, time.perf_counter()
+        pause, saved = SAVE_SECONDS, start
+
+        def save() -> None:
+            nonlocal pause, saved
+            if store is None:
+                return
+            now = time.perf_counter()
+            store.info.seconds = self.seconds + now - start
+            store.save(self._tensors(state, group), state.images, done)
+            saved = time.perf_counter()
+            pause = max(SAVE_SECONDS, SAVE_SHARE * (saved - now))
+
+        def after(stats: Statistics) -> None:
+            nonlocal done
+            done += 1
+            if done < len(self.batches) and time.perf_counter() - saved >= pause:
+                save()
+            self.emit(
+                Event(
+                    STAGE,
+                    level="progress",
+                    done=number * self.images + stats.images,
+                    total=self.passes * self.images,
+                )
+            )
+
+        collect_statistics(
+            self.view,
+            ((x.to(self.device), y.to(self.device)) for x, y in self.batches[begun:]),
+            blocks=group,
+            draws=DRAWS,
+            generator=self.generator,
+            state=state,
+            on_batch=after,
+        )
+        spent = time.perf_counter() - start
+        save()
+        self.seconds += spent
+        if self.fits:
+            self.sums |= state.blocks
+
+    def _tensors(
+        self, state: Statistics, group: Sequence[int]
+    ) -> Iterable[tuple[int, dict[str, Tensor]]]:
+        """One block's at a time: a copy of all of them would take as much memory again."""
+        for l in group:
+            one = Statistics(TARGET, self.needs, state.images, {l: state.blocks[l]})
+            named = one.to_tensors()
+            if self.draws:
+                named[_GENERATOR] = self.generator.get_state()
+            yield l, named
+
+    def _result(self, store: StatisticsStore | None) -> Collected:
+        record: dict[str, Any] = {
+            "images": self.images, "found": round(self.found, 3), "passes": self.passes,
+        }  # fmt: skip
+        stats = Statistics(TARGET, self.needs, self.images, self.sums)
+        if store is not None:
+            record["settings_sha256"] = store.info.settings_sha256
+            files = {l: store.file(l) for l in self.blocks if l not in self.sums}
+            if self.draws and not self.passes:
+                self.generator.set_state(files[0].get_tensor(_GENERATOR).clone())
+            if self.fits:
+                found = {l: _read(file, self.device) for l, file in files.items()}
+                stats.blocks = {l: found[l] if l in found else self.sums[l] for l in self.blocks}
+            else:
+                stats = SavedStatistics(self.needs, self.images, files, self.device)
+        return Collected(stats, round(self.seconds, 3), record)
+
+    def _bytes(self, l: int) -> int:
+        """What the sums of block l take."""
+        h, d = self.view.widths[l], self.view.fc2(l).out_features
+        matrices = h * h * (("moments" in self.needs) + ("salience" in self.needs))
+        return 8 * (matrices + d * d * ("curvature" in self.needs) + 6 * h)
+
+    def _say_found(self, store: StatisticsStore) -> None:
+        there = sum(part.images for part in store.info.blocks.values())
+        self.found = there / (len(self.blocks) * self.images)
+        words = f"statistics of {self.images} images found in {store.path}"
+        if self.found < 1:
+            words = f"{self.found:.0%} of the statistics found in {store.path}: goes on from there"
+        self.emit(Event(STAGE, words))
+
+    def _say_waiting(self) -> None:
+        self.emit(Event(STAGE, "another process computes the same statistics: waiting for them"))
+
+
+def images_sha256(batches: Batches) -> str:
+    """Of the decoded images, batch by batch: what was read, chosen and prepared, and how.
+
+    Without the labels: `TARGET` does not read them.
+    """
+    total = hashlib.sha256()
+    for x, _ in batches:
+        total.update(f"{x.dtype} {list(x.shape)}".encode())
+        total.update(x.contiguous().view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def hardware(device: torch.device) -> list[Any]:
+    """What computes, as far as it decides the last bits."""
+    if device.type == "cuda":
+        return [torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
+    return [device.type, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+
+
+def _read(file: Any, device: torch.device, names: Sequence[str] | None = None) -> BlockSums:
+    """The sums in a block's file, where the pass would have left them."""
+    wanted = [n for n in list(file.keys()) if n != _GENERATOR]
+    if names is not None:
+        wanted = [n for n in wanted if n == "header" or n.partition(".")[2] in names]
+    where = torch.device("cpu") if device.type == "mps" else device  # it has no float64
+    read = Statistics.from_tensors({n: file.get_tensor(n) for n in wanted})
+    (sums,) = read.blocks.values()
+    for name, value in vars(sums).items():
+        if isinstance(value, Tensor):
+            setattr(sums, name, value.to(where))
+    return sums
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"

@@ -1,0 +1,186 @@
+"""The rows of a study: which there are, what each one found, and the files they are kept in."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor
+
+from npprune.core.compression.criteria import CRITERIA
+from npprune.errors import UsageError
+from npprune.pipeline.prune.planning import check_criterion, draws, needs_of
+from npprune.recipe import StudySection
+from npprune.records import Document, Latency, Mean, Rate
+from npprune.store import atomic
+from npprune.store.runs import RunFolder
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row: what is done, and with which seed."""
+
+    criterion: str
+    selection: str
+    compensation: str
+    keep: float  # share of the hidden units that stay
+    protect: bool  # path neurons first
+    seed: int
+
+    @property
+    def how(self) -> str:
+        """Everything but budget and seed."""
+        return ", ".join([self.label, self.selection, self.compensation])
+
+    @property
+    def label(self) -> str:
+        """The criterion, and whether paths are kept first."""
+        return self.criterion + (" + paths" if self.protect else "")
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.how}, {100 * self.keep:g} % kept, seed {self.seed}"
+
+    @property
+    def file_name(self) -> str:
+        """For the file of the row, without suffix."""
+        paths = "_paths" if self.protect else ""
+        return (
+            f"keep{self.keep!r}_{self.criterion}{paths}_{self.selection}_{self.compensation}"
+            f"_seed{self.seed}"
+        )
+
+    @property
+    def scores(self) -> tuple[str, bool, int]:
+        """Equal for rows that rank the neurons alike."""
+        return self.criterion, self.protect, self.seed
+
+    @property
+    def group(self) -> tuple[float, str, bool, str, str]:
+        """Equal for rows that differ in the seed alone."""
+        return self.keep, self.criterion, self.protect, self.selection, self.compensation
+
+
+@dataclass
+class StudyRow(Document):
+    """A finished row. `refused`: why there is no such network; then nothing was measured."""
+
+    kind: ClassVar[str] = "study-row"
+
+    setting: Setting
+    top1: Rate | None = None
+    top5: Rate | None = None
+    change: Mean | None = None  # paired, against dense
+    divergence: Mean | None = None  # KL from the dense network's predictions, nats
+    agreement: Rate | None = None
+    correct: str = ""  # one digit an image, 1: right
+    params: int = 0
+    macs: int = 0
+    widths: list[int] = field(default_factory=list)
+    protected: list[int] = field(default_factory=list)
+    seconds: float = 0.0  # as a run of its own, without decoding and measuring
+    parts: dict[str, float] = field(default_factory=dict)
+    latency: Latency | None = None
+    healed: Rate | None = None  # top-1 after a short training
+    healed_correct: str = ""
+    healed_divergence: Mean | None = None
+    healing_seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    refused: str = ""
+
+
+@dataclass
+class StudyDense(Document):
+    """The dense network on the same images."""
+
+    kind: ClassVar[str] = "study-dense"
+
+    top1: Rate  # among the chosen classes, if any were chosen
+    top1_all: Rate  # over all classes
+    correct: str
+    params: int
+    macs: int
+    calibration: int  # images that every row was fitted on
+
+
+def bits(right: Tensor) -> str:
+    """A boolean [n] as digits."""
+    return "".join("1" if r else "0" for r in right.tolist())
+
+
+# ---------------------------------------------------------------- which
+
+
+def settings_of(study: StudySection, with_paths: bool) -> list[Setting]:
+    """The rows of a study, in the order of its lists, each once.
+
+    Where the seed changes nothing (no draw in it), only the first is taken.
+
+    Raises:
+        UsageError: a criterion or a protection that reads paths, where there are none.
+    """
+    if not with_paths and (study.topk is not None or "on" in (study.protect or [])):
+        raise UsageError(
+            f"`{'--topk' if study.topk is not None else '--protect on'}` reads paths, "
+            "and no run folder was given",
+            hint="`npprune discover` makes one; give it in place of the model's name",
+        )
+    names = study.criteria or [n for n, c in CRITERIA.items() if with_paths or not c.paths]
+    for name in names:
+        check_criterion(name, with_paths)
+    protect = study.protect or (["off", "on"] if with_paths else ["off"])
+    rows = [
+        Setting(criterion, selection, compensation, keep, word == "on", seed)
+        for keep, criterion, word, selection, compensation in itertools.product(
+            study.keep, names, protect, study.selections, study.compensations
+        )
+        for seed in (study.seeds if draws(criterion) else study.seeds[:1])
+    ]
+    return list(dict.fromkeys(rows))
+
+
+def grouped(rows: Iterable[Setting]) -> list[Setting]:
+    """In an order in which neighbours share statistics, then scores, then the harm's table."""
+    ordered = list(rows)
+    names = list(dict.fromkeys(row.criterion for row in ordered))
+    needs = list(dict.fromkeys(tuple(sorted(needs_of(n))) for n in names))
+
+    def place(row: Setting) -> tuple[int, ...]:
+        group = needs.index(tuple(sorted(needs_of(row.criterion))))
+        return group, row.seed, names.index(row.criterion), row.protect, ordered.index(row)
+
+    return sorted(ordered, key=place)
+
+
+# ---------------------------------------------------------------- files
+
+
+def _rows_folder(folder: RunFolder) -> Path:
+    return folder.path / "rows"
+
+
+def row_path(folder: RunFolder, row: Setting) -> Path:
+    """Where a row lies."""
+    return _rows_folder(folder) / f"{row.file_name}.json"
+
+
+def dense_path(folder: RunFolder) -> Path:
+    """Where the dense network's numbers lie."""
+    return folder.path / "dense.json"
+
+
+def read_rows(folder: RunFolder) -> list[StudyRow]:
+    """The finished rows, by name."""
+    where = _rows_folder(folder)
+    files = sorted(p for p in where.glob("*.json") if not p.name.startswith("."))
+    return [atomic.read_json(StudyRow, p) for p in files]
+
+
+def read_dense(folder: RunFolder) -> StudyDense | None:
+    """The dense network's numbers, once they are there."""
+    path = dense_path(folder)
+    return atomic.read_json(StudyDense, path) if path.is_file() else None
