@@ -9,7 +9,34 @@ Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of our
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
+
+_SETTING = re.compile("«([^»=]+)(?:=([^»]*))?»")
+
+NameOf = Callable[[str, "str | None"], str]
+"""How a reader writes a setting: (`prune.topk`, a value or None) -> `--topk`, `prune.topk`, ..."""
+
+
+def setting(name: str, value: object = None) -> str:
+    """A setting in a message, by its recipe name: `prune.topk`.
+
+    It is a marker until somebody reads it: `--topk` at the shell, `prune.topk` in a recipe,
+    `topk` in Python.
+    """
+    return f"«{name}»" if value is None else f"«{name}={value}»"
+
+
+def rendered(text: str, name_of: NameOf) -> str:
+    """A message with its settings as one kind of reader writes them."""
+    return _SETTING.sub(lambda m: name_of(m.group(1), m.group(2)), text)
+
+
+def python_name(name: str, value: str | None) -> str:
+    """`topk`, or `topk=5`."""
+    field = name.rpartition(".")[2]
+    return f"`{field}`" if value is None else f"`{field}={value}`"
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:
@@ -20,15 +47,25 @@ def plural(n: int, one: str, many: str | None = None) -> str:
 class NpPruneError(Exception):
     """Base of everything npprune raises on purpose.
 
-    `message` is one sentence (thing, rule, what came); `hint` is the next step or None.
+    `message` is one sentence (thing, rule, what came); `hint` is the next step or None. Both name
+    settings as Python does; `said` gives them in another reader's words (see `setting`).
     """
 
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self._raw = message, hint
+        self.message, self.hint = self.said(python_name)
+        super().__init__(self.message)
+
+    def said(self, name_of: NameOf) -> tuple[str, str | None]:
+        """Message and hint with the settings named by `name_of`."""
+        message, hint = self._raw
+        return rendered(message, name_of), hint and rendered(hint, name_of)
+
+    def settings(self) -> list[str]:
+        """The settings that the message names, in order."""
+        return [m.group(1) for m in _SETTING.finditer(self._raw[0])]
 
 
 class UsageError(NpPruneError):

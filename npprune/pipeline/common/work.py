@@ -1,0 +1,82 @@
+"""What every stage needs besides its settings: where it runs, the seed, a way to say things."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from npprune.pipeline.common.device import environment, resolve_device
+from npprune.pipeline.common.events import Emit, Event, ignore
+from npprune.pipeline.common.processes import Processes, processes
+from npprune.records import Environment
+
+
+@dataclass
+class Work:
+    """One piece of work, handed down from stage to function.
+
+    Args:
+        device: as asked for: auto, cpu, cuda, cuda:N or mps.
+        seed: of everything random.
+        emit: gets the events: progress, remarks, warnings.
+        command: the command line that asked for it, remembered by results.
+        stage: who speaks.
+    """
+
+    device: str = "auto"
+    seed: int = 0
+    emit: Emit = ignore
+    command: str = ""
+    stage: str = ""
+
+    def on(self, stage: str) -> Work:
+        """The same work in the words of a stage; what was resolved stays resolved."""
+        other = replace(self, stage=stage)
+        for name in ("team", "_place"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
+    @cached_property
+    def team(self) -> Processes:
+        """This process among its peers."""
+        return processes()
+
+    @cached_property
+    def _place(self) -> tuple[torch.device, str]:
+        return resolve_device(self.team.device(self.device))
+
+    @property
+    def where(self) -> torch.device:
+        """The device. DeviceError where it is not there."""
+        return self._place[0]
+
+    @property
+    def reason(self) -> str:
+        """Why this device."""
+        return self._place[1]
+
+    def environment(self) -> Environment:
+        """What the numbers of this work are made with."""
+        return environment(self.where, self.reason, self.seed)
+
+    def generator(self) -> torch.Generator:
+        """A fresh generator on the CPU, seeded."""
+        return torch.Generator().manual_seed(self.seed)
+
+    def say(self, message: str, **data: Any) -> None:
+        """A remark."""
+        self.emit(Event(self.stage, message, data=data))
+
+    def warn(self, message: str) -> None:
+        """A warning."""
+        self.emit(Event(self.stage, message, level="warning"))
+
+    def progress(
+        self, done: int, total: int | None, unit: str = "images", stage: str | None = None
+    ) -> None:
+        """How far it is; `stage` names a part of it."""
+        self.emit(Event(stage or self.stage, level="progress", done=done, total=total, unit=unit))
