@@ -34,8 +34,8 @@ def read_classes(
         raise _without_labels(root) if loose else tree.without_images()
     notes = _require_classes(tree, [name for name, paths in files.items() if paths], named)
     if loose:
-        what = "1 image lies" if len(loose) == 1 else f"{len(loose)} images lie"
-        notes.append(f"`{root}`: {what} in no class folder and left out, e.g. `{loose[0]}`")
+        what = "1 image" if len(loose) == 1 else f"{len(loose)} images"
+        notes.append(f"`{root}`: left out {what} beside the class folders, e.g. `{loose[0]}`")
     return tree, files, notes
 
 

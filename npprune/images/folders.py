@@ -37,7 +37,6 @@ COMPANIONS = frozenset(
 )  # fmt: skip
 """Names and endings, in lower case, of files that lie beside images and need no mention."""
 
-SPECIAL = "pipe, socket or device"
 SHOWN = 5  # endings named in one message
 _ENDINGS = frozenset(ENDINGS)
 
@@ -100,10 +99,9 @@ class Tree:
             name = path.rpartition("/")[2].lower()
             ending = os.path.splitext(name)[1]
             if companions or not {name, ending} & COMPANIONS:
-                plain = 1 < len(ending) < 12 and " " not in ending
-                counted[
-                    SPECIAL if path in self.special else ending if plain else "without ending"
-                ] += 1
+                known = 1 < len(ending) < 12 and " " not in ending
+                kind = ending if known else "without ending"
+                counted["pipe, socket or device" if path in self.special else kind] += 1
         return counted
 
 

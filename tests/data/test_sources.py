@@ -11,6 +11,7 @@ from PIL import Image
 
 from npprune.data.digits import split_positions
 from npprune.data.sources import open_source
+from npprune.data.unlabelled import open_unlabelled
 from npprune.errors import DataError
 
 TENCH, COCK, TABBY = "n01440764", "n01514668", "n02123045"
@@ -286,6 +287,100 @@ def test_a_folder_of_splits_is_refused(folder: Path) -> None:
     with pytest.raises(DataError, match=r"holds splits \(train, val\)") as caught:
         open_source(f"folder:{folder}")
     assert f"folder:{folder / 'train'}" in str(caught.value.hint)
+
+
+def test_empty_folders_are_named_before_ranks(folder: Path) -> None:
+    for name in ("@eaDir", "lost+found", "apple"):
+        (folder / name).mkdir()
+    (folder / "apple" / "0.heic").write_bytes(b"")
+    with pytest.raises(DataError, match=r"class folder .*apple` has no images, only 1 \.heic"):
+        open_source(f"folder:{folder}", num_classes=2)
+    (folder / "apple" / "0.heic").unlink()
+    (folder / "apple").rmdir()
+    assert open_source(f"folder:{folder}", num_classes=2).selected == [0, 1]
+
+
+def test_a_second_link_to_a_class_is_named(folder: Path) -> None:
+    (folder / "hound").symlink_to(folder / "dog")
+    with pytest.raises(DataError, match=r"hound` has no images: it is a link to what is read"):
+        open_source(f"folder:{folder}")
+
+
+def test_what_is_left_out_is_noted(folder: Path) -> None:
+    picture(folder / "loose.png")
+    (folder / "cat" / "a.heic").write_bytes(b"")
+    (folder / "dog" / "all").symlink_to("..")
+    assert open_source(f"folder:{folder}").notes == [
+        f"`{folder}`: left out 1 image beside the class folders, e.g. `loose.png`",
+        f"`{folder}`: left out 1 file that is no image npprune reads: 1 .heic",
+        f"`{folder}`: link `dog/all` leads to what is read under another name; each file counts "
+        "once",
+    ]
+    assert len(open_source(f"folder:{folder}", classes="cat").notes) == 2
+
+
+def test_files_of_every_ending_are_read(tmp_path: Path) -> None:
+    for name in ("a/0.jfif", "a/1.gif", "b/2.JPE", "b/3.pnm"):
+        kind = {".jfif": "JPEG", ".JPE": "JPEG", ".pnm": "PPM"}.get(Path(name).suffix)
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name, kind)
+    source = open_source(f"folder:{tmp_path}")
+    assert [source.load(i).size for i in range(4)] == [(4, 4)] * 4
+
+
+@pytest.mark.parametrize(
+    ("images", "message", "suggested"),
+    [
+        ("set/train/a set/train/b set/val/a set/val/b", r"holds one folder \(set\)", "set/train"),
+        ("set/a set/b", r"holds one folder \(set\)", "set"),
+        ("train/a train/b val/a val/b", r"holds splits \(train, val\)", "train"),
+        ("train/a train/b val/a val/b doc", r"holds splits \(train, val\)", "val"),
+        ("x/train/a x/train/b y/train/a y/train/b", r"holds data sets \(x, y\)", "y/train"),
+        ("s/train/a/images s/train/b/images s/test", r"holds one folder \(s\)", "s/train"),
+    ],
+)
+def test_one_level_too_high(tmp_path: Path, images: str, message: str, suggested: str) -> None:
+    for name in images.split():
+        picture(tmp_path / name / "0.png")
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(f"folder:{tmp_path}", num_classes=4)
+    assert f"`folder:{tmp_path / suggested}`" in str(caught.value.hint)
+    assert open_source(f"folder:{tmp_path / suggested}").length == 2
+
+
+def test_folders_of_folders_are_noted(tmp_path: Path) -> None:
+    for name in ("cat/a", "cat/b", "dog/a", "dog/b"):
+        picture(tmp_path / name / "0.png")
+    (note,) = open_source(f"folder:{tmp_path}").notes
+    assert note.endswith(
+        "(cat, dog) counts as one class, and all hold folders of images; if those are the classes, "
+        f"did you mean `folder:{tmp_path / 'cat'}` or `folder:{tmp_path / 'dog'}`?"
+    )
+
+
+def test_one_class_may_hold_folders_where_a_map_names_it(tmp_path: Path) -> None:
+    for name in ("cat/a", "cat/b"):
+        picture(tmp_path / "data" / name / "0.png")
+    file = tmp_path / "map.txt"
+    file.write_text("cat\n")
+    assert open_source(f"folder:{tmp_path / 'data'}", class_map=file).notes == []
+
+
+@pytest.mark.parametrize("images", ["a/images b/images", "a b/deep/x b/deep/y", "a/x/y/z b"])
+def test_class_folders_may_be_deep(tmp_path: Path, images: str) -> None:
+    for name in images.split():
+        picture(tmp_path / name / "0.png")
+    source = open_source(f"folder:{tmp_path}")
+    assert (source.selected, source.notes) == ([0, 1], [])
+
+
+def test_unlabelled_images_are_found_by_the_same_rule(folder: Path) -> None:
+    picture(folder / "loose.png")
+    picture(folder / "cat" / ".ipynb_checkpoints" / "z.png")
+    (folder / "cat" / "a.heic").write_bytes(b"")
+    (folder / "dog" / "all").symlink_to("..")
+    source = open_unlabelled(f"folder:{folder}")
+    assert (source.length, len(source.notes)) == (6, 2)
 
 
 def test_unknown_sources(tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -28,6 +30,7 @@ from npprune.export.checked import export_checked
 from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import Gate, check_parity, require
 from npprune.export.session import open_session
+from npprune.export.session import reason as reason_of
 from npprune.records import ClassInfo, ExportRecord, Latency, Preprocessing, from_json, to_json
 
 SIZE = 32
@@ -321,6 +324,80 @@ def test_broken_and_missing_files(tmp_path):
     for provider in ("cpu", "auto"):
         with pytest.raises(ExportError, match=r"text\.onnx cannot be opened"):
             open_session(tmp_path / "text.onnx", provider)
+
+
+SOURCE = "/onnxruntime_src/onnxruntime/core/graph/model"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Load model from a b.onnx failed:" + SOURCE + ".cc:256 "
+            "onnxruntime::Model::Model(onnx::ModelProto&&, const std::list<int(*)(int)>*, bool) "
+            "Unsupported model IR version: 99, max (supported): 11\n",
+            "Unsupported model IR version: 99, max (supported): 11",
+        ),
+        (
+            f"{SOURCE}.h:9 void onnxruntime::Check(int) const [with T = a::b] Opset 60 is new",
+            "Opset 60 is new",
+        ),
+        (f"{SOURCE}.cc:1 onnxruntime::Model::Model It (still) fails", "It (still) fails"),
+        ("Running Reshape: shape.cc:4 Check [ONNXRuntimeError] : 1 : FAIL : b.h:7 f a::g (x)",
+         "Running Reshape: a::g (x)"),
+        ("Got: 5\n Expected: 2", "Got: 5 Expected: 2"),
+        ("", "RuntimeError"),
+        (f"{SOURCE}.cc:1 alone", "alone"),
+        ("long " * 500, ("long " * 500).strip()),
+    ],
+)  # fmt: skip
+def test_the_runtimes_own_reason_is_told_in_full(said, reason):
+    assert reason_of(RuntimeError(said)) == reason
+
+
+def test_hints_say_what_is_wrong_with_the_file(exported, uneven, tmp_path):
+    def hint(name: str, change=None) -> tuple[str, str]:
+        path = tmp_path / name
+        if change is not None:
+            proto = onnx.load(exported)
+            change(proto)
+            path.write_bytes(proto.SerializeToString())
+        with pytest.raises(ExportError) as caught:
+            open_session(path, "cpu")
+        return caught.value.message, str(caught.value.hint)
+
+    message, said = hint("ir.onnx", lambda proto: setattr(proto, "ir_version", 99))
+    assert re.search(
+        r"opened: Unsupported model IR version: 99, max supported IR .*: \d+$", message
+    )
+    assert f"newer ONNX Runtime (this is {onnxruntime.__version__})" in said
+    message, said = hint("opset.onnx", lambda p: setattr(p.opset_import[0], "version", 99))
+    assert "Opset 99 is under development" in message
+    assert "lower `--opset`" in said
+    _, said = hint("operator.onnx", lambda proto: setattr(proto.graph.node[0], "op_type", "Foo"))
+    assert "newer ONNX Runtime" in said
+    (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:2000])
+    assert hint("cut.onnx")[1] == "the file is damaged, or no ONNX file"
+    export_onnx(uneven, PREPROCESSING, CLASSES, tmp_path / "two.onnx", external_above=0)
+    (tmp_path / "two.onnx.data").write_bytes(b"1")
+    assert "whole and under its own name" in hint("two.onnx")[1]
+    (tmp_path / "two.onnx.data").unlink()
+    message, said = hint("two.onnx")
+    assert "two.onnx.data" in message
+    assert "must lie beside it" in said
+
+
+def test_the_ir_version_is_of_the_operator_sets_time(exported, uneven, images, tmp_path):
+    assert onnx.load(exported).ir_version == 9  # of opset 20
+    path = tmp_path / "model.onnx"
+    export_onnx(
+        uneven, PREPROCESSING, CLASSES, path, opset=17, precision="int8",
+        calibration=images[:4], score=lambda session: 1.0,
+    )  # fmt: skip
+    proto = onnx.load(path)
+    assert {o.domain: o.version for o in proto.opset_import}[""] == 17
+    assert proto.ir_version == 8
+    assert open_session(path, "cpu").run(images[:2].numpy()).shape[0] == 2
 
 
 # ---------------------------------------------------------------- timing

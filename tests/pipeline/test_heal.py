@@ -489,9 +489,13 @@ def test_unlabelled_images_are_trained_on_and_never_held_out(half_network: Path)
     more = half_network.with_name("more")
     for i in range(30):
         picture(more / "any" / f"{i}.png", i)
+    (more / "any" / "x.heic").write_bytes(b"")
     settings = short(unlabelled=f"folder:{more}", label_weight=0.1)
-    found = heal(half_network, DATA, settings, half_network.with_name("healed")).heal
+    events: list[Event] = []
+    out = half_network.with_name("healed")
+    found = heal(half_network, DATA, settings, out, emit=events.append).heal
     assert found is not None
+    assert any(e.level == "warning" and "1 .heic" in e.message for e in events)
     assert (found.images, found.held_out) == (300, 30)
     assert found.unlabelled is not None
     assert found.unlabelled.images == 30
