@@ -58,7 +58,7 @@ def refuse_overwriting(
     same place. What does not exist cannot be overwritten.
 
     Args:
-        reads: files and folders; of a folder all files directly in it are read.
+        reads: files and folders. A file that is put next to others into a folder is no conflict.
         replaced: `out` is a folder that is replaced as a whole: it must not hold what is read.
     """
     target = Path(os.path.realpath(out))
@@ -66,7 +66,7 @@ def refuse_overwriting(
         source = Path(os.path.realpath(read))
         if not source.exists():
             continue
-        if _same(target, source) or (source.is_dir() and _is_one_of(target, source)):
+        if _same(target, source):
             why = "is what is read"
         elif replaced and lies_in(source, target):
             why = "would be replaced, and it holds what is read"
@@ -143,14 +143,6 @@ def lies_in(path: Path, folder: Path) -> bool:
 def _same(a: Path, b: Path) -> bool:
     try:
         return a == b or os.path.samefile(a, b)
-    except OSError:
-        return False
-
-
-def _is_one_of(path: Path, folder: Path) -> bool:
-    """Whether a path is an existing file, perhaps by another name, directly in a folder."""
-    try:
-        return path.is_file() and any(_same(path, file) for file in folder.iterdir())
     except OSError:
         return False
 

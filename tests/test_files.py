@@ -28,7 +28,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("read", ["in", "link"])
 def test_an_input_by_any_name_is_refused(place: Path, out: str, read: str) -> None:
     with pytest.raises(UsageError, match=r"must not overwrite an input, got") as caught:
-        files.refuse_overwriting(Path(out), [read, "absent", "vit_tiny"])
+        files.refuse_overwriting(Path(out), ["absent", "vit_tiny", read, f"{read}/w.bin"])
     assert caught.value.hint
     assert (place / "in" / "w.bin").read_text() == "weights"
 

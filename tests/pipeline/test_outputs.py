@@ -160,6 +160,12 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
         PLACES[case](Path("file/below/out"))
 
 
+def test_an_export_into_its_checkpoint_may_be_repeated(world: Path) -> None:
+    (world / "half" / "model.onnx").write_text("an earlier one")
+    with pytest.raises(NpPruneError, match=r"folder:none|`none`|not exist"):
+        export_checkpoint(Path("half"), NO_IMAGES, ExportSection(latency=False))
+
+
 def test_files_of_others_are_found_before_the_work(world: Path, idle: None) -> None:
     (world / "mine").mkdir()
     (world / "mine" / "thesis.tex").write_text("years")

@@ -9,7 +9,14 @@ from npprune.errors import NpPruneError, StoreError, UsageError
 from npprune.files import check_folder, lies_in, refuse_overwriting
 from npprune.pipeline.common.events import Emit, Event
 from npprune.recipe import ModelSection, load_recipe
-from npprune.store.checkpoints import is_checkpoint, objection, read_config
+from npprune.store.checkpoints import (
+    CONFIG,
+    PLAN,
+    WEIGHTS,
+    is_checkpoint,
+    objection,
+    read_config,
+)
 from npprune.store.runs import RunFolder
 
 LOCAL = "local-dir:"  # before a folder in timm's own form
@@ -71,8 +78,9 @@ def _checkpoint(folder: Path) -> list[str | Path]:
     dense = read_config(folder).details.get("dense", {})
     near = [folder / dense[key] for key in ("name_relative", "checkpoint_relative") if key in dense]
     named = [dense["checkpoint"]] if dense.get("checkpoint") else []
-    named += [dense["name"]] if is_checkpoint(dense.get("name", "")) else []
-    return [folder, *named, *near]
+    named += [dense["name"]] if dense.get("name") and is_checkpoint(dense["name"]) else []
+    own = [folder / name for name in (CONFIG, WEIGHTS, PLAN)]
+    return [folder, *own, *named, *near]
 
 
 def recordable(run: RunFolder | None, stage: str, emit: Emit) -> bool:
