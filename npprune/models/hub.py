@@ -27,7 +27,8 @@ def fetch(name: str, cfg: dict[str, Any]) -> Path:
         url = cfg.get("url")
         raise ModelError(
             f"timm publishes no weights on the hub for {name}",
-            hint=(f"download {url} and pass" if url else "pass") + " it with `--checkpoint FILE`",
+            hint=(f"download {url}, and pass it" if url else "pass weights")
+            + " with `--checkpoint FILE`",
         )
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

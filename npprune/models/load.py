@@ -259,10 +259,10 @@ def _checked_size(size: ImageSize | None) -> tuple[int, int] | None:
     if size is None:
         return None
     pair = (size, size) if isinstance(size, int) else tuple(size)
-    if len(pair) != 2 or any(side < 1 for side in pair):
+    if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise ModelError(
             f"`img_size` must be one or two positive numbers of pixels, got {size}",
-            hint="224, or 192 256 for height and width",
+            hint="`--img-size 224`, or `192x256` for height and width (`(192, 256)` in Python)",
         )
     return pair  # type: ignore[return-value]
 

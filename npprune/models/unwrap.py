@@ -156,14 +156,14 @@ def _choose(found: list[Network], path: Path, like: Callable[[], Shapes] | None)
                 f"checkpoint {path} holds {len(found)} different networks: "
                 + ", ".join(n.label for n in found),
                 hint=f"save the one you mean alone; for {found[0].label}: "
-                f"`{_alone(found[0], path)}`",
+                f"`{_alone(found[0], found, path)}`",
             )
     chosen = min(fits, key=lambda n: (-_size(n), n.rank))
     others = [n for n in found if n is not chosen]
     chosen.notes.append(
         f"the file holds {len(found)} networks: took {chosen.label} ({rule}), not "
         f"{', '.join(n.label for n in others)}; to take {others[0].label}, save it alone: "
-        f"`{_alone(others[0], path)}`"
+        f"`{_alone(others[0], found, path)}`"
     )
     return chosen
 
@@ -181,7 +181,7 @@ def _size(network: Network) -> int:
     return sum(name != "mask_token" for name in network.tensors)  # for pretraining alone
 
 
-def _alone(network: Network, path: Path) -> str:
+def _alone(network: Network, found: list[Network], path: Path) -> str:
     """Python that writes one network of a file to a file of its own.
 
     `weights_only=False` is no risk here: the file was read, so it holds nothing but plain data.
@@ -191,8 +191,12 @@ def _alone(network: Network, path: Path) -> str:
     else:
         value, modules = "torch.load(FILE, weights_only=False)", "torch"
     value += "".join(f"[{key!r}]" for key in network.path)
-    if network.prefix:
-        value = f"{{k: v for k, v in {value}.items() if k.startswith({network.prefix!r})}}"
+    beside = [n.prefix for n in found if n.path == network.path and n is not network]
+    within = [p for p in beside if p.startswith(network.prefix)]
+    tests = [f"k.startswith({network.prefix!r})"] if network.prefix else []
+    tests += [f"not k.startswith({prefix!r})" for prefix in within]
+    if tests:
+        value = f"{{k: v for k, v in {value}.items() if {' and '.join(tests)}}}"
     return f"import {modules}; torch.save({value}, 'alone.pth')"
 
 

@@ -336,6 +336,7 @@ def test_the_network_not_taken_can_be_saved_alone(
     for content in (
         {"student": OTHER, "teacher": STATE, **BESIDE},
         {"state_dict": prefixed("model.", OTHER) | prefixed("ema_model.", STATE)},
+        {"state_dict": OTHER | prefixed("teacher.", STATE)},
     ):
         torch.save(content, "w.pth")
         notes = load("auto", checkpoint="w.pth", num_heads=3).notes
