@@ -62,8 +62,6 @@ def evaluate(
         data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
         preprocessing=config.preprocessing, names=dense_names(config),
     )  # fmt: skip
-    if outputs is not None:
-        _check_outputs(outputs, images)
     started = time.perf_counter()
     logits, labels, sample = _predict(dense, pruned, images, where, emit)
     evaluation = _compare(*logits, labels, images, config, data)
@@ -175,17 +173,6 @@ def _predict(
     if sample is None:
         raise DataError(f"no image of `{images.source.spec}` could be read")
     return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample
-
-
-def _check_outputs(outputs: list[int], images: Images) -> None:
-    """DataError where classes were asked for that the checkpoint's head does not have."""
-    unknown = sorted(set(images.source.selected or ()) - set(outputs))
-    if unknown:
-        raise DataError(
-            f"the checkpoint's head has {len(outputs)} classes, and class {unknown[0]} "
-            f"({images.source.name(unknown[0])}) is not one of them",
-            hint="leave `--classes` out, or choose among those of the checkpoint",
-        )
 
 
 def _compare(
