@@ -94,7 +94,7 @@ def digest(record: Any) -> str:
     """sha256 of a record's canonical JSON: equal settings have equal digests."""
     data = to_dict(record) if is_dataclass(record) else record
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 @dataclass

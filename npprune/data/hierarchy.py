@@ -13,6 +13,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
+from npprune.data.labels import read_list
 from npprune.errors import DataError
 
 Parents = dict[str, list[str]]
@@ -30,13 +31,9 @@ def read_hierarchy(path: Path) -> Parents:
     Raises:
         DataError: the file cannot be read, or does not say which node stands above which.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise DataError(
-            f"cannot read hierarchy `{path}`: {getattr(err, 'strerror', None) or err}",
-            hint="--hierarchy takes a .json or .tsv file of child and parent",
-        ) from err
+    text = read_list(
+        path, "hierarchy", hint="--hierarchy takes a .json or .tsv file of child and parent"
+    )
     if path.suffix.lower() == ".json":
         return _json(text, path)
     if path.name.endswith("is_a.txt"):

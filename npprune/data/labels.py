@@ -524,7 +524,8 @@ def _tokens(wanted: Sequence[str | int] | str, labels: Labels) -> list[str | int
 def _one(token: str | int, labels: Labels, where: str) -> int:
     place = f" of {where}" if where else ""
     text = str(token).strip().lower()
-    known = {info.index: info for info in labels.classes}
+    within = labels.within
+    known = {i.index: i for i in labels.classes if within is None or i.index in within}
     hits = {label for label, names in labels.aliases.items() if text in names and label in known}
     if re.fullmatch(r"-?\d+", text) and int(text) in known:
         if isinstance(token, int):
@@ -536,6 +537,13 @@ def _one(token: str | int, labels: Labels, where: str) -> int:
         some = ", ".join(_shown(known[label]) for label in sorted(hits)[:5])
         raise DataError(
             f"class `{token}` is ambiguous: {some}", hint="say it by its index or synset"
+        )
+    if within is not None:
+        some = _few([info.name for info in known.values()])
+        raise DataError(
+            f"class `{token}` is not one of the {len(within)} that the network's head was cut to: "
+            f"{some}",
+            hint="leave `--classes` out, or choose among those of the checkpoint",
         )
     if re.fullmatch(r"-?\d+", text):
         low, high = min(known, default=0), max(known, default=0)

@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from npprune.errors import DataError, ExportError, NpPruneError, UsageError
 from npprune.export.session import open_session
+<<<<<<< HEAD
 from npprune.images.decoding import UnreadableImage, decode, to_rgb
 from npprune.images.folders import walk
 from npprune.records import ClassInfo, Preprocessing, from_dict
+=======
+from npprune.records import ClassInfo, Preprocessing, from_dict, plain_text
+>>>>>>> labels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -136,9 +140,9 @@ def predict(
         guesses = iter(classifier.classify(good, topk=topk))
         for file, image in zip(files[start : start + batch], opened, strict=False):
             if isinstance(image, str):
-                yield Prediction(str(file), [], image)
+                yield Prediction(plain_text(str(file)), [], plain_text(image))
             else:
-                yield Prediction(str(file), next(guesses))
+                yield Prediction(plain_text(str(file)), next(guesses))
 
 
 def find_images(sources: Sequence[Path], warn: Callable[[str], None] | None = None) -> list[Path]:

@@ -43,8 +43,8 @@ R = TypeVar("R")
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, UTF-8."""
-    write_bytes(path, text.encode())
+    """As `write_bytes`, UTF-8; paths that are not UTF-8 keep their bytes as JSON's `\\udcff`."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -70,9 +70,9 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A file's text (UTF-8), or a StoreError that says why not."""
+    """A file's text (UTF-8, with or without a byte order mark), or a StoreError that says why not."""
     try:
-        return read_bytes(path).decode()
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise StoreError(f"cannot read `{path}`: it is not UTF-8 text") from err
 

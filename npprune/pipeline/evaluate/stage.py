@@ -66,8 +66,6 @@ def evaluate(
         data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
         preprocessing=config.preprocessing, names=dense_names(config),
     )  # fmt: skip
-    if outputs is not None:
-        _check_outputs(outputs, images)
     started = time.perf_counter()
     logits, labels, sample = _predict(dense, pruned, images, where, emit)
     evaluation = _compare(*logits, labels, images, config, data)
@@ -183,6 +181,7 @@ def _predict(
     return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample
 
 
+<<<<<<< HEAD:npprune/pipeline/evaluate/stage.py
 def _check_outputs(outputs: list[int], images: Images) -> None:
     """DataError where classes were asked for that the checkpoint's head does not have."""
     unknown = sorted(set(images.source.selected or ()) - set(outputs))
@@ -195,6 +194,8 @@ def _check_outputs(outputs: list[int], images: Images) -> None:
         )
 
 
+=======
+>>>>>>> labels:npprune/pipeline/evaluate.py
 def _compare(
     dense: Tensor,
     pruned: Tensor,
