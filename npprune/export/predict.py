@@ -16,13 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from npprune.errors import DataError, ExportError, NpPruneError, UsageError
 from npprune.export.session import open_session
-<<<<<<< HEAD
 from npprune.images.decoding import UnreadableImage, decode, to_rgb
 from npprune.images.folders import walk
-from npprune.records import ClassInfo, Preprocessing, from_dict
-=======
 from npprune.records import ClassInfo, Preprocessing, from_dict, plain_text
->>>>>>> labels
 
 if TYPE_CHECKING:
     import numpy as np

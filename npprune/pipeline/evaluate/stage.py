@@ -181,21 +181,6 @@ def _predict(
     return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample
 
 
-<<<<<<< HEAD:npprune/pipeline/evaluate/stage.py
-def _check_outputs(outputs: list[int], images: Images) -> None:
-    """DataError where classes were asked for that the checkpoint's head does not have."""
-    unknown = sorted(set(images.source.selected or ()) - set(outputs))
-    if unknown:
-        raise DataError(
-            f"the checkpoint's head has {plural(len(outputs), 'class', 'classes')}, and class "
-            f"{unknown[0]} "
-            f"({images.source.name(unknown[0])}) is not one of them",
-            hint="leave `--classes` out, or choose among those of the checkpoint",
-        )
-
-
-=======
->>>>>>> labels:npprune/pipeline/evaluate.py
 def _compare(
     dense: Tensor,
     pruned: Tensor,
