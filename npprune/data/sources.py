@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.data.folders import read_classes, without_images
+from npprune.data.folders import hinting, read_classes, without_images
 from npprune.data.labels import Labels, choose_classes, find_labels
 from npprune.errors import DataError
 from npprune.images.decoding import decode
@@ -268,14 +268,17 @@ def _open_folder(
     root = Path(spec.removeprefix("folder:")).expanduser()
     tree, files, notes = read_classes(root, named=class_map is not None)
     empty = [name for name, paths in files.items() if not paths]
-    if empty and classes is None:  # before ranks, which these folders have shifted
-        raise without_images(tree, empty[0])
-    labels = find_labels(list(files), num_classes=num_classes, class_map=class_map, where=str(root))
-    chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-    taken = [name for name in files if chosen is None or labels.index[name] in chosen]
-    for name in taken:
-        if not files[name]:
-            raise without_images(tree, name)
+    with hinting(notes):
+        if empty and classes is None:  # before ranks, which these folders have shifted
+            raise without_images(tree, empty[0])
+        labels = find_labels(
+            list(files), num_classes=num_classes, class_map=class_map, where=str(root)
+        )
+        chosen = None if classes is None else choose_classes(classes, labels, where=spec)
+        taken = [name for name in files if chosen is None or labels.index[name] in chosen]
+        for name in taken:
+            if not files[name]:
+                raise without_images(tree, name)
     entries = (
         (path, labels.index[name], partial(decode, root / path, str(root / path)))
         for name, paths in files.items()
