@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from npprune.errors import DataError
@@ -39,6 +41,16 @@ def read_classes(
     return tree, files, notes
 
 
+@contextmanager
+def hinting(notes: list[str]) -> Iterator[None]:
+    """What is odd about a folder belongs to the hint of an error about its classes."""
+    try:
+        yield
+    except DataError as err:
+        err.hint = "; ".join([*([err.hint] if err.hint else []), *notes]) or None
+        raise
+
+
 def without_images(tree: Tree, name: str) -> DataError:
     """The error for a class folder in which nothing counts as an image."""
     return DataError(
@@ -64,7 +76,7 @@ def _require_classes(tree: Tree, names: list[str], named: bool) -> list[str]:
             f"`{root}` holds splits ({', '.join(splits)}), not class folders",
             hint=_did_you_mean(root, inside or splits),
         )
-    if named or not levels or levels[0] == "":
+    if named or "" in levels:
         return []
     listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     hint = _did_you_mean(root, levels)
@@ -76,8 +88,8 @@ def _require_classes(tree: Tree, names: list[str], named: bool) -> list[str]:
     if all(place.rpartition("/")[2].lower() in SPLIT_NAMES for place in levels):
         raise DataError(f"`{root}` holds data sets ({listed}), not class folders", hint=hint)
     return [
-        f"`{root}`: each folder ({listed}) counts as one class, and all hold folders of images; "
-        f"if those are the classes, {hint}"
+        f"`{root}`: each folder ({listed}) counts as one class, and holds folders of images; if "
+        f"those are the classes, {hint}"
     ]
 
 
@@ -86,10 +98,10 @@ def _did_you_mean(root: Path, places: list[str]) -> str:
 
 
 def _class_levels(tree: Tree) -> list[str]:
-    """Folders that look like folders of classes, the nearest first; "" is `root` itself.
+    """Folders below `root` that hold two class folders or more, the nearest first.
 
-    They hold two class folders or more, `root` one or more. A class folder holds images, or one
-    folder that does (`class/images/0.jpg`), and so on.
+    A class folder holds images, or one folder that does (`class/images/0.jpg`), and so on. `root`
+    itself, "", where one folder in it holds images, or all are class folders.
     """
     direct = {path.rpartition("/")[0] for path in tree.images}
     inside: dict[str, set[str]] = defaultdict(set)
@@ -104,5 +116,6 @@ def _class_levels(tree: Tree) -> list[str]:
             (folder,) = inside[folder]
         return folder in direct
 
-    levels = [f for f in inside if sum(map(is_class, inside[f])) > (1 if f else 0)]
-    return sorted(levels, key=lambda folder: (folder.count("/"), bool(folder), folder))
+    fits = bool(direct & inside[""]) or all(map(is_class, inside[""]))
+    levels = [f for f in inside if (f and sum(map(is_class, inside[f])) > 1) or (not f and fits)]
+    return sorted(levels, key=lambda folder: (folder.count("/"), folder))

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.data.folders import read_classes, without_images
+from npprune.data.folders import hinting, read_classes, without_images
 from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
 from npprune.errors import DataError
 from npprune.images.decoding import decode
@@ -278,27 +278,28 @@ def _open_folder(
     root = Path(spec.removeprefix("folder:")).expanduser()
     tree, folders, notes = read_classes(root, named=class_map is not None)
     empty = [name for name, paths in folders.items() if not paths]
-    if empty and classes is None:  # before ranks, which these folders have shifted
-        raise without_images(tree, empty[0])
     shown = {plain_text(name): name for name in folders}
-    labels = find_labels(
-        list(shown),
-        num_classes=num_classes,
-        class_map=class_map,
-        known=known,
-        some=classes is not None,
-        images={name: len(folders[folder]) for name, folder in shown.items()},
-        where=str(root),
-    )
-    chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-    taken = {
-        shown[name]: label
-        for name, label in labels.index.items()
-        if chosen is None or label in chosen
-    }
-    for name in taken:
-        if not folders[name]:
-            raise without_images(tree, name)
+    with hinting(notes):
+        if empty and classes is None:  # before ranks, which these folders have shifted
+            raise without_images(tree, empty[0])
+        labels = find_labels(
+            list(shown),
+            num_classes=num_classes,
+            class_map=class_map,
+            known=known,
+            some=classes is not None,
+            images={name: len(folders[folder]) for name, folder in shown.items()},
+            where=str(root),
+        )
+        chosen = None if classes is None else choose_classes(classes, labels, where=spec)
+        taken = {
+            shown[name]: label
+            for name, label in labels.index.items()
+            if chosen is None or label in chosen
+        }
+        for name in taken:
+            if not folders[name]:
+                raise without_images(tree, name)
     entries = (
         (plain_text(path), label, partial(decode, root / path, plain_text(str(root / path))))
         for name, label in taken.items()

@@ -353,9 +353,20 @@ def test_folders_of_folders_are_noted(tmp_path: Path) -> None:
         picture(tmp_path / name / "0.png")
     (note,) = open_source(f"folder:{tmp_path}").notes
     assert note.endswith(
-        "(cat, dog) counts as one class, and all hold folders of images; if those are the classes, "
+        "(cat, dog) counts as one class, and holds folders of images; if those are the classes, "
         f"did you mean `folder:{tmp_path / 'cat'}` or `folder:{tmp_path / 'dog'}`?"
     )
+
+
+@pytest.mark.parametrize("more", ["", "out/none"])
+def test_errors_about_classes_say_that_they_may_lie_deeper(tmp_path: Path, more: str) -> None:
+    for name in ("x/a", "x/b", "y/train/a", "y/train/b", "z/data/a"):
+        picture(tmp_path / name / "0.png")
+    (tmp_path / more).mkdir(parents=True, exist_ok=True)
+    message = "out` has no images" if more else "class `z` in .* has label 2"
+    with pytest.raises(DataError, match=message) as caught:
+        open_source(f"folder:{tmp_path}", num_classes=2)
+    assert f"did you mean `folder:{tmp_path / 'x'}` or `folder:" in str(caught.value.hint)
 
 
 def test_one_class_may_hold_folders_where_a_map_names_it(tmp_path: Path) -> None:

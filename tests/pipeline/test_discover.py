@@ -148,7 +148,7 @@ def test_a_dry_run_writes_nothing(world: World, monkeypatch: pytest.MonkeyPatch)
     def discover(*args: Any, **kwargs: Any) -> Result:
         return stage.discover(*args, **kwargs, dry_run=True)
 
-    monkeypatch.setattr("discovering.discover", discover)
+    monkeypatch.setattr("tests.helpers.discovering.discover", discover)
     assert world.discover().discovery is None
     assert not (world.root / "run").exists()
 
