@@ -114,7 +114,7 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A file's text (UTF-8, with or without a byte order mark), or a StoreError that says why not."""
+    """A text file (UTF-8, a byte order mark left out), or a StoreError that says why not."""
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as err:
