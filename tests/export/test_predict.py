@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -233,3 +234,14 @@ def test_interpolation_must_be_known():
 
 def test_softmax_does_not_overflow():
     assert softmax(np.array([[1000.0, 0.0]], np.float32)).tolist() == [[1.0, 0.0]]
+
+
+def test_names_that_are_not_utf8_are_shown_as_text(onnx_file, tmp_path):
+    try:
+        picture(32, 32).save(tmp_path / os.fsdecode(b"caf\xe9.png"))
+        (tmp_path / os.fsdecode(b"\xff.png")).write_bytes(b"no image")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system takes UTF-8 names only")
+    found = {p.image: p.error for p in predict(onnx_file, [tmp_path], on_bad="skip")}
+    assert found[f"{tmp_path}/caf\\xe9.png"] is None
+    assert "\\xff.png" in str(found[f"{tmp_path}/\\xff.png"])

@@ -37,6 +37,7 @@ from npprune.recipe import (
     Recipe,
 )
 from npprune.records import ModelSource
+from npprune.report.numbers import headline
 from npprune.store.checkpoints import read_config, write_checkpoint
 from npprune.store.path_store import PathStore
 from npprune.store.runs import RunFolder, read_plan
@@ -166,6 +167,33 @@ def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:
     assert some.data.classes == 2
     with pytest.raises(DataError, match=r"class `0` is not one of the 3 that .* head was cut to"):
         evaluate(out, DataSection(val="digits:test", classes=[0, 3]), QUICK)
+
+
+def test_a_cut_network_is_pruned_again_with_the_images_it_came_from(run: Path) -> None:
+    few, fewer = run.parent / "few", run.parent / "fewer"
+    prune(run, DataSection(classes=[3, 7, 8]), half(), few)
+    again = prune(ModelSection(name=str(few)), TRAIN, half(), fewer)
+    assert again.prune.calibration is not None
+    assert again.prune.calibration.classes == 3
+    assert [c.name for c in read_config(fewer).classes] == ["3", "7", "8"]
+    for folder in (few, fewer):  # what came from it still knows that others are left out
+        events: list[Event] = []
+        found = evaluate(folder, DataSection(val="digits:test"), QUICK, emit=events.append)
+        assert found.data.classes == 3
+        assert [row.name for row in found.classes] == ["3", "7", "8"]
+        assert any("head was cut to `3`, `7`, `8`" in e.message for e in events)
+
+
+def test_labels_that_are_no_better_than_chance_come_first(world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "half"
+    model = ModelSection(name=str(world / "dense"))  # untrained: as if labels were shifted
+    variant = prune(model, TRAIN, half(), out)
+    assert variant.prune.label_doubt.startswith("labels are probably shifted")
+    found = evaluate(out, DataSection(val="digits:test"), QUICK)
+    assert "of 400 images of digits:test" in found.label_doubt
+    lines = headline(RunFolder(out).read_result())
+    assert "of 400 images of digits:test" in lines[1]
+    assert [line.startswith("Labels are probably shifted") for line in lines] == [True, True, False]
 
 
 @pytest.mark.parametrize(("keep_head", "outputs"), [(False, 3), (True, 10)])

@@ -14,7 +14,7 @@ import pytest
 
 from npprune import files
 from npprune.errors import StoreError
-from npprune.records import ClassInfo
+from npprune.records import ClassInfo, digest
 from npprune.store import atomic
 
 
@@ -228,3 +228,15 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     atomic.remove_leftovers(tmp_path)
     atomic.remove_leftovers(tmp_path / "absent")
     assert _names(tmp_path) == [".hidden", ".lock", "a.json", "x.tmp"]
+
+
+def test_paths_that_are_not_utf8_come_back_from_json(tmp_path: Path) -> None:
+    record = ClassInfo(0, os.fsdecode(b"a\xff") if os.name == "posix" else "a")
+    atomic.write_json(tmp_path / "class.json", record)
+    assert atomic.read_json(ClassInfo, tmp_path / "class.json") == record
+    assert len(digest(record)) == 64
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"index": 0, "name": "ant"}', encoding="utf-8-sig")
+    assert atomic.read_json(ClassInfo, tmp_path / "plan.json") == ClassInfo(0, "ant")
