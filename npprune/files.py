@@ -79,22 +79,29 @@ def refuse_overwriting(
 
 
 def check_file(path: Path, *, flag: str = "--out") -> None:
-    """StoreError where a plain file cannot be written at `path`; nothing is made or changed."""
+    """Refuse a `path` where no plain file can be written; nothing is made or changed.
+
+    Raises:
+        UsageError: it is a folder. StoreError: a device, a pipe, or a place without permission.
+    """
     real = Path(os.path.realpath(path))
     if real.is_dir():
-        raise StoreError(f"`{flag}` must be a file, got the folder `{path}`")
+        raise UsageError(f"`{flag}` must be a file, got the folder `{path}`")
     _refuse_special(real, path)
     _check_place(real.parent, path)
 
 
 def check_folder(path: Path, *, replaced: bool = False, flag: str = "--out") -> None:
-    """StoreError where files cannot be written into the folder `path`, which may not exist yet.
+    """Refuse a folder `path`, which may not exist yet, into which no files can be written.
 
     `replaced`: the folder is replaced as a whole, so the one it lies in is written, too.
+
+    Raises:
+        UsageError: it is a file. StoreError: a place without permission.
     """
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_dir():
-        raise StoreError(
+        raise UsageError(
             f"`{flag}` must be a folder, got the file `{path}`", hint=f"choose another {flag}"
         )
     _check_place(real, path)

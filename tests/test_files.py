@@ -74,9 +74,9 @@ def test_what_cannot_be_written_is_known_before(
     files.check_file(place / "new" / "deep" / "a.csv")
     files.check_folder(place / "new", replaced=True)
     assert not (place / "new").exists()
-    with pytest.raises(StoreError, match="must be a file, got the folder"):
+    with pytest.raises(UsageError, match="must be a file, got the folder"):
         files.check_file(place / "in")
-    with pytest.raises(StoreError, match="must be a folder, got the file"):
+    with pytest.raises(UsageError, match="must be a folder, got the file"):
         files.check_folder(place / "in" / "w.bin")
     with pytest.raises(StoreError, match="a part of the path is a file"):
         files.check_file(place / "in" / "w.bin" / "x" / "a.csv")

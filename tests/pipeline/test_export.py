@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 
-from npprune.errors import DataError, ExportError, GateError, ModelError, UsageError
+from npprune.errors import DataError, ExportError, GateError, ModelError, StoreError, UsageError
 from npprune.export import checked
 from npprune.export.parity import GATES, Gate
 from npprune.export.predict import Classifier
@@ -442,7 +442,7 @@ def test_an_exported_file_runs_where_it_is_moved_to(world: Path, tmp_path: Path)
         ("onnx", "m.pt2", r"must end in \.onnx for `--format onnx`, got `.*m\.pt2`"),
         ("torch", "m.onnx", r"must end in \.pt2 for `--format torch`"),
         ("onnx", "folder.onnx", "must be a file, got the folder"),
-        ("timm", "file", "must be a folder for `--format timm`, got the file"),
+        ("timm", "file", "must be a folder, got the file"),
     ],
 )
 def test_wrong_targets(format: str, out: str, said: str, tmp_path: Path) -> None:
@@ -454,7 +454,7 @@ def test_wrong_targets(format: str, out: str, said: str, tmp_path: Path) -> None
 
 def test_a_place_that_cannot_be_written(world: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ExportError, match=r"cannot write to .*file"):
+    with pytest.raises(StoreError, match=r"cannot write .*file"):
         export_checkpoint(
             world / "uneven", images_of(world), section(), out=tmp_path / "file" / "m.onnx", **CPU
         )

@@ -595,11 +595,11 @@ def test_settings_that_do_not_fit_are_refused(
 
 
 def test_the_folder_of_the_result_is_checked_first(half_network: Path) -> None:
-    with pytest.raises(UsageError, match="another folder than the checkpoint"):
+    with pytest.raises(UsageError, match="must not overwrite an input"):
         heal(half_network, DATA, short(), half_network)
     full = half_network.with_name("full")
     picture(full / "a.png", 0)
-    with pytest.raises(StoreError, match="must be new, empty or a checkpoint"):
+    with pytest.raises(StoreError, match="is not replaced: it is not empty"):
         heal(half_network, DATA, short(), full)
 
 
