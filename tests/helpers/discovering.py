@@ -22,6 +22,7 @@ from npprune.core.attribution.methods import find_paths
 from npprune.core.view import Scope, VitView
 from npprune.models.view import make_view
 from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover import stage as stage
 from npprune.pipeline.discover.stage import discover
 from npprune.recipe import DataSection, DiscoverSection, ModelSection
@@ -60,9 +61,7 @@ class World:
             DataSection(**data),
             DiscoverSection(**settings),
             self.root / out,
-            device="cpu",
-            emit=self.events.append,
-            command=command,
+            work=Work("cpu", emit=self.events.append, command=command),
         )
 
     def said(self, level: str) -> list[str]:

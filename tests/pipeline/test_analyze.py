@@ -27,6 +27,7 @@ from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyz
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.inputs import open_images, open_network
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.finished import divide, open_found
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.run import run_recipe
@@ -78,10 +79,10 @@ def column(analysis: Analysis, name: str) -> list[object]:
 def loaded(run: Path):
     """Model, view, images, labels and table of a run, in its order."""
     found = open_found(run)
-    network = open_network(found.recipe.model, torch.device("cpu"), lambda e: None, "test")
+    network = open_network(found.recipe.model, Work("cpu"))
     source = open_images(
-        found.recipe.data.train, found.recipe.data, network.info, flag="--data", on_bad="error",
-        stage="test", emit=lambda e: None,
+        found.recipe.data.train, found.recipe.data, network.info, Work("cpu"),
+        asked="data.train", on_bad="error",
     )  # fmt: skip
     batches = list(source.batches())
     x = torch.cat([b.images for b in batches])
@@ -329,7 +330,7 @@ def test_similarity_with_a_hierarchy(run: Path, tmp_path: Path) -> None:
 
 def test_similarity_without_a_hierarchy_says_so(run: Path) -> None:
     said: list[Event] = []
-    found = analyze_similarity(run, ["ant", "cat", 3], emit=said.append)
+    found = analyze_similarity(run, ["ant", "cat", 3], work=Work(emit=said.append))
     assert "is no ImageNet-1k synset" in found["similarity-hierarchy"].text
     assert any("--hierarchy FILE" in e.message and e.level == "warning" for e in said)
     with pytest.raises(UsageError, match="at least two classes, got 1"):

@@ -20,6 +20,7 @@ from npprune.models.load import create
 from npprune.models.surgery import mask_plan
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
@@ -155,7 +156,7 @@ def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:
     assert variant.model.num_classes == 3
     assert [c.name for c in read_config(out).classes] == ["3", "7", "8"]
     events: list[Event] = []
-    found = evaluate(out, DataSection(val="digits:test"), QUICK, emit=events.append)
+    found = evaluate(out, DataSection(val="digits:test"), QUICK, work=Work(emit=events.append))
     assert any("images of the checkpoint's 3 classes" in e.message for e in events)
     assert found.restricted_to == [3, 7, 8]
     assert found.data.classes == 3
