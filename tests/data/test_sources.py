@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from npprune.data.digits import split_positions
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.errors import DataError
 
 TENCH, COCK, TABBY = "n01440764", "n01514668", "n02123045"

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from npprune.cli import app
 from npprune.core.attribution.methods import find_paths
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.view import Scope, VitView
 from npprune.models.view import make_view
 from npprune.pipeline.common.events import Event
@@ -131,7 +132,7 @@ def measure_peaks(scope: Scope, answer: Any) -> None:
     view, images, labels = large_search()
     peaks = []
     for n in (1, 12):
-        find_paths(view, images[:n], labels[:n], scope=scope)
+        find_paths(view, images[:n], labels[:n], integral=Integral.of(scope))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     answer.put(peaks[1] - peaks[0])
 

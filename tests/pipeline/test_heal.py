@@ -17,7 +17,7 @@ from PIL import Image
 
 from npprune.cli.app import run_app
 from npprune.core.compression import healing
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import state

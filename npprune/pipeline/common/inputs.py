@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from npprune.core import metrics
 from npprune.data.labels import RANKED, KnownNames
 from npprune.data.loading import Batch, batches
-from npprune.data.sources import ImageSource, Sample, open_source
+from npprune.data.opening import open_source
+from npprune.data.sources import ImageSource, Sample
 from npprune.data.transforms import describe, make_transform, released, resolve
 from npprune.errors import UsageError, plural, setting
 from npprune.models.load import build, load

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from npprune.data.loading import batches
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.models.load import create
 from npprune.pipeline.common.threads import one_thread

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from npprune.core.attribution.methods import find_paths, points_of
-from npprune.core.attribution.quadrature import default_points, rule_for
+from npprune.core.attribution.methods import find_paths
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.attribution.search import PathBatch
 from npprune.core.attribution.votes import class_top, frequency
 from npprune.core.metrics import mean_interval
@@ -97,7 +97,7 @@ def discover(
             images.skipped = table.skipped
             if len(table) == 0:
                 raise DataError("no image could be read", hint="the warnings above name them")
-            summary = _summary(table, search.settings, images, timing)
+            summary = _summary(table, search, images, timing)
             result = _result(manifest, network, images, summary)
             _keep_earlier(folder, result)
             add_command(result, work.command)
@@ -115,6 +115,7 @@ class _Search:
 
     view: VitView
     settings: DiscoverSection  # nothing in it is `auto`
+    integral: Integral
     work: Work
     limit: int | None = None
 
@@ -127,9 +128,8 @@ class _Search:
         s, images, labels = self.settings, batch.images, batch.labels
         device = self.work.where
         if self.limit is None:
-            points = s.points or default_points(s.quadrature, s.scope)
             self.limit = images_that_fit(
-                self.view, images[:1], points, s.memory, device,
+                self.view, images[:1], self.integral.points, s.memory, device,
                 processes=self.work.team.local_count,
             )  # fmt: skip
             if self.limit < s.batch_size:
@@ -144,10 +144,7 @@ class _Search:
                 labels[lo:hi].to(device),
                 topk=s.topk,
                 method=s.method,
-                scope=s.scope,
-                rule=s.quadrature,
-                points=s.points,
-                accumulation=s.accumulation,
+                integral=self.integral,
                 generator=generator,
             )
 
@@ -167,16 +164,16 @@ class _Search:
 def _search(network: Network, settings: DiscoverSection, work: Work) -> _Search:
     check_shortcuts(settings.precision, settings.compile, work.where)
     view = make_view(network.model, precision=settings.precision, compiled=settings.compile)
-    scope = view.scope if settings.scope == "auto" else settings.scope
-    view.tokens(scope)  # refuses a scope that the model does not have
+    s = settings
+    integral = Integral.of(view.scope, s.scope, s.quadrature, s.points, s.accumulation)
+    view.tokens(integral.scope)  # refuses a scope that the model does not have
     if settings.topk > min(view.widths):
         raise UsageError(
             f"{setting('discover.topk')} must be at most {min(view.widths)}, the hidden units of "
             f"the narrowest block, got {settings.topk}"
         )
-    found = {"scope": scope, "quadrature": rule_for(settings.quadrature, scope)}
-    settings = settings.model_copy(update=found)
-    return _Search(view, settings, work)
+    resolved = {"scope": integral.scope, "quadrature": integral.rule}
+    return _Search(view, settings.model_copy(update=resolved), integral, work)
 
 
 def _per_shard(settings: DiscoverSection) -> int:
@@ -192,7 +189,7 @@ def _manifest(name: str, network: Network, images: Images, search: _Search) -> M
     settings, work = search.settings, search.work
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
-        **_points(settings),
+        **_points(search),
         "shard_images": _per_shard(settings),
         "model": network.info.source.sha256,
         "data": images.source.info().sha256 or _stream_settings(images),
@@ -248,24 +245,24 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], work:
     work.say(words)
 
 
-def _points(settings: DiscoverSection) -> dict[str, int]:
+def _points(search: _Search) -> dict[str, int]:
     """Points of the integral, and of the first block's where those are more."""
-    s = settings
-    points, first = points_of(s.method, s.quadrature, s.scope, s.points)
+    points, first = search.integral.points_by(search.settings.method)
     return {"points": points} | ({"first_points": first} if first != points else {})
 
 
 def _summary(
     table: PathTable,
-    settings: DiscoverSection,
+    search: _Search,
     images: Images,
     timing: dict[str, float],
 ) -> DiscoverySummary:
+    settings = search.settings
     return DiscoverySummary(
         method=settings.method,
         scope=settings.scope,
         quadrature=settings.quadrature,
-        **_points(settings),
+        **_points(search),
         topk=settings.topk,
         accumulation=settings.accumulation,
         data=images.info(),
