@@ -102,6 +102,8 @@ def discover_paths(
 ) -> PathBatch:
     """The most influential neuron path of each image.
 
+    Its many arguments are the settings of `npprune discover`, by their names.
+
     Args:
         model: a plain timm vision transformer (see `load_model`), on any device, of any precision
             and in any mode; it is left as it was.

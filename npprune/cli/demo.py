@@ -34,7 +34,7 @@ def command(
     chosen, start = flags.device(device), flags.seed(seed)
 
     from npprune.pipeline.common.work import Work
-    from npprune.pipeline.demo.stage import run_demo
+    from npprune.pipeline.run import run_demo
 
     output = Output(as_json=as_json)
     with output.working() as emit:

@@ -75,6 +75,8 @@ def find_labels(
     ranked: what to call the rule when the label is the position in `names`.
     indices: `names` are no names, but the positions themselves.
 
+    Each argument is a separate thing that decides the labels, so they are many.
+
     Names that are left out are missing in `index`.
 
     Raises:

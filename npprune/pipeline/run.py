@@ -1,4 +1,4 @@
-"""Run: the whole line of a recipe."""
+"""Run: the whole line of a recipe, and the demo's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.export.stage import export_checkpoint
 from npprune.pipeline.heal.stage import heal_pruned, healed_folder
 from npprune.pipeline.prune.stage import check_budget, prune
-from npprune.recipe import ModelSection, Recipe
+from npprune.recipe import ModelSection, Recipe, load_recipe
 from npprune.records import Result
 from npprune.store.runs import RunFolder
 
@@ -105,6 +105,17 @@ def run_recipe(
         shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, work=quietly)
     team.on_first(ship)
     return RunFolder(home).read_result()
+
+
+def run_demo(*, root: Path = Path("."), work: Work | None = None) -> Result:
+    """Train a small network on scikit-learn's digits and run the shipped recipe `demo` on it.
+
+    Writes `ckpt/demo_dense/` (the trained network), `ckpt/demo/` and `reports/demo/` below
+    `root`. A network trained before with this seed is used again.
+    """
+    work = work or Work()
+    chosen = {"seed": work.seed, "device": work.device}
+    return run_recipe(load_recipe("demo").model_copy(update=chosen), root=root, work=work)
 
 
 def _check_outputs(recipe: Recipe, run: Path, checkpoint: Path, *, write: bool) -> None:
