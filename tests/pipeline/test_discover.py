@@ -200,7 +200,7 @@ def test_a_shard_without_a_readable_image(world: World) -> None:
 
 
 def test_an_empty_class_folder_and_too_many_neurons_are_refused(world: World) -> None:
-    with pytest.raises(UsageError, match="`--topk` must be at most 48"):
+    with pytest.raises(UsageError, match="`topk` must be at most 48"):
         world.discover(topk=49)
     for path in (world.images / "class_6").iterdir():
         path.unlink()

@@ -210,7 +210,7 @@ def test_timm_takes_no_uneven_widths(world: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_a_format_does_not_have(settings: dict, provider: str, flag: str) -> None:
-    with pytest.raises(UsageError, match=f"`{flag}` does not go with `--format"):
+    with pytest.raises(UsageError, match=f"`{flag}` does not go with `format="):
         export_checkpoint(Path("x"), DataSection(), section(**settings), provider=provider)
 
 
@@ -289,7 +289,7 @@ def test_int8_that_loses_too_much_is_refused(
         )
     assert e.value.exit_code == 1
     assert "at most 2.5 are allowed" in e.value.message
-    assert "`--max-drop POINTS`" in (e.value.hint or "")
+    assert "`max_drop=POINTS`" in (e.value.hint or "")
     assert list(target.parent.iterdir()) == []
 
 
@@ -395,9 +395,9 @@ def test_a_remembered_source_that_is_gone(world: Path, tmp_path: Path) -> None:
     write_pruned(tmp_path / "a", tmp_path / "dense", dense, plan_of(dense), gone)
     with pytest.raises(DataError, match=r"was calibrated on `folder:.*gone`, which cannot") as err:
         export_checkpoint(tmp_path / "a", DataSection(), section())
-    assert err.value.hint == "give images with `--data SOURCE`"
+    assert err.value.hint == "give images with `val=SOURCE`"
     write_pruned(tmp_path / "b", tmp_path / "dense", dense, plan_of(dense))
-    with pytest.raises(UsageError, match="`--data` is needed: the images to export on"):
+    with pytest.raises(UsageError, match="`val` is needed: the images to export on"):
         export_checkpoint(tmp_path / "b", DataSection(), section())
 
 

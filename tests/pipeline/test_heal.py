@@ -620,7 +620,7 @@ def test_a_loss_that_is_no_number_ends_with_a_reason(
     with pytest.raises(GateError, match="the loss became nan at step 4 of 48") as err:
         heal(half_network, DATA, short(), out)
     assert err.value.hint is not None
-    assert "a smaller `--lr` than 0.002" in err.value.hint
+    assert "a smaller `lr` than 0.002" in err.value.hint
     assert not out.exists()
     assert not out.with_name("healed.partial").exists()
 

@@ -30,7 +30,7 @@ from npprune.core.attribution.votes import class_top
 from npprune.core.view import VitView
 from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
-from npprune.errors import DataError, StoreError, UsageError, plural
+from npprune.errors import DataError, StoreError, UsageError, plural, setting
 from npprune.images.decoding import UnreadableImage
 from npprune.models.info import model_sizes
 from npprune.models.view import make_view
@@ -119,24 +119,27 @@ def _cells(settings: EditSection, found: Found, view: VitView) -> list[Cell]:
         view.tokens(scope)  # type: ignore[arg-type]  # refuses a scope the model does not have
     if settings.edit != "keep" and settings.fraction != [1.0]:
         raise UsageError(
-            "`--fraction` is the share of the other neurons that goes, which only "
-            f"`--edit keep` removes, got `--edit {settings.edit}`"
+            f"{setting('edit.fraction')} is the share of the other neurons that goes, which only "
+            f"{setting('edit.edit', 'keep')} removes, got {setting('edit.edit', settings.edit)}"
         )
     topk = settings.topk or [found.settings.topk]
     if "image" in settings.paths and max(topk) > stored:
         raise UsageError(
-            f"`--topk` must be at most {stored}, the neurons per block in this run's paths, "
-            f"got {max(topk)}",
-            hint="discover with a larger --topk, or take classes' neurons: `--paths class`",
+            f"{setting('edit.topk')} must be at most {stored}, the neurons per block in this run's "
+            f"paths, got {max(topk)}",
+            hint=f"discover with a larger {setting('discover.topk')}, or take classes' neurons: "
+            f"{setting('edit.paths', 'class')}",
         )
     if max(topk) > min(view.widths):
         raise UsageError(
-            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
-            f"block, got {max(topk)}"
+            f"{setting('edit.topk')} must be at most {min(view.widths)}, the hidden units of the "
+            f"narrowest block, got {max(topk)}"
         )
     depths = settings.depth or [blocks]
     if max(depths) > blocks:
-        raise UsageError(f"`--depth` must be at most {blocks}, the blocks, got {max(depths)}")
+        raise UsageError(
+            f"{setting('edit.depth')} must be at most {blocks}, the blocks, got {max(depths)}"
+        )
     methods = settings.methods or [found.settings.method]
     axes: tuple[list[Any], ...] = (
         list(methods), list(settings.paths), topk, settings.fraction, depths,
@@ -214,7 +217,7 @@ def _material(
         if not len(hold):
             raise DataError(
                 "every class of the run has one image: none is left to evaluate on",
-                hint="name others with `--data SOURCE`",
+                hint=f"name others with {setting('data.val', 'SOURCE')}",
             )
         notes = [
             f"The neurons of a class come from one half of its images in the run ({len(take)} in "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from npprune.core import metrics
-from npprune.errors import DataError, ModelError, plural
+from npprune.errors import DataError, ModelError, plural, setting
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
 from npprune.pipeline.common.inputs import (
@@ -189,7 +189,7 @@ def _check_outputs(outputs: list[int], images: Images) -> None:
             f"the checkpoint's head has {plural(len(outputs), 'class', 'classes')}, and class "
             f"{unknown[0]} "
             f"({images.source.name(unknown[0])}) is not one of them",
-            hint="leave `--classes` out, or choose among those of the checkpoint",
+            hint=f"leave {setting('data.classes')} out, or choose among those of the checkpoint",
         )
 
 
