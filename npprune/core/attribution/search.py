@@ -204,7 +204,7 @@ class _Walk:
         searching: bool = True,
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
-        self.view, self.image_labels, self.how = view, labels, integral
+        self.view, self.image_labels, self.integral = view, labels, integral
         self.tokens = view.tokens(integral.scope)
         self.last = len(view.widths) - 1
         self.clean: list[Tensor] = []  # dp/dX at alpha = 1
@@ -220,7 +220,7 @@ class _Walk:
     def place(self, m: int) -> None:
         """The alphas, and the pieces of rows that go through the blocks together: those at
         alpha = 1 by themselves where their gradient is known."""
-        alphas, self.weights = (v.to(self.x) for v in quadrature(self.how.rule, m))
+        alphas, self.weights = (v.to(self.x) for v in quadrature(self.integral.rule, m))
         b = len(self.image_labels)
         self.m, self.labels = m, self.image_labels.repeat(m)
         self.alphas = alphas.repeat_interleave(b)[:, None, None]  # [mb, 1, 1]
@@ -232,14 +232,14 @@ class _Walk:
         stays depends on the alphas, and there may be more of them."""
         walk = copy(self)
         walk.step = max(1, min(self.step, self.fresh))  # no more memory than the other blocks
-        walk.place(self.how.first_points)
+        walk.place(self.integral.first_points)
         return walk.own_gradient(0, self.w[0])
 
     def repeat(self, value: Tensor) -> Tensor:
         """[b, ...] -> [mb, ...]."""
         return value.repeat(self.m, *[1] * (value.dim() - 1))
 
-    def integral(self, value: Tensor) -> Tensor:
+    def integrated(self, value: Tensor) -> Tensor:
         """[mb, ...] -> [b, ...], the weighted sum over the points."""
         return torch.einsum("m,mb...->b...", self.weights, value.unflatten(0, (self.m, -1)))
 
@@ -268,7 +268,7 @@ class _Walk:
             o = o_all[rows].detach().requires_grad_()
             y = self.view.tail(l, x[rows], attention[rows], given=(self.tokens, o))
             dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
-        return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
+        return self.integrated(torch.cat(dp_do)) @ self.view.fc2(l).weight
 
     def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
@@ -306,11 +306,11 @@ class _TangentWalk(_Walk):
         cls, dcls = self._cls_tail(l, o, torch.zeros_like(o))
         dp_dy = self.gradient(_put(self.y, self.tokens, cls), l + 1)
         (dp_do,) = torch.autograd.grad(cls, o, dp_dy[:, self.tokens])
-        g = self.integral(dp_do) @ self.view.fc2(l).weight
+        g = self.integrated(dp_do) @ self.view.fc2(l).weight
         if self.dy is None:
             return g.new_zeros(g.shape[:2]), g
         path_g = (dp_dy * _put(self.dy, self.tokens, dcls)).sum((1, 2))
-        return self.integral(path_g)[:, None], g
+        return self.integrated(path_g)[:, None], g
 
     def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
         self._advance(l)
@@ -322,7 +322,7 @@ class _TangentWalk(_Walk):
     def path_gradient(self) -> Tensor:
         assert self.dx is not None
         dp_dx = self.gradient(self.x, self.last + 1)
-        return self.integral((dp_dx * self.dx).sum((1, 2)))[:, None]
+        return self.integrated((dp_dx * self.dx).sum((1, 2)))[:, None]
 
     def _advance(self, l: int) -> None:
         """Block l on the stream and its tangent, once: attention, and all tokens but the class
@@ -383,8 +383,8 @@ class _GraphWalk(_Walk):
             dp_dy = self.piece_gradient(y, l + 1, rows)
             gradients.append(torch.autograd.grad(y, (o, eps), dp_dy, retain_graph=True))
         dp_do, dp_deps = (torch.cat(pieces) for pieces in zip(*gradients, strict=True))
-        g, path_g = self.integral(dp_do) @ self.view.fc2(l).weight, self.integral(dp_deps)
-        if self.cls_only(l) and self.how.scope == "patch":
+        g, path_g = self.integrated(dp_do) @ self.view.fc2(l).weight, self.integrated(dp_deps)
+        if self.cls_only(l) and self.integral.scope == "patch":
             self.path_g = path_g  # no one reads what block l does to the patches
         return path_g, g
 
@@ -409,7 +409,7 @@ class _GraphWalk(_Walk):
         for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
             dp_dx = self.piece_gradient(x, self.last + 1, rows)
             dp_deps += torch.autograd.grad(x, eps, dp_dx)
-        return self.integral(torch.cat(dp_deps))
+        return self.integrated(torch.cat(dp_deps))
 
 
 def _rows_at_a_time(x: Tensor, width: int) -> int:

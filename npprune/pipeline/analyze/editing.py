@@ -45,7 +45,7 @@ from npprune.pipeline.common.inputs import (
     run_names,
 )
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.discover.finished import Found, divide, open_found, paths_of, record
+from npprune.pipeline.discover.finished import FinishedRun, divide, open_finished, paths_of, record
 from npprune.recipe import DataSection
 from npprune.recipe.sections import EditSection
 from npprune.records import Analysis
@@ -81,7 +81,7 @@ def edit_neurons(
     started = time.perf_counter()
     work = (work or Work()).on(STAGE)
     where = work.where
-    found = open_found(run, work)
+    found = open_finished(run, work)
     network = open_network(found.recipe.model, work)
     if network.info.source.sha256 != found.manifest.model.source.sha256:
         raise StoreError(
@@ -112,7 +112,7 @@ def _scopes(settings: EditSection, view: VitView) -> list[str]:
     return list(dict.fromkeys(view.scope if s == "auto" else s for s in settings.scope))
 
 
-def _cells(settings: EditSection, found: Found, view: VitView) -> list[Cell]:
+def _cells(settings: EditSection, found: FinishedRun, view: VitView) -> list[Cell]:
     """Every combination that was asked for, checked against the network and the run."""
     blocks, stored = len(view.widths), found.table.neurons.shape[2]
     for scope in _scopes(settings, view):
@@ -186,7 +186,7 @@ class _Material:
             if rows:
                 yield batch, rows
 
-    def text(self, found: Found) -> str:
+    def text(self, found: FinishedRun) -> str:
         """Which images these are."""
         notes = list(self.notes)
         if self.left_out:
@@ -198,7 +198,7 @@ class _Material:
 
 
 def _material(
-    found: Found,
+    found: FinishedRun,
     settings: EditSection,
     data: DataSection | None,
     network: Network,
@@ -264,7 +264,7 @@ def _rows(table: PathTable, rows: np.ndarray) -> PathTable:
     )
 
 
-def _same_images(found: Found, images: Images, network: Network, work: Work) -> set[str]:
+def _same_images(found: FinishedRun, images: Images, network: Network, work: Work) -> set[str]:
     """Ids in both sources whose images are the same, pixel for pixel."""
     if images.source.items is None:
         return set(found.table.ids.tolist())  # a stream's ids are those of its records

@@ -18,7 +18,13 @@ from npprune.core.metrics import mean_interval
 from npprune.data.hierarchy import imagenet_hierarchy, read_hierarchy
 from npprune.errors import DataError, UsageError, plural
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.discover.finished import Found, choose_labels, open_found, paths_of, record
+from npprune.pipeline.discover.finished import (
+    FinishedRun,
+    choose_labels,
+    open_finished,
+    paths_of,
+    record,
+)
 from npprune.records import Analysis, FigureData, Series
 from npprune.report import five_numbers, text
 from npprune.words import METHODS, check_word
@@ -52,7 +58,7 @@ def analyze_scores(
     work = (work or Work()).on(STAGE)
     for m in methods or ():
         check_word("--methods", m, METHODS)
-    found = open_found(run, work)
+    found = open_finished(run, work)
     chosen = list(dict.fromkeys(methods or METHODS))
     tables = {m: paths_of(found, m, work) for m in chosen}
     first = found.settings.method if found.settings.method in tables else chosen[0]
@@ -121,7 +127,7 @@ def analyze_similarity(
         NpPruneError: fewer than two classes, or a hierarchy that does not hold them.
     """
     work = (work or Work()).on(STAGE)
-    found = open_found(run, work)
+    found = open_finished(run, work)
     labels = choose_labels(found, classes)
     if len(labels) < 2:
         raise UsageError(f"a similarity needs at least two classes, got {len(labels)}")
@@ -143,7 +149,7 @@ def analyze_similarity(
     return result
 
 
-def _heat(found: Found, labels: list[int], cosine: like.Matrix) -> Analysis:
+def _heat(found: FinishedRun, labels: list[int], cosine: like.Matrix) -> Analysis:
     order = like.cluster_order(cosine)
     names = [found.name(labels[i]) for i in order]
     matrix: list[list[float | None]] = [[float(cosine[i, j]) for j in order] for i in order]
@@ -156,7 +162,9 @@ def _heat(found: Found, labels: list[int], cosine: like.Matrix) -> Analysis:
     )
 
 
-def _pairs(found: Found, labels: list[int], cosine: like.Matrix, ranks: like.Matrix) -> Analysis:
+def _pairs(
+    found: FinishedRun, labels: list[int], cosine: like.Matrix, ranks: like.Matrix
+) -> Analysis:
     ordered = like.pairs(cosine)
     shown = [("most", p) for p in ordered[:PAIRS_SHOWN]]
     shown += [("least", p) for p in ordered[max(PAIRS_SHOWN, len(ordered) - PAIRS_SHOWN) :]]
@@ -174,7 +182,7 @@ def _pairs(found: Found, labels: list[int], cosine: like.Matrix, ranks: like.Mat
 
 
 def _agreement(
-    found: Found,
+    found: FinishedRun,
     labels: list[int],
     matrices: dict[str, like.Matrix],
     hierarchy: Path | None,
@@ -217,7 +225,7 @@ def _agreement(
 
 
 def _meanings(
-    found: Found, labels: list[int], hierarchy: Path | None
+    found: FinishedRun, labels: list[int], hierarchy: Path | None
 ) -> tuple[list[str], like.Parents | None, str]:
     """The classes' names in a hierarchy, the hierarchy, and which it is (or why there is none)."""
     known = [found.result.classes[c] for c in labels]
@@ -250,7 +258,7 @@ def _meanings(
     return names, parents, str(hierarchy)
 
 
-def _consistency(found: Found, labels: list[int]) -> Analysis:
+def _consistency(found: FinishedRun, labels: list[int]) -> Analysis:
     table = found.table
     inside = np.isin(table.labels, labels)
     blocks = like.consistency(table.neurons[inside], table.labels[inside], labels, found.widths)
@@ -299,7 +307,7 @@ def analyze_paths(
         NpPruneError: a class without paths.
     """
     work = (work or Work()).on(STAGE)
-    found = open_found(run, work)
+    found = open_finished(run, work)
     if every:
         labels = found.table.classes
     else:
@@ -315,7 +323,7 @@ def analyze_paths(
     return result
 
 
-def _strips(found: Found, rows: np.ndarray, name: str, *, named: bool) -> Analysis:
+def _strips(found: FinishedRun, rows: np.ndarray, name: str, *, named: bool) -> Analysis:
     """Per block a strip: its segments are neurons, as wide as their share of the paths."""
     neurons = found.table.neurons[rows]
     topk = neurons.shape[2]

@@ -28,7 +28,7 @@ from npprune.store.runs import RunFolder
 
 
 @dataclass
-class Found:
+class FinishedRun:
     """A run folder with paths."""
 
     folder: RunFolder
@@ -55,7 +55,7 @@ class Found:
         return known[label].name if 0 <= label < len(known) else str(label)
 
 
-def open_found(run: Path, work: Work | None = None) -> Found:
+def open_finished(run: Path, work: Work | None = None) -> FinishedRun:
     """The run's paths. With `work`, it is said where nothing can be recorded in the run.
 
     Raises:
@@ -71,11 +71,11 @@ def open_found(run: Path, work: Work | None = None) -> Found:
         )
     store = PathStore(folder.paths_folder, manifest.settings_sha256)
     recorded = work is None or recordable(folder, work)
-    return Found(folder, manifest, recipe, result, store.read_all(store.count()), recorded)
+    return FinishedRun(folder, manifest, recipe, result, store.read_all(store.count()), recorded)
 
 
 def paths_of(
-    found: Found,
+    found: FinishedRun,
     method: str,
     work: Work,
     *,
@@ -105,7 +105,7 @@ def paths_of(
         work=replace(work, seed=found.recipe.seed, command=""),
         names=None if data is None else run_names(found.result),
     )
-    table = open_found(below / method).table
+    table = open_finished(below / method).table
     if data is None and table.ids.tolist() != found.table.ids.tolist():
         raise StoreError(
             f"`{below / method}` holds paths of other images than `{found.folder.path}`",
@@ -114,17 +114,17 @@ def paths_of(
     return table
 
 
-def _there(run: Path, found: Found) -> PathTable | None:
+def _there(run: Path, found: FinishedRun) -> PathTable | None:
     """The paths of a companion run that has ended, on the same images by the same network."""
     if not RunFolder(run).result_path.is_file():
         return None
-    other = open_found(run)
+    other = open_finished(run)
     same = other.table.ids.tolist() == found.table.ids.tolist()
     theirs, ours = ({**f.manifest.settings, "method": "", "seed": 0} for f in (other, found))
     return other.table if same and theirs == ours else None
 
 
-def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> list[int]:
+def choose_labels(found: FinishedRun, classes: Sequence[str | int] | str | None) -> list[int]:
     """The labels that `--classes` names: indices, synsets or names; None: all with paths.
 
     Raises:
@@ -154,7 +154,7 @@ def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> li
     return sorted(chosen)
 
 
-def record(found: Found, analyses: dict[str, Analysis], work: Work) -> None:
+def record(found: FinishedRun, analyses: dict[str, Analysis], work: Work) -> None:
     """Put analyses into the run's result, if that can be written; one of the same key is replaced.
 
     Raises:

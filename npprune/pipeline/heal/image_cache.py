@@ -134,13 +134,14 @@ class ImagesInFiles:
 
 
 def read(
-    images: Images, positions: Sequence[int] | None, what: str, *, processes: int = 1
+    images: Images, positions: Sequence[int] | None, what: str, *, sharing: int = 1
 ) -> tuple[Tensor, Tensor, list[int]] | None:
     """Pixels as bytes [n, c, h, w], labels [n] and positions, or None where they do not fit.
 
-    Unreadable images are left out. `positions` None: all images, of a stream too.
+    Unreadable images are left out. `positions` None: all images, of a stream too. `sharing`:
+    processes that share the machine's memory.
     """
-    room = psutil.virtual_memory().available // (MEMORY_SHARE * processes)
+    room = psutil.virtual_memory().available // (MEMORY_SHARE * sharing)
     channels, height, width = images.preprocessing.input_size
     fit = room // (channels * height * width)
     total = images.source.length if positions is None else len(positions)

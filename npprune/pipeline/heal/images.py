@@ -116,7 +116,7 @@ def read_training_images(
     outputs = teacher.chosen if not teacher.expands else None
     seed, sharing = work.seed, work.team.local_count
     if train is None or held_out is None:
-        everything = read(images, None, "reading images", processes=sharing)
+        everything = read(images, None, "reading images", sharing=sharing)
         if everything is None:
             raise DataError(
                 f"the images of the stream `{images.source.spec}` do not fit into memory",
@@ -141,7 +141,7 @@ def read_training_images(
     held = _held_out(memory, teacher, work)
     everything = None
     if course != "strong":
-        everything = read(images, train, "reading images", processes=sharing)
+        everything = read(images, train, "reading images", sharing=sharing)
     if everything is not None:
         pixels, labels = everything[0], to_outputs(everything[1], outputs)
         kept = ImagesInMemory(pixels, labels, images.preprocessing, flips=flips, seed=seed)
