@@ -30,12 +30,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npprune.core.attribution.methods import points_of
-from npprune.core.attribution.quadrature import quadrature, rule_for
+from npprune.core.attribution.quadrature import Integral, quadrature
 from npprune.core.attribution.search import clean_hidden, joint_attribution
 from npprune.core.view import Scope, VitView, frozen
 from npprune.data.loading import batches
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.models.load import create, load
 from npprune.models.view import make_view
@@ -90,9 +89,8 @@ def reference(
 
 
 def ours(view: VitView, scope: Scope, rule: str, points: int | None) -> Search:
-    return lambda x, y: joint_attribution(
-        view, x, y, scope=scope, rule=rule, points=points  # type: ignore[arg-type]
-    ).neurons  # fmt: skip
+    integral = Integral.of(view.scope, scope, rule, points)  # type: ignore[arg-type]
+    return lambda x, y: joint_attribution(view, x, y, integral).neurons
 
 
 def settings(view: VitView, scope: Scope) -> dict[str, Search]:
@@ -104,9 +102,10 @@ def settings(view: VitView, scope: Scope) -> dict[str, Search]:
 
 
 def default(scope: Scope) -> str:
-    points, first = points_of("neuron-path", "auto", scope, None)
+    integral = Integral.of(scope)
+    points, first = integral.points_by("neuron-path")
     more = f", {first} in block 0" if first != points else ""
-    return f"{rule_for('auto', scope)} {points}{more}"
+    return f"{integral.rule} {points}{more}"
 
 
 def load_inputs(args: argparse.Namespace) -> tuple[VitView, Tensor, Tensor]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core.attribution.methods import find_paths
-from npprune.core.attribution.quadrature import default_points
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.attribution.search import PathBatch
 from npprune.core.view import VitView, frozen
 from npprune.errors import DataError, ModelError, UsageError
@@ -31,17 +33,7 @@ from npprune.models.view import classifiers, make_view
 from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.records import Plan
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
-from npprune.words import (
-    ACCUMULATIONS,
-    METHODS,
-    RULES,
-    SCOPES,
-    Accumulation,
-    Method,
-    RuleOrAuto,
-    ScopeOrAuto,
-    check_word,
-)
+from npprune.words import METHODS, Accumulation, Method, RuleOrAuto, ScopeOrAuto, check_word
 
 __all__ = ["PathBatch", "Plan", "apply_plan", "discover_paths", "load_model"]
 
@@ -110,6 +102,8 @@ def discover_paths(
 ) -> PathBatch:
     """The most influential neuron path of each image.
 
+    Its many arguments are the settings of `npprune discover`, by their names.
+
     Args:
         model: a plain timm vision transformer (see `load_model`), on any device, of any precision
             and in any mode; it is left as it was.
@@ -121,9 +115,8 @@ def discover_paths(
         scope: the tokens at which neurons are read: cls, patch, all, or auto (as pooled).
         quadrature: gauss-radau, mapped-radau, gauss-legendre, left-riemann (the paper's), or auto:
             the first at the class token, the second elsewhere.
-        points: how many points; None, at the class token and elsewhere: 4 and 7 for gauss-radau,
-            5 and 6 for mapped-radau, both 12 in block 0 elsewhere; 5 and 8 for gauss-legendre;
-            20 for left-riemann, and for influence-pattern.
+        points: how many points; None: the fewest that the rule needs at these tokens (see
+            `npprune.core.attribution.quadrature`).
         accumulation: sum (the formula) or last (the paper's released program).
         seed: for the random method.
 
@@ -140,39 +133,37 @@ def discover_paths(
     Source: "Discovering Influential Neuron Path in Vision Transformers", ICLR 2025.
     """
     check_word("method", method, METHODS)
-    check_word("scope", scope, ("auto", *SCOPES))
-    check_word("quadrature", quadrature, ("auto", *RULES))
-    check_word("accumulation", accumulation, ACCUMULATIONS)
     _check_model(model)
-    options: dict[str, Any] = {
-        "topk": _whole("topk", topk, 1), "method": method, "scope": scope, "rule": quadrature,
-        "points": _number("points", points, 1, POINTS), "accumulation": accumulation,
-        "generator": torch.Generator().manual_seed(_whole("seed", seed, 0, SEEDS - 1)),
-    }  # fmt: skip
+    topk, points = _whole("topk", topk, 1), _number("points", points, 1, POINTS)
+    generator = torch.Generator().manual_seed(_whole("seed", seed, 0, SEEDS - 1))
     with torch.inference_mode(False):
         tensors = chain(model.parameters(), model.buffers())
         if any(t.is_inference() for t in tensors):  # these cannot be differentiated
             model = copy.deepcopy(model)
         view = make_view(model)
+        integral = Integral.of(view.scope, scope, quadrature, points, accumulation)
         x = _images(images)
         y = _labels(labels, len(x), classifiers(model)[0].out_features)
+        find = partial(
+            find_paths, view, topk=topk, method=method, integral=integral, generator=generator
+        )
         with frozen(model):
-            return _find(view, x, y, options)
+            return _in_batches(find, view, x, y, integral.points)
 
 
-def _find(view: VitView, images: Tensor, labels: Tensor, options: dict[str, Any]) -> PathBatch:
+def _in_batches(
+    find: Callable[..., PathBatch], view: VitView, images: Tensor, labels: Tensor, points: int
+) -> PathBatch:
     """The paths, as many images at a time as fit."""
     parameter = next(view.model.parameters())
     device = parameter.device
 
     def paths(lo: int, hi: int) -> PathBatch:
-        return find_paths(view, images[lo:hi].to(parameter), labels[lo:hi].to(device), **options)
+        return find(images=images[lo:hi].to(parameter), labels=labels[lo:hi].to(device))
 
-    tokens = view.scope if options["scope"] == "auto" else options["scope"]
-    m = options["points"] or default_points(options["rule"], tokens)
     first = images[:1].to(parameter)
     _check_size(view, first)
-    fit = images_that_fit(view, first, m, None, device)
+    fit = images_that_fit(view, first, points, None, device)
     parts, _ = halving(paths, len(images), min(BATCH, fit))
     return PathBatch(
         torch.cat([p.neurons.cpu() for p in parts]), torch.cat([p.scores.cpu() for p in parts])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from itertools import pairwise
 from operator import index
 from typing import Any, ClassVar, Literal, TypeVar
@@ -592,8 +592,3 @@ class Result(Document):
     def variant(self, name: str) -> Variant | None:
         """The variant of this name, or None."""
         return next((v for v in self.variants if v.name == name), None)
-
-
-def field_names(cls: type) -> list[str]:
-    """The names of a record's fields, in order."""
-    return [f.name for f in fields(cls)]

@@ -19,7 +19,7 @@ def test_the_import_contracts_hold() -> None:
     assert done.returncode == 0, done.stdout
     found = re.search(r"Contracts: (\d+) kept, 0 broken", done.stdout)
     assert found, done.stdout
-    assert int(found.group(1)) >= 6
+    assert int(found.group(1)) >= 9
 
 
 def test_only_one_room_creates_timm_models() -> None:
@@ -28,4 +28,4 @@ def test_only_one_room_creates_timm_models() -> None:
         return any(isinstance(f, ast.Attribute) and f.attr == "create_model" for f in calls)
 
     users = [p.relative_to(ROOT) for p in (ROOT / "npprune").rglob("*.py") if creates(p)]
-    assert [p.as_posix() for p in users] == ["npprune/models/load.py"]
+    assert {p.parent.as_posix() for p in users} == {"npprune/models"}

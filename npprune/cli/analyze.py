@@ -80,14 +80,14 @@ def command(
     chosen = None if every else flags.classes(classes)
 
     from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyze_similarity
+    from npprune.pipeline.common.work import Work
 
     output = Output(as_json=as_json)
     line = flags.command_line(ctx)
     with output.working() as emit:
+        work = Work(where, start, emit, line)
         if what == "scores":
-            found = output.result(
-                analyze_scores, folder, method_names(methods), device=where, emit=emit, command=line
-            )
+            found = output.result(analyze_scores, folder, method_names(methods), work=work)
         elif what == "similarity":
             found = output.result(
                 analyze_similarity,
@@ -95,13 +95,9 @@ def command(
                 chosen,
                 hierarchy=hierarchy,
                 permutations=permutations,
-                seed=start,
-                emit=emit,
-                command=line,
+                work=work,
             )
         else:
-            found = output.result(
-                analyze_paths, folder, chosen, every=every, emit=emit, command=line
-            )
+            found = output.result(analyze_paths, folder, chosen, every=every, work=work)
     show_analyses(output, found, folder)
     output.finish()

@@ -84,13 +84,15 @@ def command(
         raise UsageError("`--dense` goes with a checkpoint; the first of two files is dense")
     folder = None if files else flags.checkpoint_folder(sources[0])
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.export.bench import BenchSettings, bench_checkpoint, bench_files
 
     settings = BenchSettings(runtimes, batches or [1, 16], counts, seconds, provider, memory)
     output = Output(as_json=as_json)
     with output.working() as emit:
+        work = Work(emit=emit, command=flags.command_line(ctx))
         if folder is None:
-            found = output.result(bench_files, sources[0], sources[1], settings, out=out, emit=emit)
+            found = output.result(bench_files, sources[0], sources[1], settings, out=out, work=work)
         else:
             found = output.result(
                 bench_checkpoint,
@@ -98,8 +100,7 @@ def command(
                 settings,
                 dense_checkpoint=dense,
                 out=out,
-                emit=emit,
-                command=flags.command_line(ctx),
+                work=work,
             )
     show.benchmark(output, found, out)
     output.finish()

@@ -136,11 +136,11 @@ class Output:
         with redirect_stdout(sys.stderr), Progress(_console(stderr=True), self.quiet) as progress:
             yield progress.emit
 
-    def result(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What the work gives. Where that could not be stored at its end, it is given all the
+    def result(self, stage: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """What the stage gives. Where that could not be stored at its end, it is given all the
         same, to be shown before `finish` says so."""
         try:
-            return work(*args, **kwargs)
+            return stage(*args, **kwargs)
         except UnstoredError as err:
             self.unstored = err
             found: T = err.found

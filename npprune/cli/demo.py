@@ -33,17 +33,15 @@ def command(
     """Show everything on a small network and handwritten digits, in under three minutes."""
     chosen, start = flags.device(device), flags.seed(seed)
 
-    from npprune.pipeline.demo.stage import run_demo
+    from npprune.pipeline.common.work import Work
+    from npprune.pipeline.run import run_demo
 
     output = Output(as_json=as_json)
     with output.working() as emit:
         result = output.result(
             run_demo,
             root=out,
-            seed=start,
-            device=chosen,
-            emit=emit,
-            command=flags.command_line(ctx),
+            work=Work(chosen, start, emit, flags.command_line(ctx)),
         )
     show.result(output, result, out)
     output.finish()

@@ -161,14 +161,14 @@ def command(
     chosen, start = flags.device(device), flags.seed(seed)
     folder = flags.out_folder(out or Path("reports") / flags.folder_name(network))
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.discover.stage import discover
 
     output = Output(as_json=as_json)
     with output.working() as emit:
         result = output.result(discover,
             network, images, settings, folder,
-            device=chosen, seed=start, emit=emit, dry_run=dry_run,
-            command=flags.command_line(ctx),
+            work=Work(chosen, start, emit, flags.command_line(ctx)), dry_run=dry_run,
         )  # fmt: skip
     show.discovery(output, result, folder, dry_run=dry_run)
     output.finish()

@@ -82,6 +82,7 @@ def run_edit(ctx: typer.Context, run: Path, device: str, as_json: bool) -> None:
         data = flags.data_section(given, val=given["data"])
 
     from npprune.pipeline.analyze.editing import edit_neurons
+    from npprune.pipeline.common.work import Work
 
     output = Output(as_json=as_json)
     with output.working() as emit:
@@ -91,9 +92,7 @@ def run_edit(ctx: typer.Context, run: Path, device: str, as_json: bool) -> None:
             settings,
             data,
             name=given.get("name"),
-            device=device,
-            emit=emit,
-            command=flags.command_line(ctx),
+            work=Work(device, emit=emit, command=flags.command_line(ctx)),
         )
     show_analyses(output, found, folder)
     output.finish()

@@ -96,6 +96,7 @@ def command(
     images = flags.data_section(ctx.params, val=data)
     chosen = flags.device(device)
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.evaluate.stage import evaluate
 
     output = Output(as_json=as_json)
@@ -106,9 +107,7 @@ def command(
             images,
             settings,
             dense_checkpoint=dense,
-            device=chosen,
-            emit=emit,
-            command=flags.command_line(ctx),
+            work=Work(chosen, emit=emit, command=flags.command_line(ctx)),
         )
     show.evaluated(output, evaluation, folder, _run_result(folder, evaluation))
     output.finish()

@@ -128,7 +128,10 @@ def command(
     folder = _checkpoint(source, ctx)
     target = out or _default_target(folder, source, ctx, settings)
     output = Output(as_json=as_json)
+    from npprune.pipeline.common.work import Work
+
     with output.working() as emit:
+        work = Work(emit=emit, command=flags.command_line(ctx))
         if folder is not None:
             from npprune.pipeline.export.stage import export_checkpoint
 
@@ -140,15 +143,14 @@ def command(
                 out=target,
                 provider=provider,
                 dense_checkpoint=dense,
-                emit=emit,
-                command=flags.command_line(ctx),
+                work=work,
             )
         else:
             from npprune.pipeline.export.stage import export_model
 
             model = flags.model_section(source, ctx.params)
             record = output.result(
-                export_model, model, images, settings, out=target, provider=provider, emit=emit
+                export_model, model, images, settings, out=target, provider=provider, work=work
             )
     show.exported(output, record, target)
     output.finish()

@@ -142,6 +142,7 @@ def command(
     images = flags.data_section({**ctx.params, "batch_size": None}, train=data)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.heal.stage import heal
 
     output = Output(as_json=as_json)
@@ -154,11 +155,8 @@ def command(
             folder,
             dense_checkpoint=dense,
             any_teacher=any_teacher,
-            device=chosen,
-            seed=seed_value,
-            emit=emit,
+            work=Work(chosen, seed_value, emit, flags.command_line(ctx)),
             dry_run=dry_run,
-            command=flags.command_line(ctx),
         )
     show.healed(output, variant, folder)
     output.finish()

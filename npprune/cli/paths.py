@@ -98,13 +98,14 @@ def import_command(
     network = flags.model_section(model, ctx.params)
     folder = flags.out_folder(out)
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.discover.path_files import import_released
 
     output = Output(as_json=as_json)
     with output.working() as emit:
         result = output.result(import_released,
             files, network, folder,
-            baseline=baseline, emit=emit, command=flags.command_line(ctx),
+            baseline=baseline, work=Work(emit=emit, command=flags.command_line(ctx)),
         )  # fmt: skip
     from npprune.records import UNKNOWN_WEIGHTS, to_dict
 

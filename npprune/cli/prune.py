@@ -240,11 +240,12 @@ def command(
     if not healing:
         return
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.heal.stage import heal_pruned, healed_folder
 
     def train() -> Variant:
         training = HealSection(epochs=heal)
-        return heal_pruned(folder, training, device=chosen, seed=seed_value, emit=emit)[1]
+        return heal_pruned(folder, training, work=Work(chosen, seed_value, emit))[1]
 
     with output.working() as emit:
         variant = output.result(train)

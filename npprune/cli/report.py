@@ -27,7 +27,7 @@ def command(
     as_json: options.Json = False,
 ) -> None:
     """Render a run's result as one self-contained HTML page and as Markdown."""
-    from npprune.pipeline.report import render_report
+    from npprune.pipeline.common.results import render_report
 
     output = Output(as_json=as_json)
     with output.working():

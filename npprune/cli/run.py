@@ -56,19 +56,19 @@ def command(
     if dry_run:
         output.line(recipe_yaml(resolved).rstrip())
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.run import run_recipe
 
     if dry_run:
         if resolved.discover is not None:
             with output.working() as emit:
-                run_recipe(resolved, root=root, emit=emit, dry_run=True)
+                run_recipe(resolved, root=root, work=Work(emit=emit), dry_run=True)
         output.document("recipe", resolved.model_dump(mode="json"))
         output.line("\ndry run: nothing was computed or written")
         return
     with output.working() as emit:
-        result = output.result(
-            run_recipe, resolved, root=root, emit=emit, command=flags.command_line(ctx)
-        )
+        work = Work(emit=emit, command=flags.command_line(ctx))
+        result = output.result(run_recipe, resolved, root=root, work=work)
     show.result(output, result, root)
     output.finish()
 

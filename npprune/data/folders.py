@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 from npprune.images.folders import Tree, walk
 
 SPLIT_NAMES = frozenset(("train", "training", "val", "valid", "validation", "test", "testing"))
@@ -55,7 +55,7 @@ def without_images(tree: Tree, name: str) -> DataError:
     """The error for a class folder in which nothing counts as an image."""
     return DataError(
         f"class folder `{tree.root / name}` has no images{tree.instead(name)}",
-        hint="remove the folder, or choose other classes with --classes",
+        hint=f"remove the folder, or choose other classes with {setting('data.classes')}",
     )
 
 
@@ -83,7 +83,7 @@ def _require_classes(tree: Tree, names: list[str], named: bool) -> list[str]:
     if len(names) == 1:
         raise DataError(
             f"`{root}` holds one folder ({listed}), and the class folders seem to lie deeper",
-            hint=f"{hint} If `{listed}` is a class, name it in a --class-map",
+            hint=f"{hint} If `{listed}` is a class, name it in {setting('data.class_map')}",
         )
     if all(place.rpartition("/")[2].lower() in SPLIT_NAMES for place in levels):
         raise DataError(f"`{root}` holds data sets ({listed}), not class folders", hint=hint)

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 from npprune.records import ClassInfo
 
 SYNSET = re.compile(r"n\d{8}\Z")
@@ -75,6 +75,8 @@ def find_labels(
     ranked: what to call the rule when the label is the position in `names`.
     indices: `names` are no names, but the positions themselves.
 
+    Each argument is a separate thing that decides the labels, so they are many.
+
     Names that are left out are missing in `index`.
 
     Raises:
@@ -95,7 +97,7 @@ def find_labels(
                 raise DataError(
                     f"class `{name}`{place} has label {label} ({labels.rule}), and "
                     f"the model's labels are 0..{num_classes - 1}",
-                    hint="use data of the model's classes, or --class-map FILE",
+                    hint=f"use data of the model's classes, or {setting('data.class_map', 'FILE')}",
                 )
         labels.classes = [c for c in labels.classes if c.index < num_classes]
     if known is not None:
@@ -309,11 +311,12 @@ def _mismatch(
     verb = "is" if len(rest) == 1 else "are"
     here = f"; the other names{place}: {_few(ours)}" if ours else ""
     if known.class_map is not None:
-        hint = f"the network was made with `--class-map {known.class_map}`: give it here too"
+        made_with = setting("data.class_map", known.class_map)
+        hint = f"the network was made with {made_with}: give it here too"
     else:
-        hint = "`--class-map FILE` says the class of every name"
+        hint = f"{setting('data.class_map', 'FILE')} says the class of every name"
     if ours and len(ours) <= 20 and not any(re.search(r"[\s,]", name) for name in ours):
-        hint += f"; `--classes {','.join(ours)}` leaves the others out"
+        hint += f"; {setting('data.classes', ','.join(ours))} leaves the others out"
     return DataError(
         f"{_few([n for n in names if n in left])}{'' if here else place} {verb} none of the "
         f"network's {len(named)} classes: {_few([c.name for c in named])}{here}",
@@ -350,7 +353,8 @@ def _limit(
         raise DataError(
             f"no class{place} is one of the {len(known.within)} that the network's head was cut "
             f"to: {_few(ours)}; there are {_few(list(names))}",
-            hint="give images of those classes, or say every label with --class-map FILE",
+            hint="give images of those classes, or say every label with "
+            f"{setting('data.class_map', 'FILE')}",
         )
     if out:
         count = sum(images.get(name, 0) for name in out)
@@ -408,13 +412,13 @@ def _synsets(names: Sequence[str], imagenet: Any, place: str) -> Labels:
         if not SYNSET.match(name):
             raise DataError(
                 f"class `{name}`{place} is no ImageNet synset, and others there are",
-                hint="move it away, or say every label with --class-map FILE",
+                hint=f"move it away, or say every label with {setting('data.class_map', 'FILE')}",
             )
         if name not in known:
             raise DataError(
                 f"class `{name}`{place} is not one of the {len(known)} ImageNet synsets of the "
                 "model",
-                hint="move it away, or say every label with --class-map FILE",
+                hint=f"move it away, or say every label with {setting('data.class_map', 'FILE')}",
             )
     lemmas = {synset: imagenet.label_name_to_description(synset) for synset in known}
     return Labels(

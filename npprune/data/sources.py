@@ -1,4 +1,4 @@
-"""Image sources by name: `folder:PATH`, `digits[:SPLIT]`, and what timm's data set factory reads.
+"""Image sources: labelled images in a fixed order, read by position or as a stream.
 
 A source has its labels worked out, its classes chosen and its items in a fixed order before the
 first image is opened.
@@ -11,15 +11,11 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.data.folders import hinting, read_classes, without_images
-from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
+from npprune.data.labels import Labels
 from npprune.errors import DataError
-from npprune.images.decoding import decode
-from npprune.records import ClassInfo, DataInfo, plain_text
+from npprune.records import ClassInfo, DataInfo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -214,100 +210,6 @@ class StreamSource(ImageSource):
             skipped=list(skipped),
             sha256=self._digest.hexdigest() if self._taken else "",
         )
-
-
-def open_source(
-    spec: str,
-    *,
-    num_classes: int | None = None,
-    class_map: str | Path | None = None,
-    known: KnownNames | None = None,
-    classes: Sequence[str | int] | str | None = None,
-    images_per_class: int | None = None,
-) -> ImageSource:
-    """The source called `spec`.
-
-    spec: `folder:PATH` (one folder a class), `digits`, `digits:train|calibration|test`, or
-        `tfds/`, `hfds/`, `hfids/`, `wds/`, `torch/` and a name, see `npprune.data.readers`.
-    num_classes: outputs of the model; decides which ImageNet a synset name is looked up in.
-    class_map: a .txt or .json file that says the label of every folder.
-    known: the class names of the network, which decide where there is no class map.
-    classes: indices, synsets, names, or a text file of them; None: all.
-    images_per_class: only the first so many of each class.
-
-    Raises:
-        DataError: missing, empty or mislabelled source, unknown class.
-    """
-    if images_per_class is not None and images_per_class < 1:
-        raise DataError(f"`images_per_class` must be 1 or more, got {images_per_class}")
-    options = {
-        "num_classes": num_classes,
-        "class_map": class_map,
-        "known": known,
-        "classes": classes,
-        "images_per_class": images_per_class,
-    }
-    if spec.startswith("folder:"):
-        return _open_folder(spec, **options)  # type: ignore[arg-type]
-    if spec.split(":")[0] == "digits":
-        from npprune.data.digits import open_digits
-
-        return open_digits(spec, **options)  # type: ignore[arg-type]
-    if spec.split("/")[0].lower() in ("tfds", "hfds", "hfids", "wds", "torch") and "/" in spec:
-        from npprune.data.readers import open_reader
-
-        return open_reader(spec, **options)  # type: ignore[arg-type]
-    raise DataError(
-        f"unknown data source `{spec}`",
-        hint=f"did you mean `folder:{spec}`?"
-        if Path(spec).is_dir()
-        else "sources: folder:PATH, digits, digits:train|calibration|test, "
-        "tfds/NAME, hfds/NAME, hfids/NAME, wds/PATH, torch/NAME",
-    )
-
-
-def _open_folder(
-    spec: str,
-    *,
-    num_classes: int | None,
-    class_map: str | Path | None,
-    known: KnownNames | None,
-    classes: Sequence[str | int] | str | None,
-    images_per_class: int | None,
-) -> ImageSource:
-    root = Path(spec.removeprefix("folder:")).expanduser()
-    tree, folders, notes = read_classes(root, named=class_map is not None)
-    empty = [name for name, paths in folders.items() if not paths]
-    shown = {plain_text(name): name for name in folders}
-    with hinting(notes):
-        if empty and classes is None:  # before ranks, which these folders have shifted
-            raise without_images(tree, empty[0])
-        labels = find_labels(
-            list(shown),
-            num_classes=num_classes,
-            class_map=class_map,
-            known=known,
-            some=classes is not None,
-            images={name: len(folders[folder]) for name, folder in shown.items()},
-            where=str(root),
-        )
-        chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-        taken = {
-            shown[name]: label
-            for name, label in labels.index.items()
-            if chosen is None or label in chosen
-        }
-        for name in taken:
-            if not folders[name]:
-                raise without_images(tree, name)
-    entries = (
-        (plain_text(path), label, partial(decode, root / path, plain_text(str(root / path))))
-        for name, label in taken.items()
-        for path in folders[name]
-    )
-    source = MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
-    source.notes = [*notes, *labels.notes, *tree.notes(list(taken))]
-    return source
 
 
 def _require_all(source: ImageSource, chosen: list[int] | None, taken: Counter[int]) -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
+from npprune.export.onnx import (
+    ONNX_FORM,
+    Int8Needs,
+    OnnxForm,
+    Producer,
+    export_onnx,
+    pixel_input,
+    to_pixels,
+)
 from npprune.export.parity import GATES, Gate, Parity, check_parity, require
-from npprune.export.session import Session
 from npprune.files import publish, sha256_file, staging
 from npprune.records import ClassInfo, ExportRecord, Preprocessing
 
@@ -16,75 +24,68 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What a file is compared with PyTorch on, and how near it has to come.
+
+    images: real ones, normalised [n, 3, H, W]; labels: [n] where known. gate: None takes
+    `GATES` of the file's precision.
+    """
+
+    images: Tensor
+    labels: Tensor | None = None
+    batch_sizes: Sequence[int] = (1, 3, 17)
+    provider: str = "cpu"
+    threads: int | None = None
+    gate: Gate | None = None
+
+
 def export_checked(
     model: nn.Module,
     preprocessing: Preprocessing,
     classes: list[ClassInfo],
-    images: Tensor,
     final_path: Path,
+    comparison: Comparison,
+    form: OnnxForm = ONNX_FORM,
     *,
-    opset: int = 20,
-    batch: Literal["dynamic"] | int = "dynamic",
-    precision: Literal["fp32", "fp16", "int8"] = "fp32",
-    with_preprocessing: bool = False,
-    calibration: Tensor | None = None,
-    score: Callable[[Session], float] | None = None,
+    int8: Int8Needs | None = None,
     producer: Producer | None = None,
-    labels: Tensor | None = None,
-    batch_sizes: Sequence[int] = (1, 3, 17),
-    provider: str = "cpu",
-    threads: int | None = None,
-    gate: Gate | None = None,
-    **options: Any,
 ) -> ExportRecord:
-    """Export `model`, compare it on `images`, and give it its name if it passes the gate.
+    """Export `model`, compare it on images, and give it its name if it passes the gate.
 
-    `images`: real ones, normalised [n, 3, H, W], `labels` [n] where known. `gate`: None takes
-    `GATES[precision]`. The work happens in a temporary folder beside `final_path`, so a failure
-    leaves nothing new, and an earlier file of that name as it was. `calibration` and `score`
-    serve `precision="int8"`, see `export_onnx`, which gets the other options too.
+    The work happens in a temporary folder beside `final_path`, so a failure leaves nothing new,
+    and an earlier file of that name as it was. See `export_onnx` for the rest.
 
     Errors: ExportError where the file cannot be made; GateError (exit 1) where it does not agree.
     """
-    final_path = Path(final_path)
+    final_path, images = Path(final_path), comparison.images
     with staging(final_path) as folder:
         path = folder / final_path.name
         candidates = export_onnx(
-            model,
-            preprocessing,
-            classes,
-            path,
-            opset=opset,
-            batch=batch,
-            precision=precision,
-            with_preprocessing=with_preprocessing,
-            calibration=calibration,
-            score=score,
-            producer=producer,
-            **options,
+            model, preprocessing, classes, path, form, int8=int8, producer=producer
         )
-        if with_preprocessing:
+        if form.with_preprocessing:
             model, images = pixel_input(model, preprocessing), to_pixels(images, preprocessing)
         parity = check_parity(
             model,
             path,
             images,
-            batch_sizes=batch_sizes,
-            provider=provider,
-            threads=threads,
-            gate=gate or GATES[precision],
-            labels=labels,
+            batch_sizes=comparison.batch_sizes,
+            provider=comparison.provider,
+            threads=comparison.threads,
+            gate=comparison.gate or GATES[form.precision],
+            labels=comparison.labels,
         )
         require(parity, final_path.name)
-        record = _record(path, parity, precision, opset)
-        record.details |= {"batch": batch, "with_preprocessing": with_preprocessing}
+        record = _record(path, parity, form)
+        record.details |= {"batch": form.batch, "with_preprocessing": form.with_preprocessing}
         if len(candidates) > 1:
             record.details["candidates"] = [vars(c) for c in candidates]
         publish(folder, final_path)
     return record
 
 
-def _record(path: Path, parity: Parity, precision: str, opset: int) -> ExportRecord:
+def _record(path: Path, parity: Parity, form: OnnxForm) -> ExportRecord:
     files = sorted(path.parent.iterdir())
     details: dict[str, Any] = {
         "min_agreement": parity.gate.min_agreement,
@@ -98,8 +99,8 @@ def _record(path: Path, parity: Parity, precision: str, opset: int) -> ExportRec
     return ExportRecord(
         file=path.name,
         format="onnx",
-        precision=precision,
-        opset=opset,
+        precision=form.precision,
+        opset=form.opset,
         bytes=sum(f.stat().st_size for f in files),
         sha256=sha256_file(path),
         provider=parity.provider,

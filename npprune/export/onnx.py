@@ -13,7 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +21,7 @@ from npprune._version import __version__
 from npprune.errors import ExportError
 from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, tidy
 from npprune.records import ClassInfo, Preprocessing, to_dict
+from npprune.words import FilePrecision
 
 if TYPE_CHECKING:
     import onnx
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from npprune.export.precision import Candidate
     from npprune.export.session import Session
-
-Precision = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,33 @@ class Producer:
     plan_sha256: str = ""
     weights_sha256: str = ""
     extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class OnnxForm:
+    """How a file is to be.
+
+    batch: its size, or `dynamic`. with_preprocessing: it takes pixels as they are. Weights above
+    `external_above` bytes go into a file of their own.
+    """
+
+    opset: int = 20
+    batch: Literal["dynamic"] | int = "dynamic"
+    precision: FilePrecision = "fp32"
+    with_preprocessing: bool = False
+    external_above: int = EXTERNAL_ABOVE
+
+
+ONNX_FORM = OnnxForm()
+
+
+@dataclass(frozen=True)
+class Int8Needs:
+    """What int8 needs: normalised images [n, 3, H, W] to calibrate with, and a score of an open
+    session, higher is better."""
+
+    calibration: Tensor
+    score: Callable[[Session], float]
 
 
 def metadata(
@@ -64,58 +90,53 @@ def export_onnx(
     preprocessing: Preprocessing,
     classes: list[ClassInfo],
     path: Path,
+    form: OnnxForm = ONNX_FORM,
     *,
-    opset: int = 20,
-    batch: Literal["dynamic"] | int = "dynamic",
-    precision: Precision = "fp32",
-    with_preprocessing: bool = False,
-    calibration: Tensor | None = None,
-    score: Callable[[Session], float] | None = None,
+    int8: Int8Needs | None = None,
     producer: Producer | None = None,
-    external_above: int = EXTERNAL_ABOVE,
 ) -> list[Candidate]:
     """Trace `model` in float32 on the CPU and write it to `path`, checked by `onnx.checker`.
 
     Input `images` float32 [batch, 3, H, W], normalised; with `with_preprocessing` instead `pixels`
     uint8 [batch, H, W, 3], as read from an image of the right size. Output `logits`
-    [batch, classes]. Weights above `external_above` bytes go to `path` + `.data`, which must
-    stay beside it under that name.
+    [batch, classes]. Large weights go to `path` + `.data`, which must stay beside it under that
+    name.
 
-    `precision`: fp16 keeps float32 at input and output. int8 makes several candidates
-    (`precision.to_int8`) from the normalised `calibration` images [n, 3, H, W], keeps the one
-    that `score` (of an open session, higher is better) prefers, and returns all of them with
-    their scores, the kept one marked; the list is empty otherwise.
+    Precision fp16 keeps float32 at input and output. int8 makes several candidates
+    (`precision.to_int8`) from the calibration images, keeps the one that the score prefers, and
+    returns all of them with their scores, the kept one marked; the list is empty otherwise.
 
     Errors: UsageError where int8 lacks its images or its score; ExportError if the classes do not
     match the logits, if the batch size cannot be left open, or if the graph cannot be traced.
     """
     frozen = frozen_copy(model)
     names = set(frozen.state_dict())
-    if with_preprocessing:
+    if form.with_preprocessing:
         frozen = pixel_input(frozen, preprocessing)
-    proto = _trace(frozen, sample_input(preprocessing, batch, with_preprocessing), opset, batch)
+    sample = sample_input(preprocessing, form.batch, form.with_preprocessing)
+    proto = _trace(frozen, sample, form.opset, form.batch)
     outputs = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
     if classes and outputs != len(classes):
         raise ExportError(
             f"`classes` must name every output: the network has {outputs}, got {len(classes)}",
             hint="the checkpoint's class list and its head do not belong together",
         )
-    tidy(proto, names, prefix="model." if with_preprocessing else "")
+    tidy(proto, names, prefix="model." if form.with_preprocessing else "")
     origin = producer or Producer()
     proto.graph.name = origin.architecture or "network"
     proto.producer_name, proto.producer_version = "npprune", __version__
     set_metadata(proto, metadata(preprocessing, classes, origin))
-    save(proto, path, external_above=external_above)
-    if precision == "fp32":
+    save(proto, path, external_above=form.external_above)
+    if form.precision == "fp32":
         return []
     from npprune.export import precision as smaller
 
-    if precision == "fp16":
-        smaller.to_half(path, external_above=external_above)
+    if form.precision == "fp16":
+        smaller.to_half(path, external_above=form.external_above)
         return []
-    if with_preprocessing and calibration is not None:
-        calibration = to_pixels(calibration, preprocessing)
-    return smaller.to_int8(path, calibration, score)
+    if int8 is not None and form.with_preprocessing:
+        int8 = replace(int8, calibration=to_pixels(int8.calibration, preprocessing))
+    return smaller.to_int8(path, int8)
 
 
 def pixel_input(model: nn.Module, preprocessing: Preprocessing) -> nn.Module:

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.errors import UsageError
+from npprune.errors import UsageError, setting
 from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, sort_nodes
-from npprune.export.session import Session, open_session
+from npprune.export.session import open_session
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+
+    from npprune.export.onnx import Int8Needs
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,24 @@ def to_half(path: Path, *, external_above: int = EXTERNAL_ABOVE) -> None:
     save(half, path, external_above=external_above)
 
 
-def to_int8(
-    path: Path, calibration: Tensor | None, score: Callable[[Session], float] | None
-) -> list[Candidate]:
+def to_int8(path: Path, needs: Int8Needs | None) -> list[Candidate]:
     """Rewrite `path` as the best of its eight-bit versions; returns all with their scores.
 
     Weights of the linear layers get eight bits per output channel. Attention's products, softmax,
     norms and the patch embedding stay in float32. *static*: activations in eight bits too, with
-    ranges from the `calibration` images; *static-mixed*: the same, but the second layer of each
+    ranges from the calibration images; *static-mixed*: the same, but the second layer of each
     MLP and the classifier stay in float32 (after GELU a few large values take up the whole
     range); *dynamic*: ranges are found at run time. Of equal scores the smaller file wins.
     """
-    if calibration is None or len(calibration) == 0:
-        raise UsageError("`precision` int8 needs calibration images", hint="--calibration SOURCE")
-    if score is None:
-        raise UsageError("`precision` int8 needs a score on held-out images to choose by")
+    if needs is None or len(needs.calibration) == 0:
+        raise UsageError(
+            f"{setting('export.precision', 'int8')} needs images to calibrate with, and a score of "
+            "held-out images to choose by"
+        )
     linear = _linear_nodes(path)
     calm = [n for n in linear if ".mlp.fc2/" in n or ".mlp.w3/" in n or n.startswith("head")]
     mixed = [n for n in linear if n not in calm]
-    images = calibration.cpu().numpy()
+    images = needs.calibration.cpu().numpy()
     ways: dict[str, Callable[[Path], None]] = {
         "int8-static": lambda target: _static(path, target, images, linear),
         "int8-static-mixed": lambda target: _static(path, target, images, mixed),
@@ -81,7 +81,7 @@ def to_int8(
         made[name] = (
             target,
             target.stat().st_size,
-            score(open_session(target, "cpu", timed=False)),
+            needs.score(open_session(target, "cpu", timed=False)),
         )
     best = max(made, key=lambda n: (made[n][2], -made[n][1]))
     os.replace(made[best][0], path)

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     import onnx
 
 
+WARMUP = 3  # runs of each width before any is timed
+
+
 @dataclass(frozen=True)
 class WidthLatency:
     """Milliseconds of one MLP [b x t, d] at each width, medians of interleaved runs."""
@@ -53,7 +56,6 @@ def measure_width_latency(
     batch: int = 1,
     threads: int | None = None,
     provider: str = "cpu",
-    warmup: int = 3,
     runs: int | None = None,
     min_seconds: float = 1.0,
 ) -> WidthLatency:
@@ -79,7 +81,7 @@ def measure_width_latency(
             # Idle threads of the other widths' sessions must not hold the cores.
             sessions.append(open_session(path, provider, threads, timed=False))
         calls = [lambda s=s: s.run(x) for s in sessions]  # type: ignore[misc]
-        times = interleave(calls, warmup, runs, min_seconds * len(sizes))
+        times = interleave(calls, WARMUP, runs, min_seconds * len(sizes))
     return WidthLatency(
         widths=sizes,
         ms=[quantile(t, 0.5) for t in times],

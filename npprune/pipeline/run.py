@@ -1,21 +1,21 @@
-"""Run: the whole line of a recipe."""
+"""Run: the whole line of a recipe, and the demo's."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from npprune.errors import UsageError
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.outputs import check_checkpoint, check_run, reads_of
-from npprune.pipeline.common.processes import processes
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo import network as digits_network
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.export.stage import export_checkpoint
 from npprune.pipeline.heal.stage import heal_pruned, healed_folder
 from npprune.pipeline.prune.stage import check_budget, prune
-from npprune.recipe import ModelSection, Recipe
+from npprune.recipe import ModelSection, Recipe, load_recipe
 from npprune.records import Result
 from npprune.store.runs import RunFolder
 
@@ -24,21 +24,22 @@ def run_recipe(
     recipe: Recipe,
     *,
     root: Path = Path("."),
-    emit: Emit = ignore,
+    work: Work | None = None,
     dry_run: bool = False,
-    command: str = "",
 ) -> Result:
     """discover -> prune (-> heal) -> evaluate -> export -> report, below `root`.
 
     Writes `reports/<name>/` and `ckpt/<name>/`; with a `heal` section `ckpt/<name>_healed/` too,
     which is then what is exported. Running again resumes: paths that were found
     before are kept. With `prune: null` it ends with the paths and their report.
-    torchrun's processes share the discovery and the healing; the first does the rest.
+    torchrun's processes share the discovery and the healing; the first does the rest. Device and
+    seed are the recipe's, whatever `work` says.
 
     Raises:
         NpPruneError: what a stage raises; GateError where a gate failed.
     """
-    team = processes()
+    work = replace(work or Work(), device=recipe.device, seed=recipe.seed)
+    team = work.team
     run, checkpoint = root / "reports" / recipe.name, root / "ckpt" / recipe.name
     if recipe.prune is None and recipe.discover is None:
         raise UsageError(
@@ -58,18 +59,21 @@ def run_recipe(
                 "a dry run opens the network, and this recipe's is trained by the run itself",
                 hint="leave `--dry-run` out: the demo takes a minute or two",
             )
-        model = team.on_first(lambda: digits_network.digits_network(root, recipe.seed, emit))
+        model = team.on_first(lambda: digits_network.digits_network(root, work))
         recipe = recipe.model_copy(update={"model": model})
     source: Path | ModelSection = recipe.model
     team.on_first(lambda: _check_outputs(recipe, run, checkpoint, write=not dry_run))
-    common = {"device": recipe.device, "seed": recipe.seed, "emit": emit}
+    # the command line belongs to the result as a whole, and goes there once
+    quietly = replace(work, command="")
     if dry_run and recipe.discover is None:
         raise UsageError(
             "a dry run opens model and images of discovery, and this recipe has none",
             hint="`npprune prune ... --dry-run` shows what would stay",
         )
     if recipe.discover is not None:
-        found = discover(recipe.model, recipe.data, recipe.discover, run, dry_run=dry_run, **common)  # type: ignore[arg-type]
+        found = discover(
+            recipe.model, recipe.data, recipe.discover, run, work=quietly, dry_run=dry_run
+        )
         if dry_run:
             return found
         source = run
@@ -80,24 +84,38 @@ def run_recipe(
 
     def prune_and_measure() -> None:
         assert recipe.prune is not None
-        emit(Event("prune", f"recipe {recipe.name}"))
-        prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
-        evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+        work.on("prune").say(f"recipe {recipe.name}")
+        prune(
+            source, recipe.data, recipe.prune, checkpoint, device=work.device, seed=work.seed,
+            emit=work.emit, command=work.command,
+        )  # fmt: skip
+        evaluate(checkpoint, recipe.data, recipe.evaluate, work=quietly)
 
     def ship() -> None:
         if recipe.heal is not None:
-            evaluate(shipped, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
+            evaluate(shipped, recipe.data, recipe.evaluate, work=quietly)
         if recipe.export is not None:
-            export_checkpoint(shipped, recipe.data, recipe.export, emit=emit)
+            export_checkpoint(shipped, recipe.data, recipe.export, work=quietly)
         render_report(home)
 
     team.on_first(prune_and_measure)
     shipped = checkpoint
     if recipe.heal is not None:
         data = recipe.data if recipe.data.train or recipe.data.calibration else None
-        shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, **common)  # type: ignore[arg-type]
+        shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, work=quietly)
     team.on_first(ship)
     return RunFolder(home).read_result()
+
+
+def run_demo(*, root: Path = Path("."), work: Work | None = None) -> Result:
+    """Train a small network on scikit-learn's digits and run the shipped recipe `demo` on it.
+
+    Writes `ckpt/demo_dense/` (the trained network), `ckpt/demo/` and `reports/demo/` below
+    `root`. A network trained before with this seed is used again.
+    """
+    work = work or Work()
+    chosen = {"seed": work.seed, "device": work.device}
+    return run_recipe(load_recipe("demo").model_copy(update=chosen), root=root, work=work)
 
 
 def _check_outputs(recipe: Recipe, run: Path, checkpoint: Path, *, write: bool) -> None:

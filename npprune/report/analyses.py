@@ -169,7 +169,6 @@ def learning_curve(
     *,
     x_label: str = "step",
     y_label: str = "loss",
-    reference: Mapping[str, float] | None = None,
     columns: Sequence[str] = (),
     rows: Sequence[Row] = (),
     text: str = "",
@@ -182,9 +181,7 @@ def learning_curve(
             f"{len(curves[wrong[0]])} for `{wrong[0]}`"
         )
     series = [Series(name, x=list(steps), y=list(y)) for name, y in curves.items()]
-    figure = FigureData(
-        "lines", series, x_label=x_label, y_label=y_label, reference=dict(reference or {})
-    )
+    figure = FigureData("lines", series, x_label=x_label, y_label=y_label)
     return Analysis(title, text, list(columns), [list(r) for r in rows], figure)
 
 

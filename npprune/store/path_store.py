@@ -127,10 +127,6 @@ class PathStore:
             return "foreign"
         return "done"
 
-    def done(self, i: int) -> bool:
-        """Whether shard i need not be computed again."""
-        return self.state(i) == "done"
-
     def count(self) -> int:
         """How many shards there are in a row from 0, by their sidecars."""
         i = 0

@@ -31,7 +31,6 @@ class RunFolder:
         self.recipe_path = self.path / "recipe.yaml"
         self.plan_path = self.path / "plan.json"
         self.result_path = self.path / "result.json"
-        self.events_path = self.path / "events.jsonl"
         self.paths_folder = self.path / "paths"
 
     @property
@@ -136,19 +135,6 @@ class RunFolder:
     def write_plan(self, plan: Plan) -> None:
         """Replace the plan."""
         atomic.write_json(self.plan_path, plan)
-
-    def read_recipe(self) -> str:
-        """The text of the resolved recipe."""
-        return atomic.read_text(self.recipe_path)
-
-    def append_event(self, event: dict[str, Any]) -> None:
-        """Add one line to `events.jsonl`. A log for people: nothing is ever resumed from it."""
-        line = json.dumps(event, ensure_ascii=False) + "\n"
-        try:
-            with open(self.events_path, "a", encoding="utf-8") as file:
-                file.write(line)
-        except OSError as err:
-            raise atomic.store_error(err, self.events_path) from err
 
     def _holder(self) -> str:
         try:

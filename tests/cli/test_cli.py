@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import pytest
 from npprune import errors
 from npprune.cli import app, flags
 from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.work import Work
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, PruneSection
 from npprune.records import (
     Accuracy,
@@ -107,6 +107,12 @@ def an_export(passed: bool = True) -> ExportRecord:
 # ---------------------------------------------------------------- a pipeline that only remembers
 
 
+PLACES = {"run": "run", "demo": "run", "report": "common.results", "bench": "export.bench"}
+"""Modules of stages that are not `<stage>.stage`."""
+
+PARTS = ("device", "seed", "emit", "command")
+
+
 class Recorder:
     """Stands in for one pipeline function: remembers what it was called with."""
 
@@ -115,12 +121,18 @@ class Recorder:
         self.events = events or []
         self.args: tuple[Any, ...] = ()
         self.kwargs: dict[str, Any] = {}
+        self.work = Work()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.args, self.kwargs = args, kwargs
+        self.args, self.kwargs = args, dict(kwargs)
+        work = self.kwargs.pop("work", None)
+        if work is None:  # a stage that takes its parts one by one
+            parts = {n: self.kwargs.pop(n) for n in list(self.kwargs) if n in PARTS}
+            work = Work(**parts)
+        self.work = work
         print("a library prints")  # noqa: T201
         for event in self.events:
-            kwargs["emit"](event)
+            self.work.emit(event)
         if isinstance(self.answer, BaseException):
             raise self.answer
         return self.answer
@@ -132,11 +144,8 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def replace(module: str, function: str, answer: Any, events: Any = None) -> Recorder:
         recorder = Recorder(answer, events)
-        name = f"npprune.pipeline.{module}"
-        stand_in = types.ModuleType(name)
-        setattr(stand_in, function, recorder)
-        for place in (name, f"{name}.stage"):  # whichever the command imports
-            monkeypatch.setitem(sys.modules, place, stand_in)
+        place = PLACES.get(module, f"{module}.stage")
+        monkeypatch.setattr(f"npprune.pipeline.{place}.{function}", recorder)
         return recorder
 
     return replace
@@ -458,10 +467,9 @@ def test_discover(stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
         crop_pct=1.0,
     )
     assert out == Path("reports/vit_test")
-    emit = called.kwargs.pop("emit")
-    assert callable(emit)
-    assert called.kwargs.pop("command").startswith("npprune discover vit_test.orig ")
-    assert called.kwargs == {"device": "cuda:1", "seed": 9, "dry_run": False}
+    assert called.work.command.startswith("npprune discover vit_test.orig ")
+    assert (called.work.device, called.work.seed) == ("cuda:1", 9)
+    assert called.kwargs == {"dry_run": False}
     shown, talk = capsys.readouterr()
     assert "1.23 M parameters" in shown
     assert "reports/vit_test/result.json" in shown
@@ -523,7 +531,7 @@ def test_eval(stage: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]) 
     assert data == DataSection(val="digits:test")
     assert (settings.latency, settings.batches) == (False, [1, 4])
     assert called.kwargs["dense_checkpoint"] is None
-    assert called.kwargs["command"] == shlex.join(["npprune", *args, "--no-latency"])
+    assert called.work.command == shlex.join(["npprune", *args, "--no-latency"])
     out = capsys.readouterr().out
     assert "8/10, 49.0–94.0" in out
     assert "with 95 % intervals" in out
@@ -617,7 +625,7 @@ def test_run_and_demo(
     assert "Top-1" in out
     assert f"{tmp_path}/reports/tiny/report.html" in out
     assert f"{tmp_path}/ckpt/tiny_half/model.onnx" in out
-    assert called.kwargs["command"] == shlex.join(["npprune", *args])
+    assert called.work.command == shlex.join(["npprune", *args])
 
 
 def test_env_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from npprune.cli import app
-from npprune.export.onnx import export_onnx
+from npprune.export.onnx import OnnxForm, export_onnx
 from npprune.records import Benchmark, ClassInfo, ExportRecord, Preprocessing, from_json
 from tests.helpers.deploying import (
     PREPROCESSING,
@@ -63,7 +63,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classes = [ClassInfo(i, f"kind {i}", f"n{i:08d}") for i in range(6)]
     classes[3] = ClassInfo(3, 'grey, "striped"\x1b[31m')
     export_onnx(network(), PREPROCESSING, classes, root / "model.onnx")
-    export_onnx(network(), PREPROCESSING, classes, root / "pixels.onnx", with_preprocessing=True)
+    export_onnx(
+        network(), PREPROCESSING, classes, root / "pixels.onnx", OnnxForm(with_preprocessing=True)
+    )
     return root
 
 

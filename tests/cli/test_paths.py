@@ -9,6 +9,7 @@ import pytest
 
 from npprune.cli import app
 from npprune.errors import ModelError, StoreError, UsageError
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.path_files import export_released, import_released
 from npprune.pipeline.prune.stage import prune
 from npprune.recipe import DataSection, ModelSection, PruneSection
@@ -136,7 +137,7 @@ def test_import_without_a_baseline_in_the_files(world: World) -> None:
 
 def test_other_files_do_not_go_into_the_same_run(world: World) -> None:
     files, run = write(world.root / "files", 0, PATH), world.root / "run"
-    first = import_released(files, network(world), run, command="npprune paths import")
+    first = import_released(files, network(world), run, work=Work(command="npprune paths import"))
     assert first.commands == ["npprune paths import"]
     assert import_released(files, network(world), run) == first
     write(files, 0, PATH, PATH)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from npprune.core.attribution.methods import find_paths
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.compression.statistics import collect_statistics
 from npprune.errors import DataError, ModelError, NpPruneError
 from npprune.models.view import make_view
@@ -41,7 +42,7 @@ def test_the_place_is_named(where: str, kind: type[NpPruneError], message: str) 
     view = make_view(model)
     for method in ("neuron-path", "activation"):
         with pytest.raises(kind, match=message):
-            find_paths(view, images, labels, method=method, points=2)  # type: ignore[arg-type]
+            find_paths(view, images, labels, method=method, integral=Integral.of("cls", points=2))  # type: ignore[arg-type]
     with pytest.raises(kind, match=message):
         collect_statistics(view, [(images, labels)], needs=["moments"])
 
@@ -61,4 +62,4 @@ def test_one_output_has_no_paths() -> None:
     view = make_view(tiny_vit(num_classes=1))
     for scope in ("cls", "patch"):
         with pytest.raises(ModelError, match="at least two outputs, got one"):
-            find_paths(view, images, torch.zeros(2, dtype=torch.long), scope=scope)  # type: ignore[arg-type]
+            find_paths(view, images, torch.zeros(2, dtype=torch.long), integral=Integral.of(scope))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import npprune
 from npprune.cli import app
 from npprune.core.attribution.editing import edited_logits, members, path_factors, stack
 from npprune.models.view import make_view
-from npprune.pipeline.discover.finished import open_found
+from npprune.pipeline.discover.finished import open_finished
 from tests.core.test_golden import images, lines
 
 pytestmark = pytest.mark.golden
@@ -53,7 +53,7 @@ def test_the_command_line_has_the_released_programs_settings(
         "left-riemann", "--preprocessing", "released", "--img-size", "96", "--out", str(run), *more,
     ]  # fmt: skip
     assert app.run_app(args) == 0
-    table = open_found(run).table
+    table = open_finished(run).table
     for label in (0, 1):
         rows, own = lines(shared_golden, f"{kind}/neuron_path", label), table.where(label)
         assert own.neurons[..., 0].tolist() == [row["ja"][0] for row in rows]

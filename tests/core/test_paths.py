@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from npprune.core.attribution import methods
 from npprune.core.attribution import search as paths
-from npprune.core.attribution.methods import METHODS, find_paths
-from npprune.core.attribution.quadrature import END_AT_ONE, Rule, RuleOrAuto, quadrature
-from npprune.core.attribution.search import joint_attribution, own_attribution
-from npprune.core.view import Scope
+from npprune.core.attribution.methods import METHODS
+from npprune.core.attribution.quadrature import END_AT_ONE, Integral, Rule, RuleOrAuto, quadrature
+from npprune.core.view import Scope, VitView
 from npprune.errors import UsageError
 from npprune.models.view import make_view
 from tests.helpers.tiny import tiny_batch, tiny_vit
@@ -24,6 +24,47 @@ MODELS = {
     "cls+registers": lambda: tiny_vit(reg_tokens=2),
     "cls+layerscale+qknorm": lambda: tiny_vit(init_values=0.5, qk_norm=True),
 }
+
+
+def joint_attribution(
+    view: VitView, images: Tensor, labels: Tensor, topk: int = 1, neurons: Any = None,
+    scope: str = "cls", **words: Any,
+) -> paths.PathBatch:  # fmt: skip
+    integral = Integral.of(view.scope, scope, **words)
+    return paths.joint_attribution(view, images, labels, integral, topk=topk, neurons=neurons)
+
+
+def own_attribution(view: VitView, images: Tensor, labels: Tensor, **words: Any) -> list[Tensor]:
+    return paths.own_attribution(view, images, labels, Integral.of(view.scope, **words))
+
+
+def find_paths(
+    view: VitView, images: Tensor, labels: Tensor, topk: int = 1, method: Any = "neuron-path",
+    generator: torch.Generator | None = None, **words: Any,
+) -> paths.PathBatch:  # fmt: skip
+    integral = Integral.of(view.scope, **words)
+    return methods.find_paths(
+        view, images, labels, topk=topk, method=method, integral=integral, generator=generator
+    )
+
+
+def test_the_default_points_of_an_integral() -> None:
+    """Written out once more: what the words come to."""
+
+    def points(rule: str, *args: Any) -> list[tuple[str, int, int, int]]:
+        made = [Integral.of("cls", scope, rule, *args) for scope in ("auto", "patch")]
+        return [(i.rule, i.points, i.first_points, i.image_points) for i in made]
+
+    assert points("auto") == [("gauss-radau", 4, 4, 20), ("mapped-radau", 6, 12, 20)]
+    assert points("gauss-radau")[1] == ("gauss-radau", 7, 12, 20)
+    assert points("mapped-radau")[0] == ("mapped-radau", 5, 5, 20)
+    assert points("gauss-legendre") == [("gauss-legendre", n, n, 20) for n in (5, 8)]
+    assert points("left-riemann") == [("left-riemann", 20, 20, 20)] * 2
+    assert points("auto", 3) == [("gauss-radau", 3, 3, 3), ("mapped-radau", 3, 3, 3)]
+    patch = Integral.of("patch")
+    assert patch.points_by("neuron-path") == patch.points_by("knowledge-neuron") == (6, 12)
+    assert patch.points_by("activation") == patch.points_by("random") == (6, 6)
+    assert patch.points_by("influence-pattern") == (20, 20)
 
 
 def positions(model: nn.Module, scope: str) -> slice:

@@ -11,7 +11,8 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from npprune.data.loading import batches
-from npprune.data.sources import ImageSource, open_source
+from npprune.data.opening import open_source
+from npprune.data.sources import ImageSource
 from npprune.data.transforms import describe, make_transform, resolve
 from npprune.errors import DataError, UsageError
 from npprune.images.decoding import UnreadableImage

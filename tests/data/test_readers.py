@@ -16,7 +16,8 @@ from PIL import Image
 from npprune.data import readers
 from npprune.data.labels import find_labels
 from npprune.data.loading import batches
-from npprune.data.sources import StreamSource, open_source
+from npprune.data.opening import open_source
+from npprune.data.sources import StreamSource
 from npprune.data.transforms import make_transform
 from npprune.errors import DataError
 from npprune.records import Preprocessing

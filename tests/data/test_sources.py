@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from npprune.data.digits import split_positions
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.unlabelled import open_unlabelled
 from npprune.errors import DataError
 
@@ -95,7 +95,7 @@ def test_a_synset_among_other_names_is_refused(synsets: Path) -> None:
     picture(synsets / "cat" / "x.png")
     with pytest.raises(DataError, match=r"class `cat` in .* is no ImageNet synset") as caught:
         open_source(f"folder:{synsets}", num_classes=1000)
-    assert "--class-map" in str(caught.value.hint)
+    assert "class_map" in str(caught.value.hint)
 
 
 def test_a_synset_outside_the_models_imagenet_is_refused(synsets: Path) -> None:

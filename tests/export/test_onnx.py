@@ -26,8 +26,8 @@ from npprune.export.bench import (
     quantile,
     torch_runner,
 )
-from npprune.export.checked import export_checked
-from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
+from npprune.export.checked import Comparison, export_checked
+from npprune.export.onnx import OnnxForm, Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import Gate, check_parity, require
 from npprune.export.session import open_session
 from npprune.export.session import reason as reason_of
@@ -148,14 +148,16 @@ def test_the_model_is_left_as_it_was(tmp_path):
 )
 def test_families(name, more, images, tmp_path):
     record = export_checked(
-        tiny(name, depth=1, **more), PREPROCESSING, CLASSES, images, tmp_path / "m.onnx"
+        tiny(name, depth=1, **more), PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images)
     )
     assert record.passed
 
 
 def test_a_fixed_batch_is_the_only_one_that_runs(images, tmp_path):
     model = tiny(depth=1)
-    record = export_checked(model, PREPROCESSING, CLASSES, images, tmp_path / "m.onnx", batch=4)
+    record = export_checked(
+        model, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images), OnnxForm(batch=4)
+    )
     assert [r.batch for r in record.parity] == [4]
     session = open_session(tmp_path / "m.onnx", "cpu")
     assert session.fixed_batch == 4
@@ -165,7 +167,9 @@ def test_a_fixed_batch_is_the_only_one_that_runs(images, tmp_path):
 
 def test_pixels_in_gives_the_logits_of_images_in(uneven, exported, images, tmp_path):
     path = tmp_path / "pixels.onnx"
-    record = export_checked(uneven, PREPROCESSING, CLASSES, images, path, with_preprocessing=True)
+    record = export_checked(
+        uneven, PREPROCESSING, CLASSES, path, Comparison(images), OnnxForm(with_preprocessing=True)
+    )
     assert record.details["with_preprocessing"] is True
     pixels = to_pixels(images, PREPROCESSING)
     assert pixels.dtype == torch.uint8
@@ -182,7 +186,12 @@ def test_pixels_in_gives_the_logits_of_images_in(uneven, exported, images, tmp_p
 def test_large_weights_go_beside_the_graph(images, tmp_path):
     path = tmp_path / "m.onnx"
     record = export_checked(
-        tiny(depth=1), PREPROCESSING, CLASSES, images, path, external_above=1000
+        tiny(depth=1),
+        PREPROCESSING,
+        CLASSES,
+        path,
+        Comparison(images),
+        OnnxForm(external_above=1000),
     )
     data = tmp_path / "m.onnx.data"
     assert record.bytes == path.stat().st_size + data.stat().st_size
@@ -245,11 +254,11 @@ def test_a_failed_gate_leaves_nothing(images, tmp_path, monkeypatch):
     monkeypatch.setattr(checked, "export_onnx", spoiled)
     path = tmp_path / "m.onnx"
     with pytest.raises(GateError):
-        export_checked(tiny(depth=1), PREPROCESSING, CLASSES, images, path)
+        export_checked(tiny(depth=1), PREPROCESSING, CLASSES, path, Comparison(images))
     assert list(tmp_path.iterdir()) == []
     path.write_bytes(b"an earlier file")
     with pytest.raises(GateError):
-        export_checked(tiny(depth=1), PREPROCESSING, CLASSES, images, path)
+        export_checked(tiny(depth=1), PREPROCESSING, CLASSES, path, Comparison(images))
     assert path.read_bytes() == b"an earlier file"
 
 
@@ -264,7 +273,7 @@ def test_not_a_number_never_agrees(exported, images):
 def test_the_record_is_json(images, tmp_path):
     labels = torch.zeros(len(images), dtype=torch.int64)
     record = export_checked(
-        tiny(depth=1), PREPROCESSING, CLASSES, images, tmp_path / "m.onnx", labels=labels
+        tiny(depth=1), PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images, labels)
     )
     assert from_json(ExportRecord, to_json(record)) == record
     assert record.bytes == (tmp_path / "m.onnx").stat().st_size

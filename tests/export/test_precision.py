@@ -12,14 +12,15 @@ import timm
 import torch
 
 from npprune.errors import GateError, UsageError
-from npprune.export.checked import export_checked
-from npprune.export.onnx import export_onnx
+from npprune.export.checked import Comparison, export_checked
+from npprune.export.onnx import Int8Needs, OnnxForm, export_onnx
 from npprune.export.parity import GATES, Gate, check_parity, logits_of, top1_score
 from npprune.export.session import Session, open_session
 from npprune.records import ClassInfo, Preprocessing
 
 CLASSES = [ClassInfo(i, f"kind {i}") for i in range(5)]
 PREPROCESSING = Preprocessing((3, 32, 32))
+INT8 = OnnxForm(precision="int8")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +58,9 @@ def test_half_precision(model, images, tmp_path, with_preprocessing):
     full, half = tmp_path / "full.onnx", tmp_path / "half.onnx"
     export_onnx(model, PREPROCESSING, CLASSES, full)
     record = export_checked(
-        model, PREPROCESSING, CLASSES, images, half,
-        precision="fp16", with_preprocessing=with_preprocessing,
-        gate=Gate(tolerance=1e-2, min_agreement=0.9),
+        model, PREPROCESSING, CLASSES, half,
+        Comparison(images, gate=Gate(tolerance=1e-2, min_agreement=0.9)),
+        OnnxForm(precision="fp16", with_preprocessing=with_preprocessing),
     )  # fmt: skip
     assert record.precision == "fp16"
     assert record.bytes < 0.65 * full.stat().st_size
@@ -78,8 +79,7 @@ def test_the_best_of_the_integers_is_kept(model, images, tmp_path):
     export_onnx(model, PREPROCESSING, CLASSES, full)
     score = agreement(model, images[12:])
     made = export_onnx(
-        model, PREPROCESSING, CLASSES, path,
-        precision="int8", calibration=images[:12], score=score,
+        model, PREPROCESSING, CLASSES, path, INT8, int8=Int8Needs(images[:12], score)
     )  # fmt: skip
     assert [c.name for c in made] == ["int8-static", "int8-static-mixed", "int8-dynamic"]
     assert {p.name for p in tmp_path.iterdir()} == {"int8.onnx", "full.onnx"}
@@ -106,8 +106,8 @@ def test_a_corrupted_calibration_set_is_not_chosen_or_refused(model, images, tmp
     """Calibrated on images a thousand times too bright, static ranges are useless: the dynamic
     candidate wins."""
     made = export_onnx(
-        model, PREPROCESSING, CLASSES, tmp_path / "m.onnx",
-        precision="int8", calibration=images[:8] * 1000, score=agreement(model, images),
+        model, PREPROCESSING, CLASSES, tmp_path / "m.onnx", INT8,
+        int8=Int8Needs(images[:8] * 1000, agreement(model, images)),
     )  # fmt: skip
     static, _, dynamic = made
     assert dynamic.chosen
@@ -119,10 +119,11 @@ def test_too_large_a_loss_is_refused(model, images, tmp_path):
         labels = model(images).argmax(1)
     with pytest.raises(GateError, match=r"int8\.onnx does not agree .*top-1 falls by") as err:
         export_checked(
-            model, PREPROCESSING, CLASSES, images, tmp_path / "int8.onnx",
-            precision="int8", calibration=torch.zeros(2, 3, 32, 32),
-            score=lambda session: float(session.metadata["precision"] == "int8-static"),
-            labels=labels,
+            model, PREPROCESSING, CLASSES, tmp_path / "int8.onnx", Comparison(images, labels), INT8,
+            int8=Int8Needs(
+                torch.zeros(2, 3, 32, 32),
+                lambda session: float(session.metadata["precision"] == "int8-static"),
+            ),
         )  # fmt: skip
     assert err.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
@@ -130,9 +131,10 @@ def test_too_large_a_loss_is_refused(model, images, tmp_path):
 
 def test_the_candidates_are_recorded(model, images, tmp_path):
     record = export_checked(
-        model, PREPROCESSING, CLASSES, images, tmp_path / "m.onnx",
-        precision="int8", calibration=images[:8], score=agreement(model, images),
-        gate=Gate(None, 0.3), with_preprocessing=True,
+        model, PREPROCESSING, CLASSES, tmp_path / "m.onnx",
+        Comparison(images, gate=Gate(None, 0.3)),
+        OnnxForm(precision="int8", with_preprocessing=True),
+        int8=Int8Needs(images[:8], agreement(model, images)),
     )  # fmt: skip
     assert len(record.details["candidates"]) == 3
     assert record.tolerance == -1.0
@@ -141,15 +143,17 @@ def test_the_candidates_are_recorded(model, images, tmp_path):
 
 def test_integers_need_images_and_a_score(model, images, tmp_path):
     path = tmp_path / "m.onnx"
-    with pytest.raises(UsageError, match="int8 needs calibration images"):
-        export_onnx(model, PREPROCESSING, CLASSES, path, precision="int8", score=lambda s: 0.0)
-    with pytest.raises(UsageError, match="int8 needs a score"):
-        export_onnx(model, PREPROCESSING, CLASSES, path, precision="int8", calibration=images[:1])
+    with pytest.raises(UsageError, match="images to calibrate with, and a score"):
+        export_onnx(model, PREPROCESSING, CLASSES, path, INT8)
+    with pytest.raises(UsageError, match="images to calibrate with, and a score"):
+        export_onnx(
+            model, PREPROCESSING, CLASSES, path, INT8, int8=Int8Needs(images[:0], lambda s: 0.0)
+        )
 
 
 def test_top1_score(model, images, tmp_path):
     path = tmp_path / "m.onnx"
-    export_onnx(model, PREPROCESSING, CLASSES, path, batch=5)
+    export_onnx(model, PREPROCESSING, CLASSES, path, OnnxForm(batch=5))
     with torch.no_grad():
         labels = model(images).argmax(1)
     labels[:6] = (labels[:6] + 1) % 5

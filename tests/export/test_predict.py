@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from npprune.errors import DataError, ExportError, UsageError
-from npprune.export.onnx import export_onnx
+from npprune.export.onnx import OnnxForm, export_onnx
 from npprune.export.predict import Classifier, find_images, predict, resize_and_crop, softmax
 from npprune.records import ClassInfo, Preprocessing
 
@@ -112,7 +112,7 @@ def test_topk_beyond_the_classes_gives_all_of_them(onnx_file, folder):
 
 def test_fixed_batch_and_preprocessing_inside(model, onnx_file, folder, tmp_path):
     path = tmp_path / "fixed.onnx"
-    export_onnx(model, PREPROCESSING, CLASSES, path, batch=2, with_preprocessing=True)
+    export_onnx(model, PREPROCESSING, CLASSES, path, OnnxForm(batch=2, with_preprocessing=True))
     there = list(predict(path, [folder], topk=7, provider="cpu"))
     here = list(predict(onnx_file, [folder], topk=7, provider="cpu"))
     for a, b in zip(there, here, strict=True):
@@ -161,7 +161,7 @@ def test_sixteen_bits_are_no_white(model, onnx_file, tmp_path):
     picture(40, 50).convert("L").save(low)
     Image.fromarray(np.asarray(Image.open(low)).astype(np.uint16) * 257).save(deep)
     pixels = tmp_path / "pixels.onnx"
-    export_onnx(model, PREPROCESSING, CLASSES, pixels, with_preprocessing=True)
+    export_onnx(model, PREPROCESSING, CLASSES, pixels, OnnxForm(with_preprocessing=True))
     for file in (onnx_file, pixels):
         a, b = predict(file, [low, deep], topk=7, provider="cpu")
         assert a.guesses == b.guesses

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from npprune.cli import app
 from npprune.core.attribution.methods import find_paths
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.view import Scope, VitView
 from npprune.models.view import make_view
 from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover import stage as stage
 from npprune.pipeline.discover.stage import discover
 from npprune.recipe import DataSection, DiscoverSection, ModelSection
@@ -60,9 +62,7 @@ class World:
             DataSection(**data),
             DiscoverSection(**settings),
             self.root / out,
-            device="cpu",
-            emit=self.events.append,
-            command=command,
+            work=Work("cpu", emit=self.events.append, command=command),
         )
 
     def said(self, level: str) -> list[str]:
@@ -132,7 +132,7 @@ def measure_peaks(scope: Scope, answer: Any) -> None:
     view, images, labels = large_search()
     peaks = []
     for n in (1, 12):
-        find_paths(view, images[:n], labels[:n], scope=scope)
+        find_paths(view, images[:n], labels[:n], integral=Integral.of(scope))
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
     answer.put(peaks[1] - peaks[0])
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.utils
+from timm.models import model_entrypoint
 from torch import Tensor, nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -186,8 +187,24 @@ def _check_tangent(view: Any, l: int, x: Tensor) -> None:
     torch.testing.assert_close(dours, dy, rtol=1e-9, atol=1e-9)
 
 
-def test_at_least_fourteen_families() -> None:
-    assert len(FAMILIES) >= 14
+def test_the_families_are_of_every_kind_that_the_view_supports() -> None:
+    """timm's files, and what the classifier reads, with how many tokens before the patches."""
+    files = {
+        model_entrypoint(name).__module__.removeprefix("timm.models.")
+        for name, *_ in FAMILIES.values()
+    }
+    vits = {"vision_transformer", "vision_transformer_relpos", "vision_transformer_hybrid"}
+    assert files == {*vits, "deit", "beit", "eva"}
+    kinds = {(scope, prefix) for *_, scope, prefix in FAMILIES.values()}
+    assert kinds >= {
+        ("cls", 1),
+        ("cls", 5),
+        ("patch", 0),
+        ("patch", 1),
+        ("patch", 5),
+        ("all", 1),
+        ("all", 2),
+    }
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -27,7 +27,8 @@ from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyz
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.inputs import open_images, open_network
 from npprune.pipeline.common.results import render_report
-from npprune.pipeline.discover.finished import divide, open_found
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.discover.finished import divide, open_finished
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.run import run_recipe
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, load_recipe
@@ -77,11 +78,11 @@ def column(analysis: Analysis, name: str) -> list[object]:
 
 def loaded(run: Path):
     """Model, view, images, labels and table of a run, in its order."""
-    found = open_found(run)
-    network = open_network(found.recipe.model, torch.device("cpu"), lambda e: None, "test")
+    found = open_finished(run)
+    network = open_network(found.recipe.model, Work("cpu"))
     source = open_images(
-        found.recipe.data.train, found.recipe.data, network.info, flag="--data", on_bad="error",
-        stage="test", emit=lambda e: None,
+        found.recipe.data.train, found.recipe.data, network.info, Work("cpu"),
+        asked="data.train", on_bad="error",
     )  # fmt: skip
     batches = list(source.batches())
     x = torch.cat([b.images for b in batches])
@@ -119,7 +120,7 @@ def test_own_paths_at_their_images(run: Path, edit: str, factor: float) -> None:
 
 
 def test_a_class_is_never_measured_on_the_images_that_chose_its_neurons(run: Path) -> None:
-    table = open_found(run).table
+    table = open_finished(run).table
     take, hold, alone = divide(table)
     assert not set(take.tolist()) & set(hold.tolist())
     assert len(take) + len(hold) == len(table) == 16
@@ -289,7 +290,7 @@ def test_accuracy_deviation_has_the_ratios_interval() -> None:
 
 def test_scores_of_all_methods_on_the_same_images(run: Path) -> None:
     (analysis,) = analyze_scores(run, ["neuron-path", "activation", "random"]).values()
-    found = open_found(run)
+    found = open_finished(run)
     assert column(analysis, "mean")[0] == pytest.approx(found.table.scores.mean())
     model, _, x, y, _ = loaded(run)
     paths = npprune.discover_paths(model, x, y, topk=3, points=2, method="activation")
@@ -329,7 +330,7 @@ def test_similarity_with_a_hierarchy(run: Path, tmp_path: Path) -> None:
 
 def test_similarity_without_a_hierarchy_says_so(run: Path) -> None:
     said: list[Event] = []
-    found = analyze_similarity(run, ["ant", "cat", 3], emit=said.append)
+    found = analyze_similarity(run, ["ant", "cat", 3], work=Work(emit=said.append))
     assert "is no ImageNet-1k synset" in found["similarity-hierarchy"].text
     assert any("--hierarchy FILE" in e.message and e.level == "warning" for e in said)
     with pytest.raises(UsageError, match="at least two classes, got 1"):
@@ -339,7 +340,7 @@ def test_similarity_without_a_hierarchy_says_so(run: Path) -> None:
 
 
 def test_pictures_name_followers_and_leavers(run: Path) -> None:
-    table = open_found(run).table
+    table = open_finished(run).table
     (key, analysis), = analyze_paths(run, ["ant"]).items()  # fmt: skip
     assert key == "paths-0"
     figure = analysis.figure

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from npprune.core.attribution.quadrature import default_points
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.view import Scope
 from npprune.data.labels import Labels
-from npprune.data.sources import StreamSource, open_source
+from npprune.data.opening import open_source
+from npprune.data.sources import StreamSource
 from npprune.errors import DataError, StoreError, UsageError
 from npprune.pipeline.common import inputs, memory
 from npprune.pipeline.common.device import products
@@ -199,7 +200,7 @@ def test_a_shard_without_a_readable_image(world: World) -> None:
 
 
 def test_an_empty_class_folder_and_too_many_neurons_are_refused(world: World) -> None:
-    with pytest.raises(UsageError, match="`--topk` must be at most 48"):
+    with pytest.raises(UsageError, match="`topk` must be at most 48"):
         world.discover(topk=49)
     for path in (world.images / "class_6").iterdir():
         path.unlink()
@@ -431,7 +432,7 @@ def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: Scope) -> No
     assert process.exitcode == 0
     measured = answer.get()
     view, images, _ = large_search()
-    points = default_points("auto", scope)
+    points = Integral.of(scope).points
     fit = memory.images_that_fit(view, images[:1], points, 8.0, torch.device("cpu"))
     assert 0.2 < measured / (11 * 8.0 / fit) < 1
 

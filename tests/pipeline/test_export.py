@@ -25,6 +25,7 @@ from npprune.models.info import model_info
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.inputs import Images
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.export import images as export_images
 from npprune.pipeline.export.bench import BenchSettings, analysis, bench_checkpoint, bench_files
 from npprune.pipeline.export.stage import default_target, export_checkpoint, export_model
@@ -144,8 +145,8 @@ def test_it_is_timed_beside_the_dense_network(
     monkeypatch.setattr(export, "noise_warning", lambda latency: f"noisy at {latency.batch}")
     settings = ExportSection(batch=4, with_preprocessing=True, precision="fp16")
     record = export_checkpoint(
-        world / "uneven", images_of(world), settings, out=tmp_path / "m.onnx", emit=events.append,
-        **CPU,
+        world / "uneven", images_of(world), settings, out=tmp_path / "m.onnx",
+        work=Work(emit=events.append), **CPU,
     )  # fmt: skip
     (row,) = record.latency
     assert (row.batch, row.threads, row.precision) == (4, torch.get_num_threads(), "fp16")
@@ -209,7 +210,7 @@ def test_timm_takes_no_uneven_widths(world: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_a_format_does_not_have(settings: dict, provider: str, flag: str) -> None:
-    with pytest.raises(UsageError, match=f"`{flag}` does not go with `--format"):
+    with pytest.raises(UsageError, match=f"`{flag}` does not go with `format="):
         export_checkpoint(Path("x"), DataSection(), section(**settings), provider=provider)
 
 
@@ -244,7 +245,7 @@ def test_int8_is_calibrated_and_judged_on_different_images(
     monkeypatch.setattr(checked, "export_onnx", note)
     record = export_checkpoint(
         world / "uneven", images_of(world), section(precision="int8", max_drop=100),
-        out=tmp_path / "i8.onnx", emit=events.append, **CPU,
+        out=tmp_path / "i8.onnx", work=Work(emit=events.append), **CPU,
     )  # fmt: skip
     assert len(read) == len(set(read)) == 72
     assert record.details["images"]["calibration"] == len(given["calibration"]) == 15
@@ -288,7 +289,7 @@ def test_int8_that_loses_too_much_is_refused(
         )
     assert e.value.exit_code == 1
     assert "at most 2.5 are allowed" in e.value.message
-    assert "`--max-drop POINTS`" in (e.value.hint or "")
+    assert "`max_drop=POINTS`" in (e.value.hint or "")
     assert list(target.parent.iterdir()) == []
 
 
@@ -365,7 +366,12 @@ def test_broken_images_are_left_out_and_said(
     data = DataSection(val=f"folder:{tmp_path / 'images'}")
     settings = section(precision="int8", max_drop=100)
     record = export_checkpoint(
-        world / "uneven", data, settings, out=tmp_path / "m.onnx", emit=events.append, **CPU
+        world / "uneven",
+        data,
+        settings,
+        out=tmp_path / "m.onnx",
+        work=Work(emit=events.append),
+        **CPU,
     )
     found = record.details["images"]
     assert len(found["skipped"]) == len(broken) == 24
@@ -389,9 +395,9 @@ def test_a_remembered_source_that_is_gone(world: Path, tmp_path: Path) -> None:
     write_pruned(tmp_path / "a", tmp_path / "dense", dense, plan_of(dense), gone)
     with pytest.raises(DataError, match=r"was calibrated on `folder:.*gone`, which cannot") as err:
         export_checkpoint(tmp_path / "a", DataSection(), section())
-    assert err.value.hint == "give images with `--data SOURCE`"
+    assert err.value.hint == "give images with `val=SOURCE`"
     write_pruned(tmp_path / "b", tmp_path / "dense", dense, plan_of(dense))
-    with pytest.raises(UsageError, match="`--data` is needed: the images to export on"):
+    with pytest.raises(UsageError, match="`val` is needed: the images to export on"):
         export_checkpoint(tmp_path / "b", DataSection(), section())
 
 
@@ -415,7 +421,9 @@ def test_a_moved_folder_is_exported_without_timing(
     (tmp_path / "here").rename(tmp_path / "there" / "moved")
     shutil.rmtree(tmp_path / "dense")
     moved = tmp_path / "there" / "moved"
-    record = export_checkpoint(moved, images_of(world), ExportSection(), emit=events.append, **CPU)
+    record = export_checkpoint(
+        moved, images_of(world), ExportSection(), work=Work(emit=events.append), **CPU
+    )
     assert record.passed
     assert record.latency == []
     (said,) = [e.message for e in events if e.level == "warning"]
@@ -474,7 +482,7 @@ def test_two_files_side_by_side(world: Path, tmp_path: Path, events: list[Event]
     for folder, path in zip(("dense", "uneven"), paths, strict=True):
         export_checkpoint(world / folder, images_of(world), section(), out=path, **CPU)
     settings = BenchSettings(batches=[1, 3], threads=[1, 2], seconds=0.01, provider="cpu")
-    found = bench_files(*paths, settings, out=tmp_path / "bench", emit=events.append)
+    found = bench_files(*paths, settings, out=tmp_path / "bench", work=Work(emit=events.append))
     assert [(r.latency.threads, r.latency.batch) for r in found.rows] == [
         (1, 1), (1, 3), (2, 1), (2, 3),
     ]  # fmt: skip
@@ -513,7 +521,7 @@ def test_a_checkpoint_beside_its_dense_network(
 
     monkeypatch.setattr(bench, "noise_warning", lambda t: "busy" if t.batch == 2 else None)
     settings = BenchSettings(batches=[2], threads=[1], seconds=0.01, provider="cpu", memory=False)
-    found = bench_checkpoint(world / "uneven", settings, emit=events.append)
+    found = bench_checkpoint(world / "uneven", settings, work=Work(emit=events.append))
     assert [r.latency.runtime for r in found.rows] == ["onnxruntime", "torch"]
     assert found.macs_ratio is not None
     assert 0 < found.macs_ratio < 1
@@ -538,10 +546,10 @@ def test_a_run_holds_every_export_and_the_benchmark(world: Path, tmp_path: Path)
         ("model.pt2", archive),
     ):
         export_checkpoint(
-            small, images_of(world), settings, out=small / name, command=f"export {name}"
+            small, images_of(world), settings, out=small / name, work=Work(command=f"export {name}")
         )
     bed = BenchSettings(batches=[1], threads=[1], seconds=0.01, provider="cpu", memory=False)
-    bench_checkpoint(small, bed, command="bench small")
+    bench_checkpoint(small, bed, work=Work(command="bench small"))
     result = run.read_result()
     (variant,) = result.variants
     assert variant.export is not None

@@ -17,13 +17,14 @@ from PIL import Image
 
 from npprune.cli.app import run_app
 from npprune.core.compression import healing
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import state
 from npprune.models.load import build
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.heal import image_cache as pools
 from npprune.pipeline.heal import stage as stage
@@ -95,7 +96,7 @@ def weights(folder: Path) -> bytes:
 
 def test_the_healed_network_predicts_more_as_the_dense_one(half_network: Path) -> None:
     out = half_network.with_name("healed")
-    variant = heal(half_network, DATA, short(epochs=6), out, command="npprune heal ...")
+    variant = heal(half_network, DATA, short(epochs=6), out, work=Work(command="npprune heal ..."))
     found = variant.heal
     assert found is not None
     assert found.after.divergence_nats < 0.6 * found.before.divergence_nats
@@ -114,7 +115,7 @@ def test_the_healed_network_predicts_more_as_the_dense_one(half_network: Path) -
 
 def test_the_report_has_the_curve_and_both_networks(half_network: Path) -> None:
     out = half_network.with_name("healed")
-    heal(half_network, DATA, short(), out, command="npprune heal x")
+    heal(half_network, DATA, short(), out, work=Work(command="npprune heal x"))
     result = RunFolder(half_network).read_result()
     assert [v.name for v in result.variants] == ["half", "healed"]
     assert result.variants[1].checkpoint == "../healed"
@@ -133,14 +134,14 @@ def test_held_out_images_are_never_trained_on(
     half_network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[pools.Chunk] = []
-    epoch = pools.Memory.epoch
+    epoch = pools.ImagesInMemory.epoch
 
-    def spy(self: pools.Memory, number: int, parts: list[torch.Tensor]) -> object:
+    def spy(self: pools.ImagesInMemory, number: int, parts: list[torch.Tensor]) -> object:
         for chunk in epoch(self, number, parts):
             seen.append(chunk)
             yield chunk
 
-    monkeypatch.setattr(pools.Memory, "epoch", spy)
+    monkeypatch.setattr(pools.ImagesInMemory, "epoch", spy)
     heal(half_network, DATA, short(augment="none"), half_network.with_name("healed"))
     source = open_source("digits:calibration", num_classes=10)
     transform = make_transform(read_config(half_network).preprocessing)
@@ -213,7 +214,7 @@ def test_long_runs_are_augmented_and_the_seed_decides(half_network: Path) -> Non
     assert torch.equal(torch.get_rng_state(), random_state)
     assert found.after.step > 0
     heal(half_network, small.model_copy(update={"workers": 2}), settings, b)
-    heal(half_network, small, settings, c, seed=1)
+    heal(half_network, small, settings, c, work=Work(seed=1))
     assert weights(a) == weights(b) != weights(c)
 
 
@@ -257,7 +258,9 @@ def test_nothing_better_leaves_the_weights_and_says_so(half_network: Path) -> No
 
 def test_progress_tells_loss_agreement_and_the_end(half_network: Path) -> None:
     events: list[Event] = []
-    heal(half_network, DATA, short(), half_network.with_name("healed"), emit=events.append)
+    heal(
+        half_network, DATA, short(), half_network.with_name("healed"), work=Work(emit=events.append)
+    )
     steps = [e for e in events if e.level == "progress" and e.unit == "steps"]
     assert [e.done for e in steps] == list(range(1, 49))
     assert all(e.total == 48 for e in steps)
@@ -337,10 +340,10 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(
     settings = short(**more)
     heal(half_network, DATA, settings, straight)
     with pytest.raises(KeyboardInterrupt):
-        heal(half_network, DATA, settings, out, emit=interrupted_at(step))
+        heal(half_network, DATA, settings, out, work=Work(emit=interrupted_at(step)))
     assert not out.exists()
     events: list[Event] = []
-    found = heal(half_network, DATA, settings, out, emit=events.append).heal
+    found = heal(half_network, DATA, settings, out, work=Work(emit=events.append)).heal
     assert weights(out) == weights(straight)
     assert any("goes on at step" in e.message for e in events)
     assert found is not None
@@ -352,7 +355,7 @@ def test_layers_go_on_with_the_same_bits(half_network: Path) -> None:
     settings = short(layerwise=True)
     heal(half_network, DATA, settings, straight)
     with pytest.raises(KeyboardInterrupt):
-        heal(half_network, DATA, settings, out, emit=interrupted_at(1, "blocks"))
+        heal(half_network, DATA, settings, out, work=Work(emit=interrupted_at(1, "blocks")))
     heal(half_network, DATA, settings, out)
     assert weights(out) == weights(straight)
 
@@ -363,12 +366,13 @@ def test_a_killed_process_goes_on_with_the_same_bits(half_network: Path) -> None
     code = (
         "import os, signal, sys\nfrom pathlib import Path\n"
         "from npprune.pipeline.heal.stage import heal\n"
+        "from npprune.pipeline.common.work import Work\n"
         "from npprune.recipe import DataSection, HealSection\n"
         "def emit(e):\n"
         "    if e.level == 'progress' and e.unit == 'steps' and e.done == 13:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "heal(Path(sys.argv[1]), DataSection(train='digits:calibration'),\n"
-        "     HealSection(epochs=3, lr=2e-3), Path(sys.argv[2]), emit=emit)\n"
+        "     HealSection(epochs=3, lr=2e-3), Path(sys.argv[2]), work=Work(emit=emit))\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run([sys.executable, "-c", code, half_network, out], env=env, timeout=120)
@@ -381,7 +385,7 @@ def test_a_killed_process_goes_on_with_the_same_bits(half_network: Path) -> None
 def test_an_interrupted_training_of_other_settings_is_refused(half_network: Path) -> None:
     out = half_network.with_name("healed")
     with pytest.raises(KeyboardInterrupt):
-        heal(half_network, DATA, short(), out, emit=interrupted_at(5))
+        heal(half_network, DATA, short(), out, work=Work(emit=interrupted_at(5)))
     with pytest.raises(StoreError, match=r"other settings: `lr`: 0.002 -> 0.001"):
         heal(half_network, DATA, short(lr=1e-3), out)
 
@@ -389,7 +393,7 @@ def test_an_interrupted_training_of_other_settings_is_refused(half_network: Path
 def test_a_changed_state_is_refused(half_network: Path) -> None:
     out = half_network.with_name("healed")
     with pytest.raises(KeyboardInterrupt):
-        heal(half_network, DATA, short(), out, emit=interrupted_at(5))
+        heal(half_network, DATA, short(), out, work=Work(emit=interrupted_at(5)))
     (file,) = out.with_name("healed.partial").glob("state-*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
     with pytest.raises(StoreError, match="was changed since it was written"):
@@ -446,7 +450,9 @@ def test_specialised_networks_heal_on_their_classes(half_network: Path, keep_hea
     some = pruned_for(half_network.parent, keep_head=keep_head)
     out = some.with_name("healed")
     events: list[Event] = []
-    found = heal(some, DATA, short(epochs=20, label_weight=0.01), out, emit=events.append).heal
+    found = heal(
+        some, DATA, short(epochs=20, label_weight=0.01), out, work=Work(emit=events.append)
+    ).heal
     assert found is not None
     assert found.data.classes == 3
     assert any("limited to the student's 3 classes" in e.message for e in events)
@@ -510,7 +516,7 @@ def test_unreadable_images_are_skipped_and_counted(half_network: Path) -> None:
     out = half_network.with_name("healed")
     events: list[Event] = []
     data = DataSection(train=f"folder:{root}")
-    found = heal(half_network, data, short(batch_size=8), out, emit=events.append).heal
+    found = heal(half_network, data, short(batch_size=8), out, work=Work(emit=events.append)).heal
     assert found is not None
     assert len(found.data.skipped) == 1
     assert found.data.images == 29
@@ -618,7 +624,7 @@ def test_a_loss_that_is_no_number_ends_with_a_reason(
     with pytest.raises(GateError, match="the loss became nan at step 4 of 48") as err:
         heal(half_network, DATA, short(), out)
     assert err.value.hint is not None
-    assert "a smaller `--lr` than 0.002" in err.value.hint
+    assert "a smaller `lr` than 0.002" in err.value.hint
     assert not out.exists()
     assert not out.with_name("healed.partial").exists()
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from npprune.pipeline.inputs import dense_names, label_doubt
 
 from npprune.data.labels import KnownNames
 from npprune.data.sources import ImageSource, open_source
-from npprune.pipeline.inputs import dense_names, label_doubt
 from npprune.store.checkpoints import read_config
 from tests.helpers.digits_network import random_digits_network
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from npprune.models.load import create
 from npprune.models.surgery import mask_plan
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
@@ -80,8 +82,10 @@ def test_the_whole_line(run: Path) -> None:
     checkpoint = run.parent / "half"
     variant = prune(run, DataSection(), half(topk=1), checkpoint, command="npprune prune ...")
     assert variant.prune.widths == [64, 64]
-    assert variant.model.params < variant.prune.dense_widths[0] * 1000
     found = evaluate(checkpoint, DataSection(val="digits:test"), QUICK)
+    assert found.dense_model is not None
+    unit = 32 + 1 + 32  # a row of fc1, its bias, a column of fc2
+    assert variant.model.params == found.dense_model.params - 2 * 64 * unit
     assert found.dense.top1.total == found.pruned.top1.total == 400
     assert found.pruned_model is not None
     assert found.pruned_model.widths == [64, 64]
@@ -98,28 +102,41 @@ def test_the_whole_line(run: Path) -> None:
     assert result.commands == ["npprune prune ..."]
 
 
+def unions(run: Path, topk: int) -> list[set[int]]:
+    """Per block, the neurons that are among the most frequent `topk` of some class."""
+    store = PathStore(run / "paths", RunFolder(run).read_manifest().settings_sha256)
+    table = store.read_all(store.count())
+    tops = [class_top(table.neurons, table.labels, c, topk) for c in range(10)]
+    return [{n for top in tops for n in top[block]} for block in range(2)]
+
+
 def test_topk_keeps_the_union_of_each_classs_most_frequent_neurons(run: Path) -> None:
     prune(run, DataSection(), half(topk=2), run.parent / "a")
     plan = read_plan(run.parent / "a")
-    manifest = RunFolder(run).read_manifest()
-    store = PathStore(run / "paths", manifest.settings_sha256)
-    table = store.read_all(store.count())
-    for block in range(2):
-        union = {n for c in range(10) for n in class_top(table.neurons, table.labels, c, 2)[block]}
-        assert union <= set(plan.keep[block])
+    for union, kept in zip(unions(run, 2), plan.keep, strict=True):
+        assert union < set(kept)
 
 
-def test_without_a_budget_the_paths_alone_stay_rounded_up_to_sixteen(run: Path) -> None:
-    variant = prune(run, DataSection(), half(keep=None, topk=1), run.parent / "a")
-    for width, protected in zip(variant.prune.widths, variant.prune.protected, strict=True):
-        assert width % 16 == 0
-        assert protected <= width
+@pytest.mark.parametrize("topk", [1, 3])
+def test_without_a_budget_the_paths_alone_stay_rounded_up_to_sixteen(run: Path, topk: int) -> None:
+    variant = prune(run, DataSection(), half(keep=None, topk=topk), run.parent / "a")
+    expected = unions(run, topk)
+    assert variant.prune.protected == [len(union) for union in expected]
+    assert variant.prune.widths == [-(-len(union) // 16) * 16 for union in expected]
+    for union, kept in zip(expected, read_plan(run.parent / "a").keep, strict=True):
+        assert union <= set(kept)
 
 
 def test_a_union_beyond_the_budget_is_trimmed_by_votes_and_said(run: Path) -> None:
     variant = prune(run, DataSection(), half(topk=3, keep=0.125), run.parent / "a")
     assert variant.prune.widths == [16, 16]
-    assert any("path" in w or "protected" in w for w in variant.prune.warnings)
+    expected = unions(run, 3)
+    assert max(map(len, expected)) > 16
+    for l, (union, kept) in enumerate(zip(expected, read_plan(run.parent / "a").keep, strict=True)):
+        over = len(union) - 16
+        said = [w for w in variant.prune.warnings if f"{over} with the fewest votes go" in w]
+        assert bool(said) is (over > 0), (l, variant.prune.warnings)
+        assert set(kept) < union if over > 0 else union <= set(kept)
 
 
 def test_pruned_equals_masked_with_the_same_second_layers(run: Path) -> None:
@@ -156,7 +173,7 @@ def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:
     assert variant.model.num_classes == 3
     assert [c.name for c in read_config(out).classes] == ["3", "7", "8"]
     events: list[Event] = []
-    found = evaluate(out, DataSection(val="digits:test"), QUICK, emit=events.append)
+    found = evaluate(out, DataSection(val="digits:test"), QUICK, work=Work(emit=events.append))
     assert any("images of the checkpoint's 3 classes" in e.message for e in events)
     assert found.restricted_to == [3, 7, 8]
     assert found.data.classes == 3
@@ -337,7 +354,7 @@ def test_an_evaluation_finds_the_dense_network_again_after_a_move(run: Path) -> 
 
 def test_other_dense_weights_are_refused(run: Path) -> None:
     prune(run, DataSection(), half(), run.parent / "a")
-    with pytest.raises((ModelError, StoreError)):
+    with pytest.raises(ModelError, match="was pruned from weights"):
         evaluate(
             run.parent / "a", DataSection(val="digits:test"), QUICK,
             dense_checkpoint=str(run.parent / "a"),
@@ -347,10 +364,14 @@ def test_other_dense_weights_are_refused(run: Path) -> None:
 def test_stages_say_what_they_do(run: Path) -> None:
     events: list[Event] = []
     prune(run, DataSection(), half(), run.parent / "a", emit=events.append)
-    text = " ".join(e.message for e in events)
-    assert "labels by" in text
-    assert "preprocessing: 8x8" in text
-    assert any(e.stage == "statistics" and e.done == e.total for e in events)
+    said = [e.message for e in events if e.level == "info" and e.stage == "prune"]
+    assert said[0] == "digits:calibration: 40 images, labels by the digit shown"
+    assert said[1].startswith("preprocessing: 8x8")
+    assert re.fullmatch(r"vit_tiny_patch16_224 on cpu \(.+\)", said[2])
+    assert said[-1] == f"wrote {run.parent / 'a'}"
+    counted = [e for e in events if e.stage == "statistics" and e.level == "progress"]
+    assert [e.done for e in counted] == sorted(e.done for e in counted)
+    assert counted[-1].done == counted[-1].total > 0
 
 
 def test_the_python_api_needs_no_files() -> None:

@@ -14,6 +14,7 @@ from npprune.models.info import model_info
 from npprune.pipeline.common import outputs
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.path_files import export_released, import_released
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate import stage as evaluating
@@ -59,7 +60,10 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     def begun(*_: Any, **__: Any) -> None:
         raise AssertionError("the work began")
 
-    for module in ("prune", "heal", "export", "bench", "discover", "study", "evaluate"):
+    stages = [
+        f"{name}.stage" for name in ("prune", "heal", "export", "discover", "study", "evaluate")
+    ]
+    for module in [*stages, "export.bench"]:
         for name in ("open_network", "open_checkpoint", "open_images", "read_images"):
             monkeypatch.setattr(f"npprune.pipeline.{module}.{name}", begun, raising=False)
 
@@ -192,7 +196,7 @@ def measured(world: Path) -> tuple[Path, DataSection]:
 
 def _evaluate(folder: Path, data: DataSection, said: list[Event]) -> Any:
     settings = EvaluateSection(latency=False)
-    return evaluating.evaluate(folder, data, settings, device="cpu", emit=said.append)
+    return evaluating.evaluate(folder, data, settings, work=Work("cpu", emit=said.append))
 
 
 def test_a_run_that_cannot_be_written_is_said_beforehand(

@@ -14,6 +14,7 @@ from npprune.cli.app import run_app
 from npprune.core.attribution.votes import attribution
 from npprune.errors import StoreError, UsageError
 from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.heal.stage import heal_pruned
@@ -182,7 +183,7 @@ def test_a_healed_row_is_what_prune_heal_and_eval_would_give(
         ),
         tmp_path / "own", seed=5,
     )  # fmt: skip
-    healed, variant = heal_pruned(tmp_path / "own", HealSection(epochs=3), seed=5)
+    healed, variant = heal_pruned(tmp_path / "own", HealSection(epochs=3), work=Work(seed=5))
     assert variant.heal is not None
     found = evaluate(healed, data, EvaluateSection(latency=False))
     assert row.healed == (found.pruned_restricted or found.pruned).top1

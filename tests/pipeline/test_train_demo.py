@@ -10,13 +10,14 @@ from npprune.data.transforms import resolve
 from npprune.models.info import model_preprocessing
 from npprune.models.view import make_view
 from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo import training as train_demo
 
 
 def train_briefly(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[nn.Module, dict]:
     monkeypatch.setattr(train_demo, "EPOCHS", 1)
     monkeypatch.setattr(train_demo, "MODEL_ARGS", {**train_demo.MODEL_ARGS, "depth": 2})
-    return train_demo.train_demo_model(seed=seed)
+    return train_demo.train_demo_model(Work(seed=seed))
 
 
 def test_the_seed_decides_and_nothing_global_changes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,7 +52,7 @@ def test_progress_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_demo, "EPOCHS", 1)
     monkeypatch.setattr(train_demo, "MODEL_ARGS", {**train_demo.MODEL_ARGS, "depth": 1})
     events: list[Event] = []
-    train_demo.train_demo_model(emit=events.append)
+    train_demo.train_demo_model(Work(emit=events.append))
     assert [(e.stage, e.done, e.total, e.unit) for e in events] == [("train", 1, 1, "epochs")]
 
 
@@ -77,5 +78,5 @@ def test_the_schedule_warms_up_and_ends_near_nothing() -> None:
 
 @pytest.mark.slow
 def test_the_demo_model_reaches_its_accuracy() -> None:
-    _, info = train_demo.train_demo_model(seed=0)
+    _, info = train_demo.train_demo_model()
     assert info["accuracy"] >= 0.97

@@ -35,7 +35,7 @@ def test_a_shard_comes_back_as_written(tmp_path: Path) -> None:
     data.skipped.append("img/bad.jpg")
     assert store.state(0) == "absent"
     store.write_shard(0, data)
-    assert store.done(0)
+    assert store.state(0) == "done"
     assert store.count() == 1
     assert sorted(p.name for p in store.folder.iterdir()) == ["00000.json", "00000.safetensors"]
     back = store.read_shard(0)
@@ -90,7 +90,7 @@ def test_a_changed_shard_is_damaged_and_never_read(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"shard 0 of .* is damaged"):
         store.read_shard(0)
     store.write_shard(0, _shard([0]))
-    assert store.done(0)
+    assert store.state(0) == "done"
 
 
 def test_a_shard_under_another_number_is_damaged(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_shard_under_another_number_is_damaged(tmp_path: Path) -> None:
 def test_a_shard_of_other_settings_is_foreign(tmp_path: Path) -> None:
     PathStore(tmp_path, "abc").write_shard(0, _shard([0]))
     assert PathStore(tmp_path, "xyz").state(0) == "foreign"
-    assert PathStore(tmp_path).done(0)
+    assert PathStore(tmp_path).state(0) == "done"
 
 
 def test_the_table_does_not_depend_on_the_shards(tmp_path: Path) -> None:

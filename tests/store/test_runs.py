@@ -42,7 +42,7 @@ def test_the_manifest_is_first_and_a_rerun_resumes(tmp_path: Path) -> None:
     assert not run.exists
     assert run.create_or_resume(_manifest({"topk": 1}), "name: x\n") is False
     assert _names(run.path) == ["manifest.json", "recipe.yaml"]
-    assert run.read_recipe() == "name: x\n"
+    assert run.recipe_path.read_text() == "name: x\n"
     assert run.create_or_resume(_manifest({"topk": 1}, "t1")) is True
     assert run.read_manifest().created == "t0"
 
@@ -144,16 +144,6 @@ def test_documents_of_a_run(tmp_path: Path) -> None:
     assert run.read_plan() == plan == read_plan(tmp_path) == read_plan(run.plan_path)
 
 
-def test_events_are_appended(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    run.append_event({"stage": "discover", "done": 1})
-    run.append_event({"stage": "discover", "done": 2})
-    lines = [json.loads(x) for x in run.events_path.read_text().splitlines()]
-    assert [x["done"] for x in lines] == [1, 2]
-    with pytest.raises(StoreError, match="cannot write"):
-        RunFolder(tmp_path / "absent").append_event({})
-
-
 WORK = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -166,7 +156,7 @@ with run.lock():
     run.create_or_resume(_manifest({"topk": 2}))
     store = PathStore(run.paths_folder, run.read_manifest().settings_sha256)
     for i in range(60):
-        if not store.done(i):
+        if store.state(i) != "done":
             store.write_shard(i, _shard([2 * i, 2 * i + 1]))
             sys.stdout.write(f"{i}\\n")
             sys.stdout.flush()

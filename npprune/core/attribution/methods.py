@@ -7,18 +7,11 @@ attribution score of that path, so that they can be set side by side.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from npprune.core.attribution.quadrature import (
-    IMAGE_POINTS,
-    default_points,
-    first_block_points,
-    quadrature,
-    rule_for,
-)
+from npprune.core.attribution.quadrature import Integral, quadrature
 from npprune.core.attribution.search import (
     PathBatch,
     clean_hidden,
@@ -27,17 +20,7 @@ from npprune.core.attribution.search import (
 )
 from npprune.core.view import VitView, frozen
 from npprune.errors import UsageError
-from npprune.words import (
-    ACCUMULATIONS,
-    METHODS,
-    SCOPES,
-    Accumulation,
-    Method,
-    RuleOrAuto,
-    Scope,
-    ScopeOrAuto,
-    check_word,
-)
+from npprune.words import METHODS, Method, check_word
 
 
 def find_paths(
@@ -47,10 +30,7 @@ def find_paths(
     *,
     topk: int = 1,
     method: Method = "neuron-path",
-    scope: ScopeOrAuto = "auto",
-    rule: RuleOrAuto = "auto",
-    points: int | None = None,
-    accumulation: Accumulation = "sum",
+    integral: Integral | None = None,
     generator: torch.Generator | None = None,
 ) -> PathBatch:
     """One path for each image, and its joint attribution score.
@@ -60,9 +40,7 @@ def find_paths(
         topk: units per block, best first.
         method: `neuron-path` (the paper's search), `activation`, `influence-pattern`,
             `knowledge-neuron`, `random`.
-        scope: the tokens at which neurons are read and scaled; `auto` follows the pooling.
-        rule, points: the quadrature, see `core.quadrature`.
-        accumulation: see `core.paths.joint_attribution`.
+        integral: tokens, quadrature and accumulation; None: the network's defaults.
         generator: on the CPU, for `random`; seed 0 if not given.
 
     Raises:
@@ -70,53 +48,29 @@ def find_paths(
         ModelError: the network has one output, or gives no finite numbers on these images.
     """
     check_word("method", method, METHODS)
-    check_word("scope", scope, ("auto", *SCOPES))
-    check_word("accumulation", accumulation, ACCUMULATIONS)
     if not 1 <= topk <= min(view.widths):
         raise UsageError(
             f"`topk` must be in 1..{min(view.widths)} (the narrowest block's hidden units), "
             f"got {topk}"
         )
-    tokens = view.scope if scope == "auto" else scope
-    attribute: dict[str, Any] = {
-        "topk": topk, "scope": tokens, "rule": rule, "points": points,
-        "accumulation": accumulation,
-    }  # fmt: skip
+    integral = integral or Integral.of(view.scope)
     if method == "neuron-path":
-        return joint_attribution(view, images, labels, **attribute)
+        return joint_attribution(view, images, labels, integral, topk=topk)
     if method == "random":
         neurons = _random(view, len(images), topk, generator)
     else:
-        scorers: dict[str, Callable[..., list[Tensor]]] = {
-            "activation": activation,
-            "influence-pattern": influence_pattern,
-            "knowledge-neuron": knowledge_neuron,
-        }
-        scores = scorers[method](view, images, labels, scope=tokens, rule=rule, points=points)
+        scores = SCORERS[method](view, images, labels, integral)
         best = [s.sort(dim=-1, descending=True, stable=True).indices[:, :topk] for s in scores]
         neurons = torch.stack(best, 1)
-    return joint_attribution(view, images, labels, neurons=neurons, **attribute)
+    return joint_attribution(view, images, labels, integral, topk=topk, neurons=neurons)
 
 
-def points_of(method: str, rule: RuleOrAuto, scope: str, points: int | None) -> tuple[int, int]:
-    """Points of the integral by which `find_paths` chooses neurons, and of the one in block 0."""
-    if points is not None:
-        return points, points
-    if method == "influence-pattern":
-        return IMAGE_POINTS, IMAGE_POINTS
-    m = default_points(rule, scope)
-    by_block = method in ("neuron-path", "knowledge-neuron")
-    return m, first_block_points(rule, scope) if by_block else m
-
-
-def activation(
-    view: VitView, images: Tensor, labels: Tensor, *, scope: Scope, **unused: Any
-) -> list[Tensor]:
+def activation(view: VitView, images: Tensor, labels: Tensor, integral: Integral) -> list[Tensor]:
     """The activation itself, signed, summed over the scope's tokens: [b, h] per block.
 
     The paper's Activation baseline.
     """
-    hidden, _ = clean_hidden(view, images, scope)
+    hidden, _ = clean_hidden(view, images, integral.scope)
     return [h.sum(1) for h in hidden]
 
 
@@ -124,10 +78,7 @@ def influence_pattern(
     view: VitView,
     images: Tensor,
     labels: Tensor,
-    *,
-    scope: Scope,
-    rule: RuleOrAuto = "auto",
-    points: int | None = None,
+    integral: Integral,
 ) -> list[Tensor]:
     """The mean gradient of p in every unit while the input image is scaled from 0: [b, h] per
     block, summed over the scope's tokens.
@@ -135,9 +86,9 @@ def influence_pattern(
     Influence Patterns (Lu et al., NeurIPS 2021), as the paper's released program runs them: each
     block on its own.
     """
-    m = IMAGE_POINTS if points is None else points
-    alphas, weights = (v.to(images) for v in quadrature(rule_for(rule, scope), m))
-    tokens, blocks = view.tokens(scope), range(len(view.widths))
+    points = quadrature(integral.rule, integral.image_points)
+    alphas, weights = (v.to(images) for v in points)
+    tokens, blocks = view.tokens(integral.scope), range(len(view.widths))
     total = [images.new_zeros(len(images), h) for h in view.widths]
     with frozen(view.model):
         for alpha, weight in zip(alphas, weights, strict=True):
@@ -160,17 +111,22 @@ def knowledge_neuron(
     view: VitView,
     images: Tensor,
     labels: Tensor,
-    *,
-    scope: Scope,
-    rule: RuleOrAuto = "auto",
-    points: int | None = None,
+    integral: Integral,
 ) -> list[Tensor]:
     """Each unit's own activation times its integrated gradient: [b, h] per block.
 
     Knowledge Neurons (Dai et al., ACL 2022): the block's units are scaled together from 0, all
     else follows. The scores of a block add up to the change of p (completeness).
     """
-    return own_attribution(view, images, labels, scope=scope, rule=rule, points=points)
+    return own_attribution(view, images, labels, integral)
+
+
+SCORERS: dict[str, Callable[[VitView, Tensor, Tensor, Integral], list[Tensor]]] = {
+    "activation": activation,
+    "influence-pattern": influence_pattern,
+    "knowledge-neuron": knowledge_neuron,
+}
+"""Methods that score every unit for itself."""
 
 
 def _random(view: VitView, b: int, topk: int, generator: torch.Generator | None) -> Tensor:

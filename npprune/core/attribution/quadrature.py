@@ -2,46 +2,102 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from numpy.polynomial import legendre
 from torch import Tensor
 
 from npprune.errors import UsageError
-from npprune.words import RULES, Rule, RuleOrAuto, check_word
+from npprune.words import (
+    ACCUMULATIONS,
+    RULES,
+    SCOPES,
+    Accumulation,
+    Rule,
+    RuleOrAuto,
+    Scope,
+    ScopeOrAuto,
+    check_word,
+)
 
 END_AT_ONE: tuple[Rule, ...] = ("gauss-radau", "mapped-radau")
 """Their last point is the clean run, where one backward pass serves all blocks."""
+
+POINTS: dict[Rule, tuple[int, int]] = {
+    "gauss-radau": (4, 7),
+    "mapped-radau": (5, 6),
+    "gauss-legendre": (5, 8),
+    "left-riemann": (20, 20),
+}
+"""The defaults, at the class token and elsewhere: measured against many points. Left-Riemann's are
+the paper's."""
+
+FIRST_POINTS = 12
+"""The default of the Radau rules in block 0 at other tokens than the class token: they need more
+there, and nothing that stays depends on them."""
 
 IMAGE_POINTS = 20
 """The default where the input image itself is scaled, from black: 98 to 100 % of the neurons that
 64 points choose, by any rule; 4 of Gauss-Radau give 76 %."""
 
 
-def rule_for(rule: RuleOrAuto, scope: str) -> Rule:
-    """What `auto` stands for: Gauss-Radau at the class token, mapped at the patches, where p rises
-    steeply from alpha = 0. Each needs the fewest points there."""
-    if rule != "auto":
-        return rule
-    return "gauss-radau" if scope == "cls" else "mapped-radau"
+@dataclass(frozen=True)
+class Integral:
+    """Which activations a search scales, along which points, and whose gradients it sums.
 
+    scope: the tokens at which neurons are read and scaled. rule: the quadrature over alpha.
+    points: of the integral; first_points: in block 0, where there is no path yet; image_points:
+    where the input image is scaled instead of neurons. accumulation: `sum` lets all K units of a
+    block contribute to the joint sums (the formula); `last` only the K-th, as the paper's released
+    program does.
+    """
 
-def default_points(rule: RuleOrAuto, scope: str) -> int:
-    """Measured against many points: 4 of Gauss-Radau, 5 mapped or of Legendre at the class token;
-    6 mapped, 7 of Gauss-Radau, 8 of Legendre at the patches. 20 for left-Riemann, as in the
-    paper."""
-    rule = rule_for(rule, scope)
-    if rule == "left-riemann":
-        return 20
-    if scope == "cls":
-        return 4 if rule == "gauss-radau" else 5
-    return {"mapped-radau": 6, "gauss-radau": 7}.get(rule, 8)
+    scope: Scope
+    rule: Rule
+    points: int
+    first_points: int
+    image_points: int
+    accumulation: Accumulation = "sum"
 
+    @classmethod
+    def of(
+        cls,
+        pooled: Scope,
+        scope: ScopeOrAuto = "auto",
+        rule: RuleOrAuto = "auto",
+        points: int | None = None,
+        accumulation: Accumulation = "sum",
+    ) -> Integral:
+        """From the words that a user may type.
 
-def first_block_points(rule: RuleOrAuto, scope: str) -> int:
-    """The default in block 0: the patches need more points there, and it can have its own."""
-    radau = rule_for(rule, scope) in END_AT_ONE
-    return 12 if radau and scope != "cls" else default_points(rule, scope)
+        pooled: the tokens that the classifier reads, which `auto` follows. The rule's `auto` is
+        Gauss-Radau at the class token, mapped at the patches, where p rises steeply from
+        alpha = 0: each needs the fewest points there. points: None takes the rule's own.
+
+        Raises:
+            UsageError: an unknown word.
+        """
+        check_word("scope", scope, ("auto", *SCOPES))
+        check_word("quadrature", rule, ("auto", *RULES))
+        check_word("accumulation", accumulation, ACCUMULATIONS)
+        tokens = pooled if scope == "auto" else scope
+        at_class = tokens == "cls"
+        if rule == "auto":
+            rule = "gauss-radau" if at_class else "mapped-radau"
+        if points is not None:
+            return cls(tokens, rule, points, points, points, accumulation)
+        usual = POINTS[rule][0 if at_class else 1]
+        first = FIRST_POINTS if rule in END_AT_ONE and not at_class else usual
+        return cls(tokens, rule, usual, first, IMAGE_POINTS, accumulation)
+
+    def points_by(self, method: str) -> tuple[int, int]:
+        """Points by which a method chooses neurons, and in block 0."""
+        if method == "influence-pattern":
+            return self.image_points, self.image_points
+        by_block = method in ("neuron-path", "knowledge-neuron")
+        return self.points, self.first_points if by_block else self.points
 
 
 def quadrature(rule: Rule, points: int) -> tuple[Tensor, Tensor]:
@@ -55,7 +111,7 @@ def quadrature(rule: Rule, points: int) -> tuple[Tensor, Tensor]:
     Raises:
         UsageError: unknown rule, or fewer than one point.
     """
-    check_word("quadrature", rule, ("auto", *RULES))
+    check_word("quadrature", rule, RULES)
     if points < 1:
         raise UsageError(f"`points` must be at least 1, got {points}")
     m = points

@@ -48,18 +48,12 @@ from torch import Tensor
 from torch.func import jvp
 from torch.nn.functional import linear
 
-from npprune.core.attribution.quadrature import (
-    END_AT_ONE,
-    default_points,
-    first_block_points,
-    quadrature,
-    rule_for,
-)
+from npprune.core.attribution.quadrature import END_AT_ONE, Integral, quadrature
 from npprune.core.attribution.tangent import value_and_tangent
 from npprune.core.finite import check_logits, check_scores
 from npprune.core.view import VitView, frozen
 from npprune.errors import ModelError
-from npprune.words import Accumulation, RuleOrAuto, Scope
+from npprune.words import Scope
 
 PIECE = 8 * 2**20
 """Bytes of hidden activations a thread at which a CPU is fastest: beyond some tens of MiB every
@@ -132,12 +126,9 @@ def joint_attribution(
     view: VitView,
     images: Tensor,
     labels: Tensor,
+    integral: Integral,
     *,
     topk: int = 1,
-    scope: Scope = "cls",
-    rule: RuleOrAuto = "auto",
-    points: int | None = None,
-    accumulation: Accumulation = "sum",
     neurons: Tensor | None = None,
 ) -> PathBatch:
     """The layer-progressive search, or the score of a given path.
@@ -145,8 +136,6 @@ def joint_attribution(
     Args:
         images: [b, 3, H, W], preprocessed; labels: int64 [b], one each, in any mixture.
         topk: units per block.
-        accumulation: `sum` lets all K units of a block contribute to the joint sums (the
-            formula); `last` only the K-th, as the paper's released program does.
         neurons: a path [b, L, k] to score instead of searching for one.
 
     Returns:
@@ -156,9 +145,9 @@ def joint_attribution(
         DataError, ModelError: an image, the weights, the network's answers or the scores are not
             finite, or there is one output.
     """
-    walk = _TangentWalk if scope == "cls" else _GraphWalk
+    walk = _TangentWalk if integral.scope == "cls" else _GraphWalk
     with frozen(view.model):
-        state = walk(view, images, labels, scope, rule, points, searching=neurons is None)
+        state = walk(view, images, labels, integral, searching=neurons is None)
         w = state.w
         path_w = torch.zeros_like(w[0][..., 0])  # W [b, s]
         path: list[Tensor] = []
@@ -171,7 +160,7 @@ def joint_attribution(
                 chosen = unit_scores.sort(dim=-1, descending=True, stable=True).indices[:, :topk]
             else:
                 chosen = neurons[:, l].to(images.device)
-            joins = chosen if accumulation == "sum" else chosen[:, -1:]
+            joins = chosen if integral.accumulation == "sum" else chosen[:, -1:]
             path_w = path_w + _take(w[l], joins).sum(-1)
             state.settle(l, w[l], chosen, joins)
             path.append(chosen)
@@ -185,10 +174,7 @@ def own_attribution(
     view: VitView,
     images: Tensor,
     labels: Tensor,
-    *,
-    scope: Scope,
-    rule: RuleOrAuto = "auto",
-    points: int | None = None,
+    integral: Integral,
 ) -> list[Tensor]:
     """Each unit's own part, no path: w_i * integral of g_i, [b, h] per block.
 
@@ -196,7 +182,7 @@ def own_attribution(
     change of p when its hidden activations at the scope's tokens go from 0 to their values.
     """
     with frozen(view.model):
-        walk, own = _Walk(view, images, labels, scope, rule, points), []
+        walk, own = _Walk(view, images, labels, integral), []
         for l, w in enumerate(walk.w):
             g = walk.first_gradient() if l == 0 else walk.own_gradient(l, w)
             own.append((w * g).sum(1))
@@ -213,32 +199,28 @@ class _Walk:
         view: VitView,
         images: Tensor,
         labels: Tensor,
-        scope: Scope,
-        rule: RuleOrAuto,
-        points: int | None,
+        integral: Integral,
         *,
         searching: bool = True,
     ) -> None:
         """searching: gradients will be asked for after every block, not after the last alone."""
-        self.view, self.image_labels, self.scope = view, labels, scope
-        self.rule = rule = rule_for(rule, scope)
-        self.tokens = view.tokens(scope)
+        self.view, self.image_labels, self.integral = view, labels, integral
+        self.tokens = view.tokens(integral.scope)
         self.last = len(view.widths) - 1
         self.clean: list[Tensor] = []  # dp/dX at alpha = 1
-        if searching and rule in END_AT_ONE:
-            self.w, self.clean = clean_gradients(view, images, labels, scope)
+        if searching and integral.rule in END_AT_ONE:
+            self.w, self.clean = clean_gradients(view, images, labels, integral.scope)
         else:
-            self.w, _ = clean_hidden(view, images, scope)
+            self.w, _ = clean_hidden(view, images, integral.scope)
         with torch.no_grad():
             self.x = view.embed(images)  # the same for all alphas until a neuron is scaled
         self.step = _rows_at_a_time(self.x, max(view.widths))
-        self.first = first_block_points(rule, scope) if points is None else points
-        self.place(default_points(rule, scope) if points is None else points)
+        self.place(integral.points)
 
     def place(self, m: int) -> None:
         """The alphas, and the pieces of rows that go through the blocks together: those at
         alpha = 1 by themselves where their gradient is known."""
-        alphas, self.weights = (v.to(self.x) for v in quadrature(self.rule, m))
+        alphas, self.weights = (v.to(self.x) for v in quadrature(self.integral.rule, m))
         b = len(self.image_labels)
         self.m, self.labels = m, self.image_labels.repeat(m)
         self.alphas = alphas.repeat_interleave(b)[:, None, None]  # [mb, 1, 1]
@@ -250,14 +232,14 @@ class _Walk:
         stays depends on the alphas, and there may be more of them."""
         walk = copy(self)
         walk.step = max(1, min(self.step, self.fresh))  # no more memory than the other blocks
-        walk.place(self.first)
+        walk.place(self.integral.first_points)
         return walk.own_gradient(0, self.w[0])
 
     def repeat(self, value: Tensor) -> Tensor:
         """[b, ...] -> [mb, ...]."""
         return value.repeat(self.m, *[1] * (value.dim() - 1))
 
-    def integral(self, value: Tensor) -> Tensor:
+    def integrated(self, value: Tensor) -> Tensor:
         """[mb, ...] -> [b, ...], the weighted sum over the points."""
         return torch.einsum("m,mb...->b...", self.weights, value.unflatten(0, (self.m, -1)))
 
@@ -286,7 +268,7 @@ class _Walk:
             o = o_all[rows].detach().requires_grad_()
             y = self.view.tail(l, x[rows], attention[rows], given=(self.tokens, o))
             dp_do += torch.autograd.grad(y, o, self.piece_gradient(y, l + 1, rows))
-        return self.integral(torch.cat(dp_do)) @ self.view.fc2(l).weight
+        return self.integrated(torch.cat(dp_do)) @ self.view.fc2(l).weight
 
     def cls_only(self, l: int) -> bool:
         """In the last block under class-token pooling, no one reads the other tokens."""
@@ -324,11 +306,11 @@ class _TangentWalk(_Walk):
         cls, dcls = self._cls_tail(l, o, torch.zeros_like(o))
         dp_dy = self.gradient(_put(self.y, self.tokens, cls), l + 1)
         (dp_do,) = torch.autograd.grad(cls, o, dp_dy[:, self.tokens])
-        g = self.integral(dp_do) @ self.view.fc2(l).weight
+        g = self.integrated(dp_do) @ self.view.fc2(l).weight
         if self.dy is None:
             return g.new_zeros(g.shape[:2]), g
         path_g = (dp_dy * _put(self.dy, self.tokens, dcls)).sum((1, 2))
-        return self.integral(path_g)[:, None], g
+        return self.integrated(path_g)[:, None], g
 
     def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
         self._advance(l)
@@ -340,7 +322,7 @@ class _TangentWalk(_Walk):
     def path_gradient(self) -> Tensor:
         assert self.dx is not None
         dp_dx = self.gradient(self.x, self.last + 1)
-        return self.integral((dp_dx * self.dx).sum((1, 2)))[:, None]
+        return self.integrated((dp_dx * self.dx).sum((1, 2)))[:, None]
 
     def _advance(self, l: int) -> None:
         """Block l on the stream and its tangent, once: attention, and all tokens but the class
@@ -401,8 +383,8 @@ class _GraphWalk(_Walk):
             dp_dy = self.piece_gradient(y, l + 1, rows)
             gradients.append(torch.autograd.grad(y, (o, eps), dp_dy, retain_graph=True))
         dp_do, dp_deps = (torch.cat(pieces) for pieces in zip(*gradients, strict=True))
-        g, path_g = self.integral(dp_do) @ self.view.fc2(l).weight, self.integral(dp_deps)
-        if self.cls_only(l) and self.scope == "patch":
+        g, path_g = self.integrated(dp_do) @ self.view.fc2(l).weight, self.integrated(dp_deps)
+        if self.cls_only(l) and self.integral.scope == "patch":
             self.path_g = path_g  # no one reads what block l does to the patches
         return path_g, g
 
@@ -427,7 +409,7 @@ class _GraphWalk(_Walk):
         for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
             dp_dx = self.piece_gradient(x, self.last + 1, rows)
             dp_deps += torch.autograd.grad(x, eps, dp_dx)
-        return self.integral(torch.cat(dp_deps))
+        return self.integrated(torch.cat(dp_deps))
 
 
 def _rows_at_a_time(x: Tensor, width: int) -> int:

@@ -30,13 +30,11 @@ from npprune.core.attribution.votes import class_top
 from npprune.core.view import VitView
 from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
-from npprune.errors import DataError, StoreError, UsageError, plural
+from npprune.errors import DataError, StoreError, UsageError, plural, setting
 from npprune.images.decoding import UnreadableImage
 from npprune.models.info import model_sizes
 from npprune.models.view import make_view
 from npprune.pipeline.analyze.editing_tables import Cell, Measured, analysis
-from npprune.pipeline.common.device import resolve_device
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import (
     PREPROCESSING,
     Images,
@@ -46,7 +44,8 @@ from npprune.pipeline.common.inputs import (
     open_network,
     run_names,
 )
-from npprune.pipeline.discover.finished import Found, divide, open_found, paths_of, record
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.discover.finished import FinishedRun, divide, open_finished, paths_of, record
 from npprune.recipe import DataSection
 from npprune.recipe.sections import EditSection
 from npprune.records import Analysis
@@ -62,9 +61,7 @@ def edit_neurons(
     data: DataSection | None = None,
     *,
     name: str | None = None,
-    device: str = "auto",
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> dict[str, Analysis]:
     """Scale the neurons of a run's paths and measure what that does to its network.
 
@@ -82,9 +79,10 @@ def edit_neurons(
         NpPruneError: what is wrong with run, settings or images.
     """
     started = time.perf_counter()
-    where, reason = resolve_device(device)
-    found = open_found(run, STAGE, emit)
-    network = open_network(found.recipe.model, where, emit, STAGE)
+    work = (work or Work()).on(STAGE)
+    where = work.where
+    found = open_finished(run, work)
+    network = open_network(found.recipe.model, work)
     if network.info.source.sha256 != found.manifest.model.source.sha256:
         raise StoreError(
             f"the paths of `{run}` are of weights {found.manifest.model.source.sha256[:12]}..., "
@@ -93,22 +91,20 @@ def edit_neurons(
         )
     view = make_view(network.model)
     cells = _cells(settings, found, view)
-    emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
-    material = _material(found, settings, data, network, device, emit)
-    measured, predicted = _measure(view, material, cells, settings, where, emit)
+    work.say(f"{network.info.source.architecture} on {where} ({work.reason})")
+    material = _material(found, settings, data, network, work)
+    measured, predicted = _measure(view, material, cells, settings, work)
     doubt = label_doubt(
         predicted, measured.labels, network.info.num_classes, material.images.source
     )
     if doubt:
-        emit(Event(STAGE, doubt, level="warning"))
+        work.warn(doubt)
     measured.sizes = model_sizes(network.model)
     key = name or "-".join(["edit", settings.edit, *settings.paths, *_scopes(settings, view)])
     about = f"{doubt}. {material.text(found)}" if doubt else material.text(found)
     result = {key: analysis(measured, settings, about)}
-    record(found, result, command)
-    emit(
-        Event(STAGE, f"{plural(measured.images, 'image')} in {time.perf_counter() - started:.0f} s")
-    )
+    record(found, result, work)
+    work.say(f"{plural(measured.images, 'image')} in {time.perf_counter() - started:.0f} s")
     return result
 
 
@@ -116,31 +112,34 @@ def _scopes(settings: EditSection, view: VitView) -> list[str]:
     return list(dict.fromkeys(view.scope if s == "auto" else s for s in settings.scope))
 
 
-def _cells(settings: EditSection, found: Found, view: VitView) -> list[Cell]:
+def _cells(settings: EditSection, found: FinishedRun, view: VitView) -> list[Cell]:
     """Every combination that was asked for, checked against the network and the run."""
     blocks, stored = len(view.widths), found.table.neurons.shape[2]
     for scope in _scopes(settings, view):
         view.tokens(scope)  # type: ignore[arg-type]  # refuses a scope the model does not have
     if settings.edit != "keep" and settings.fraction != [1.0]:
         raise UsageError(
-            "`--fraction` is the share of the other neurons that goes, which only "
-            f"`--edit keep` removes, got `--edit {settings.edit}`"
+            f"{setting('edit.fraction')} is the share of the other neurons that goes, which only "
+            f"{setting('edit.edit', 'keep')} removes, got {setting('edit.edit', settings.edit)}"
         )
     topk = settings.topk or [found.settings.topk]
     if "image" in settings.paths and max(topk) > stored:
         raise UsageError(
-            f"`--topk` must be at most {stored}, the neurons per block in this run's paths, "
-            f"got {max(topk)}",
-            hint="discover with a larger --topk, or take classes' neurons: `--paths class`",
+            f"{setting('edit.topk')} must be at most {stored}, the neurons per block in this run's "
+            f"paths, got {max(topk)}",
+            hint=f"discover with a larger {setting('discover.topk')}, or take classes' neurons: "
+            f"{setting('edit.paths', 'class')}",
         )
     if max(topk) > min(view.widths):
         raise UsageError(
-            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
-            f"block, got {max(topk)}"
+            f"{setting('edit.topk')} must be at most {min(view.widths)}, the hidden units of the "
+            f"narrowest block, got {max(topk)}"
         )
     depths = settings.depth or [blocks]
     if max(depths) > blocks:
-        raise UsageError(f"`--depth` must be at most {blocks}, the blocks, got {max(depths)}")
+        raise UsageError(
+            f"{setting('edit.depth')} must be at most {blocks}, the blocks, got {max(depths)}"
+        )
     methods = settings.methods or [found.settings.method]
     axes: tuple[list[Any], ...] = (
         list(methods), list(settings.paths), topk, settings.fraction, depths,
@@ -187,7 +186,7 @@ class _Material:
             if rows:
                 yield batch, rows
 
-    def text(self, found: Found) -> str:
+    def text(self, found: FinishedRun) -> str:
         """Which images these are."""
         notes = list(self.notes)
         if self.left_out:
@@ -199,18 +198,17 @@ class _Material:
 
 
 def _material(
-    found: Found,
+    found: FinishedRun,
     settings: EditSection,
     data: DataSection | None,
     network: Network,
-    device: str,
-    emit: Emit,
+    work: Work,
 ) -> _Material:
     methods: list[str] = list(dict.fromkeys(settings.methods or [found.settings.method]))
-    of_classes = {m: paths_of(found, m, device=device, emit=emit) for m in methods}
+    of_classes = {m: paths_of(found, m, work) for m in methods}
     per_class = any(p != "image" for p in settings.paths)
     if data is None:
-        images = _open(found.recipe.data, found.recipe.data.train, network, network.names, emit)
+        images = _open(found.recipe.data, found.recipe.data.train, network, network.names, work)
         if not per_class:
             table = found.table
             note = f"All of the run: {plural(len(table), 'image')}."
@@ -219,7 +217,7 @@ def _material(
         if not len(hold):
             raise DataError(
                 "every class of the run has one image: none is left to evaluate on",
-                hint="name others with `--data SOURCE`",
+                hint=f"name others with {setting('data.val', 'SOURCE')}",
             )
         notes = [
             f"The neurons of a class come from one half of its images in the run ({len(take)} in "
@@ -234,12 +232,12 @@ def _material(
     given = data.model_dump(exclude_unset=True, exclude_none=True)
     same = {k: getattr(found.recipe.data, k) for k in ("class_map", *PREPROCESSING)}
     data = DataSection(**{**same, **given})  # prepared as the run's images were
-    images = _open(data, data.val, network, network.names or run_names(found.result), emit)
+    images = _open(data, data.val, network, network.names or run_names(found.result), work)
     of_images: dict[str, PathTable] = {}
     if "image" in settings.paths:
         section = data.model_copy(update={"train": data.val})
-        of_images = {m: paths_of(found, m, data=section, device=device, emit=emit) for m in methods}
-    own = _same_images(found, images, network, emit) if per_class else set()
+        of_images = {m: paths_of(found, m, work, data=section) for m in methods}
+    own = _same_images(found, images, network, work) if per_class else set()
     note = f"The neurons come from the run's images, the numbers from {data.val}."
     return _Material(images, None, of_images, of_classes, own, [note])
 
@@ -249,12 +247,11 @@ def _open(
     spec: str | None,
     network: Network,
     names: KnownNames | None,
-    emit: Emit,
+    work: Work,
 ) -> Images:
     return open_images(
-        spec, section, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
-        names=names,
-    )  # fmt: skip
+        spec, section, network.info, work, asked="data.val", on_bad="skip", names=names
+    )
 
 
 def _rows(table: PathTable, rows: np.ndarray) -> PathTable:
@@ -267,7 +264,7 @@ def _rows(table: PathTable, rows: np.ndarray) -> PathTable:
     )
 
 
-def _same_images(found: Found, images: Images, network: Network, emit: Emit) -> set[str]:
+def _same_images(found: FinishedRun, images: Images, network: Network, work: Work) -> set[str]:
     """Ids in both sources whose images are the same, pixel for pixel."""
     if images.source.items is None:
         return set(found.table.ids.tolist())  # a stream's ids are those of its records
@@ -278,7 +275,7 @@ def _same_images(found: Found, images: Images, network: Network, emit: Emit) -> 
     spec = found.recipe.data.train
     if spec == images.source.spec:
         return set(both)
-    own = _open(found.recipe.data, spec, network, network.names, emit).source
+    own = _open(found.recipe.data, spec, network, network.names, work).source
     if own.items is None:
         return set(both)
     there = {item.id: i for i, item in enumerate(own.items)}
@@ -301,8 +298,7 @@ def _measure(
     material: _Material,
     cells: Sequence[Cell],
     settings: EditSection,
-    device: torch.device,
-    emit: Emit,
+    work: Work,
 ) -> tuple[Measured, Tensor]:
     """Probabilities of the true class and hits of every image, un-edited and in every cell; and
     the un-edited network's top-1."""
@@ -315,7 +311,7 @@ def _measure(
     outside = done = 0
     total = None if material.positions is None else len(material.positions)
     for batch, rows in material.batches():
-        x, y = batch.images[rows].to(device), batch.labels[rows]
+        x, y = batch.images[rows].to(work.where), batch.labels[rows]
         with torch.no_grad():
             logits = view.model(x).float().cpu()
         predicted.append(logits.argmax(1))
@@ -332,7 +328,7 @@ def _measure(
                 draws.append(_numbers(out.float().cpu(), y))
             values.append(torch.stack(draws).mean(0))
         done += len(rows)
-        emit(Event(STAGE, level="progress", done=done, total=total))
+        work.progress(done, total)
     if not labels:
         raise DataError(
             "no image is left to evaluate on",

@@ -17,8 +17,14 @@ from npprune.core.attribution.votes import class_top, frequency
 from npprune.core.metrics import mean_interval
 from npprune.data.hierarchy import imagenet_hierarchy, read_hierarchy
 from npprune.errors import DataError, UsageError, plural
-from npprune.pipeline.common.events import Emit, Event, ignore
-from npprune.pipeline.discover.finished import Found, choose_labels, open_found, paths_of, record
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.discover.finished import (
+    FinishedRun,
+    choose_labels,
+    open_finished,
+    paths_of,
+    record,
+)
 from npprune.records import Analysis, FigureData, Series
 from npprune.report import five_numbers, text
 from npprune.words import METHODS, check_word
@@ -39,9 +45,7 @@ def analyze_scores(
     run: Path,
     methods: Sequence[str] | None = None,
     *,
-    device: str = "auto",
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> dict[str, Analysis]:
     """Joint attribution scores of the methods' paths on the run's images.
 
@@ -51,11 +55,12 @@ def analyze_scores(
     Raises:
         NpPruneError: an unknown method, or what `discover` raises.
     """
+    work = (work or Work()).on(STAGE)
     for m in methods or ():
         check_word("--methods", m, METHODS)
-    found = open_found(run, STAGE, emit)
+    found = open_finished(run, work)
     chosen = list(dict.fromkeys(methods or METHODS))
-    tables = {m: paths_of(found, m, device=device, emit=emit) for m in chosen}
+    tables = {m: paths_of(found, m, work) for m in chosen}
     first = found.settings.method if found.settings.method in tables else chosen[0]
     scores = {m: torch.from_numpy(t.scores) for m, t in tables.items()}
     rows: list[Row] = []
@@ -91,7 +96,7 @@ def analyze_scores(
         f"{first} minus it", "from", "to", f"{first} higher, % of images",
     ]  # fmt: skip
     result = {"scores": Analysis("Joint attribution scores", said, columns, rows, figure)}
-    record(found, result, command)
+    record(found, result, work)
     return result
 
 
@@ -108,21 +113,21 @@ def analyze_similarity(
     *,
     hierarchy: Path | None = None,
     permutations: int = 10_000,
-    seed: int = 0,
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> dict[str, Analysis]:
     """How alike classes are in their neurons, and whether like classes are alike in meaning.
 
     Args:
         classes: None: all that have paths.
+        work: its seed draws the relabellings.
         hierarchy: a file of child and parent (see `data.hierarchy`), by synset, name or index;
             None: WordNet's, where the classes are ImageNet's.
 
     Raises:
         NpPruneError: fewer than two classes, or a hierarchy that does not hold them.
     """
-    found = open_found(run, STAGE, emit)
+    work = (work or Work()).on(STAGE)
+    found = open_finished(run, work)
     labels = choose_labels(found, classes)
     if len(labels) < 2:
         raise UsageError(f"a similarity needs at least two classes, got {len(labels)}")
@@ -136,16 +141,15 @@ def analyze_similarity(
         "similarity": _heat(found, labels, cosine),
         "similarity-pairs": _pairs(found, labels, cosine, ranks),
         "similarity-hierarchy": _agreement(
-            found, labels, {"cosine": cosine, "rank overlap": ranks}, hierarchy, permutations, seed,
-            emit,
+            found, labels, {"cosine": cosine, "rank overlap": ranks}, hierarchy, permutations, work,
         ),
         "consistency": _consistency(found, labels),
     }  # fmt: skip
-    record(found, result, command)
+    record(found, result, work)
     return result
 
 
-def _heat(found: Found, labels: list[int], cosine: like.Matrix) -> Analysis:
+def _heat(found: FinishedRun, labels: list[int], cosine: like.Matrix) -> Analysis:
     order = like.cluster_order(cosine)
     names = [found.name(labels[i]) for i in order]
     matrix: list[list[float | None]] = [[float(cosine[i, j]) for j in order] for i in order]
@@ -158,7 +162,9 @@ def _heat(found: Found, labels: list[int], cosine: like.Matrix) -> Analysis:
     )
 
 
-def _pairs(found: Found, labels: list[int], cosine: like.Matrix, ranks: like.Matrix) -> Analysis:
+def _pairs(
+    found: FinishedRun, labels: list[int], cosine: like.Matrix, ranks: like.Matrix
+) -> Analysis:
     ordered = like.pairs(cosine)
     shown = [("most", p) for p in ordered[:PAIRS_SHOWN]]
     shown += [("least", p) for p in ordered[max(PAIRS_SHOWN, len(ordered) - PAIRS_SHOWN) :]]
@@ -176,29 +182,28 @@ def _pairs(found: Found, labels: list[int], cosine: like.Matrix, ranks: like.Mat
 
 
 def _agreement(
-    found: Found,
+    found: FinishedRun,
     labels: list[int],
     matrices: dict[str, like.Matrix],
     hierarchy: Path | None,
     permutations: int,
-    seed: int,
-    emit: Emit,
+    work: Work,
 ) -> Analysis:
     title = "Agreement with the hierarchy of meanings"
     names, parents, where = _meanings(found, labels, hierarchy)
     if parents is None:
-        emit(Event(STAGE, where, level="warning"))
+        work.warn(where)
         return Analysis(title, where[0].upper() + where[1:] + ".")
     try:
         tree = like.tree_similarity(names, parents)
         found_rows = {
-            name: like.agreement(m, tree, permutations=permutations, seed=seed)
+            name: like.agreement(m, tree, permutations=permutations, seed=work.seed)
             for name, m in matrices.items()
         }
     except ValueError as err:
         if hierarchy is not None and len(labels) >= 3:
             raise DataError(f"{err} ({where})", hint="give one that holds all classes") from err
-        emit(Event(STAGE, str(err), level="warning"))
+        work.warn(str(err))
         return Analysis(title, f"Not measured: {err}.")
     rows: list[Row] = [
         [name, len(labels), a.correlation, a.p_value] for name, a in found_rows.items()
@@ -220,7 +225,7 @@ def _agreement(
 
 
 def _meanings(
-    found: Found, labels: list[int], hierarchy: Path | None
+    found: FinishedRun, labels: list[int], hierarchy: Path | None
 ) -> tuple[list[str], like.Parents | None, str]:
     """The classes' names in a hierarchy, the hierarchy, and which it is (or why there is none)."""
     known = [found.result.classes[c] for c in labels]
@@ -253,7 +258,7 @@ def _meanings(
     return names, parents, str(hierarchy)
 
 
-def _consistency(found: Found, labels: list[int]) -> Analysis:
+def _consistency(found: FinishedRun, labels: list[int]) -> Analysis:
     table = found.table
     inside = np.isin(table.labels, labels)
     blocks = like.consistency(table.neurons[inside], table.labels[inside], labels, found.widths)
@@ -290,8 +295,7 @@ def analyze_paths(
     classes: Sequence[str | int] | str | None = None,
     *,
     every: bool = False,
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> dict[str, Analysis]:
     """The preferred path through the blocks, as frequency strips, and who follows or leaves it.
 
@@ -302,7 +306,8 @@ def analyze_paths(
     Raises:
         NpPruneError: a class without paths.
     """
-    found = open_found(run, STAGE, emit)
+    work = (work or Work()).on(STAGE)
+    found = open_finished(run, work)
     if every:
         labels = found.table.classes
     else:
@@ -314,11 +319,11 @@ def analyze_paths(
     for label in labels:
         rows = np.flatnonzero(found.table.labels == label)
         result[f"paths-{label}"] = _strips(found, rows, found.name(label), named=True)
-    record(found, result, command)
+    record(found, result, work)
     return result
 
 
-def _strips(found: Found, rows: np.ndarray, name: str, *, named: bool) -> Analysis:
+def _strips(found: FinishedRun, rows: np.ndarray, name: str, *, named: bool) -> Analysis:
     """Per block a strip: its segments are neurons, as wide as their share of the paths."""
     neurons = found.table.neurons[rows]
     topk = neurons.shape[2]

@@ -11,7 +11,7 @@ from importlib import metadata
 import torch
 
 from npprune._version import __version__
-from npprune.errors import DeviceError, UsageError
+from npprune.errors import DeviceError, UsageError, setting
 from npprune.records import Environment
 
 PACKAGES = ("torch", "timm", "torch-pruning", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime")
@@ -31,19 +31,21 @@ def resolve_device(asked: str = "auto") -> tuple[torch.device, str]:
         device = torch.device(asked)
     except RuntimeError as err:
         raise DeviceError(
-            f"`--device` must be auto, cpu, cuda, cuda:N or mps, got `{asked}`"
+            f"{setting('device')} must be auto, cpu, cuda, cuda:N or mps, got `{asked}`"
         ) from err
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0 or (device.index or 0) >= count:
             raise DeviceError(
                 f"`{asked}` was asked for, and there are {count} CUDA devices",
-                hint="`--device auto` takes what there is; `npprune env` shows it",
+                hint=f"{setting('device', 'auto')} takes what there is; `npprune env` shows it",
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError("`mps` was asked for, and it is not available here")
     elif device.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"`--device` must be auto, cpu, cuda, cuda:N or mps, got `{asked}`")
+        raise DeviceError(
+            f"{setting('device')} must be auto, cpu, cuda, cuda:N or mps, got `{asked}`"
+        )
     return device, f"asked for `{asked}`"
 
 
@@ -52,11 +54,14 @@ def check_shortcuts(precision: str, compiled: bool, device: torch.device) -> Non
 
     On a CPU compiled blocks would round differently with the number of threads.
     """
-    asked = {"--precision tf32": precision == "tf32", "--compile": compiled}
-    for flag, wanted in asked.items():
+    asked = {
+        setting("discover.precision", "tf32"): precision == "tf32",
+        setting("discover.compile"): compiled,
+    }
+    for named, wanted in asked.items():
         if wanted and device.type != "cuda":
             raise UsageError(
-                f"`{flag}` needs a CUDA GPU, got `{device.type}`",
+                f"{named} needs a CUDA GPU, got `{device.type}`",
                 hint="leave it out; `npprune env` shows the devices",
             )
 

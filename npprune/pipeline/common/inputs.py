@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from npprune.core import metrics
 from npprune.data.labels import RANKED, KnownNames
 from npprune.data.loading import Batch, batches
-from npprune.data.sources import ImageSource, Sample, open_source
+from npprune.data.opening import open_source
+from npprune.data.sources import ImageSource, Sample
 from npprune.data.transforms import describe, make_transform, released, resolve
-from npprune.errors import UsageError, plural
+from npprune.errors import UsageError, plural, setting
 from npprune.models.load import build, load
 from npprune.models.released_head import released_head
-from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.work import Work
 from npprune.recipe import DataSection, ModelSection
 from npprune.records import (
     CheckpointConfig,
@@ -80,10 +81,10 @@ def _own_names(config: CheckpointConfig) -> KnownNames:
     )
 
 
-def open_network(section: ModelSection, device: torch.device, emit: Emit, stage: str) -> Network:
+def open_network(section: ModelSection, work: Work) -> Network:
     """Load the network that a recipe names: a timm name, `auto`, or a checkpoint folder."""
     if is_checkpoint(section.name):
-        return open_checkpoint(Path(section.name), device)
+        return open_checkpoint(Path(section.name), work)
     loaded = load(
         section.name,
         checkpoint=section.checkpoint,
@@ -92,14 +93,14 @@ def open_network(section: ModelSection, device: torch.device, emit: Emit, stage:
         num_heads=section.num_heads,
     )
     for note in loaded.notes:
-        emit(Event(stage, note))
+        work.say(note)
     if section.released_head:
-        emit(Event(stage, "head: pooled tokens are normalised twice, as the released program does"))
-        return Network(released_head(loaded.model).to(device), loaded.info)
-    return Network(loaded.model.to(device), loaded.info)
+        work.say("head: pooled tokens are normalised twice, as the released program does")
+        return Network(released_head(loaded.model).to(work.where), loaded.info)
+    return Network(loaded.model.to(work.where), loaded.info)
 
 
-def open_checkpoint(folder: Path, device: torch.device) -> Network:
+def open_checkpoint(folder: Path, work: Work) -> Network:
     """Rebuild the network of a checkpoint folder."""
     from npprune.models.info import model_info
 
@@ -107,7 +108,7 @@ def open_checkpoint(folder: Path, device: torch.device) -> Network:
     model = build(config, tensors)
     info = model_info(model, replace(config.source, sha256=""))
     info.preprocessing = config.preprocessing
-    return Network(model.to(device), info, config)
+    return Network(model.to(work.where), info, config)
 
 
 @dataclass
@@ -119,8 +120,7 @@ class Images:
     transform: Callable[..., Tensor]
     section: DataSection
     on_bad: OnBad
-    stage: str
-    emit: Emit
+    work: Work
     skipped: list[str] = field(default_factory=list)
 
     def batches(
@@ -154,7 +154,7 @@ class Images:
 
     def _say_skipped(self, before: int) -> int:
         for name in self.skipped[before:]:
-            self.emit(Event(self.stage, f"skipped `{name}`: it cannot be read", level="warning"))
+            self.work.warn(f"skipped `{name}`: it cannot be read")
         return len(self.skipped)
 
 
@@ -162,24 +162,25 @@ def open_images(
     spec: str | None,
     section: DataSection,
     network: ModelInfo,
+    work: Work,
     *,
-    flag: str,
+    asked: str,
     on_bad: OnBad,
-    stage: str,
-    emit: Emit,
     preprocessing: Preprocessing | None = None,
     names: KnownNames | None = None,
 ) -> Images:
     """Open a data source for a network and say how labels and preprocessing were found.
 
-    `names`: what the network calls its classes; they decide where there is no class map.
+    `asked`: the setting that names the source, such as `data.val`. `names`: what the network calls
+    its classes; they decide where there is no class map.
 
     Raises:
         UsageError: no source was named; DataError: it cannot be read.
     """
     if spec is None:
         raise UsageError(
-            f"`{flag}` is needed: the images to {stage} on", hint=f"e.g. `{flag} folder:PATH`"
+            f"{setting(asked)} is needed: the images to {work.stage} on",
+            hint=f"e.g. {setting(asked, 'folder:PATH')}",
         )
     base = preprocessing or network.preprocessing
     pre = resolve(
@@ -199,13 +200,11 @@ def open_images(
         images_per_class=section.images_per_class,
     )
     count = "a stream" if source.length is None else plural(source.length, "image")
-    emit(Event(stage, f"{spec}: {count}, labels by {source.label_rule}"))
-    emit(Event(stage, f"preprocessing: {describe(pre)}"))
+    work.say(f"{spec}: {count}, labels by {source.label_rule}")
+    work.say(f"preprocessing: {describe(pre)}")
     for note in source.notes:
-        emit(Event(stage, note, level="warning"))
-    return Images(
-        source, pre, make_transform(pre), section, section.on_bad_image or on_bad, stage, emit
-    )
+        work.warn(note)
+    return Images(source, pre, make_transform(pre), section, section.on_bad_image or on_bad, work)
 
 
 def class_names(images: Images, num_classes: int) -> list[ClassInfo]:

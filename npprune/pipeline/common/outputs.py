@@ -7,7 +7,7 @@ from pathlib import Path
 
 from npprune.errors import NpPruneError, StoreError, UsageError
 from npprune.files import check_folder, lies_in, refuse_overwriting
-from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.work import Work
 from npprune.recipe import ModelSection, load_recipe
 from npprune.store.checkpoints import (
     CONFIG,
@@ -83,13 +83,13 @@ def _checkpoint(folder: Path) -> list[str | Path]:
     return [folder, *own, *named, *near]
 
 
-def recordable(run: RunFolder | None, stage: str, emit: Emit) -> bool:
+def recordable(run: RunFolder | None, work: Work) -> bool:
     """Whether what is found can go into a run's result; where not, that is said at once."""
     if run is None:
         return False
     try:
         check_folder(run.path)
     except NpPruneError as err:
-        emit(Event(stage, f"{err.message}: what is found is shown, not recorded", level="warning"))
+        work.warn(f"{err.message}: what is found is shown, not recorded")
         return False
     return True

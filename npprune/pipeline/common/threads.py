@@ -28,7 +28,7 @@ BATCHES = {
 """Batches of products: likewise, and the axis of its rows. Threads share a batch by its items."""
 
 
-def steady(device: torch.device) -> Any:
+def same_on_any_threads(device: torch.device) -> Any:
     """A context in which results on a CPU do not depend on the number of threads."""
     return _SmallOnOneThread() if device.type == "cpu" else nullcontext()
 

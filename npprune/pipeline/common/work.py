@@ -40,6 +40,10 @@ class Work:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
+    def on_cpu(self) -> Work:
+        """The same work on the CPU, wherever it was asked for."""
+        return replace(self, device="cpu")
+
     @cached_property
     def team(self) -> Processes:
         """This process among its peers."""
@@ -76,7 +80,23 @@ class Work:
         self.emit(Event(self.stage, message, level="warning"))
 
     def progress(
-        self, done: int, total: int | None, unit: str = "images", stage: str | None = None
+        self,
+        done: int,
+        total: int | None,
+        unit: str = "images",
+        message: str = "",
+        stage: str | None = None,
+        **data: Any,
     ) -> None:
-        """How far it is; `stage` names a part of it."""
-        self.emit(Event(stage or self.stage, level="progress", done=done, total=total, unit=unit))
+        """How far it is; `stage` names a part of it, `message` what is done."""
+        self.emit(
+            Event(
+                stage or self.stage,
+                message,
+                "progress",
+                done=done,
+                total=total,
+                unit=unit,
+                data=data,
+            )
+        )

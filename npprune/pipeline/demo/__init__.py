@@ -1,1 +1,1 @@
-"""The demo: the digits' network, trained here, and the whole line on it (`stage.run_demo`)."""
+"""The demo's network: trained here on the digits, once, then read from its folder."""

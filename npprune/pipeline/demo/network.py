@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from npprune.models.info import model_info, state, weights_sha256
-from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.work import Work
 from npprune.recipe import ModelSection
 from npprune.records import CheckpointConfig, ClassInfo, ModelSource
 from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoint
@@ -13,21 +13,22 @@ from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoi
 NAME = "digits"
 
 
-def digits_network(root: Path, seed: int, emit: Emit) -> ModelSection:
+def digits_network(root: Path, work: Work) -> ModelSection:
     """The checkpoint folder `ckpt/demo_dense` below `root`, trained if it is not there."""
     folder = root / "ckpt" / "demo_dense"
-    if is_checkpoint(folder) and _seed(folder) == seed:
-        emit(Event("train", f"{folder} is there already: not trained again"))
+    work = work.on("train")
+    if is_checkpoint(folder) and _seed(folder) == work.seed:
+        work.say(f"{folder} is there already: not trained again")
     else:
-        _train(folder, seed, emit)
+        _train(folder, work)
     return ModelSection(name=str(folder))
 
 
-def _train(folder: Path, seed: int, emit: Emit) -> None:
+def _train(folder: Path, work: Work) -> None:
     from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS, train_demo_model
 
-    model, found = train_demo_model(seed=seed, emit=emit)
-    emit(Event("train", f"trained in {found['seconds']:.0f} s, test top-1 {found['accuracy']:.1%}"))
+    model, found = train_demo_model(work)
+    work.say(f"trained in {found['seconds']:.0f} s, test top-1 {found['accuracy']:.1%}")
     source = ModelSource(ARCHITECTURE, dict(MODEL_ARGS), sha256=weights_sha256(model))
     info = model_info(model, source)
     config = CheckpointConfig(
@@ -38,7 +39,7 @@ def _train(folder: Path, seed: int, emit: Emit) -> None:
         preprocessing=info.preprocessing,
         classes=[ClassInfo(i, str(i)) for i in range(info.num_classes)],
         weights_sha256="",
-        details={"trained": {"seed": seed, **found}},
+        details={"trained": {"seed": work.seed, **found}},
     )
     write_checkpoint(folder, config, state(model))
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from npprune.data.loading import batches
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.models.load import create
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.threads import one_thread
+from npprune.pipeline.common.work import Work
 from npprune.records import Preprocessing
 
 ARCHITECTURE = "vit_tiny_patch16_224"
@@ -48,7 +48,7 @@ SHIFTED = 0.25  # share of the training images moved by up to one pixel each way
 POSITION_STD = 0.2  # timm's 0.02 is meant for ImageNet's long schedules
 
 
-def train_demo_model(*, seed: int = 0, emit: Emit = ignore) -> tuple[nn.Module, dict[str, Any]]:
+def train_demo_model(work: Work | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """Train on `digits:train`, measure on `digits:test`.
 
     Returns the network (evaluation mode, CPU, its `pretrained_cfg` telling the preprocessing)
@@ -59,13 +59,15 @@ def train_demo_model(*, seed: int = 0, emit: Emit = ignore) -> tuple[nn.Module, 
     matrices are so small that a second gains little, and costs much where cores are shared. The
     number of threads and the global random state are left as they were.
     """
+    work = (work or Work()).on("train")
+    seed = work.seed
     started = time.perf_counter()
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not manual_seed, which would reseed GPUs too
         model = create(ARCHITECTURE, MODEL_ARGS)
         _initialise(model)
         images, labels = _load("digits:train")
-        _fit(model, images, labels, torch.Generator().manual_seed(seed), emit)
+        _fit(model, images, labels, work)
     model.eval().requires_grad_(True)
     model.pretrained_cfg = _pretrained_cfg(model)  # type: ignore[assignment]
     images, labels = _load("digits:test")
@@ -93,9 +95,8 @@ def _initialise(model: nn.Module) -> None:
     nn.init.normal_(model.cls_token, std=POSITION_STD)  # type: ignore[arg-type]
 
 
-def _fit(
-    model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator, emit: Emit
-) -> None:
+def _fit(model: nn.Module, images: Tensor, labels: Tensor, work: Work) -> None:
+    generator = work.generator()
     steps_per_epoch = len(images) // BATCH
     steps = EPOCHS * steps_per_epoch
     optimizer = torch.optim.AdamW(
@@ -113,7 +114,7 @@ def _fit(
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-        emit(Event("train", level="progress", done=epoch + 1, total=EPOCHS, unit="epochs"))
+        work.progress(epoch + 1, EPOCHS, "epochs")
 
 
 def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:

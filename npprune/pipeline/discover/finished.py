@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,10 @@ import numpy as np
 from npprune.data.labels import class_list
 from npprune.errors import StoreError, UsageError
 from npprune.files import keeping
-from npprune.pipeline.common.events import Emit, Event
 from npprune.pipeline.common.inputs import run_names
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import add_command
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.stage import discover
 from npprune.recipe import DataSection, DiscoverSection, Recipe, load_recipe
 from npprune.records import Analysis, Manifest, Result
@@ -28,7 +28,7 @@ from npprune.store.runs import RunFolder
 
 
 @dataclass
-class Found:
+class FinishedRun:
     """A run folder with paths."""
 
     folder: RunFolder
@@ -55,8 +55,8 @@ class Found:
         return known[label].name if 0 <= label < len(known) else str(label)
 
 
-def open_found(run: Path, stage: str = "", emit: Emit | None = None) -> Found:
-    """The run's paths. With `emit`, it is said where nothing can be recorded in the run.
+def open_finished(run: Path, work: Work | None = None) -> FinishedRun:
+    """The run's paths. With `work`, it is said where nothing can be recorded in the run.
 
     Raises:
         StoreError: no run, or one whose discovery has not ended.
@@ -70,17 +70,16 @@ def open_found(run: Path, stage: str = "", emit: Emit | None = None) -> Found:
             f"`{run}` has no paths yet", hint="`npprune discover ... --out FOLDER` finds them"
         )
     store = PathStore(folder.paths_folder, manifest.settings_sha256)
-    recorded = emit is None or recordable(folder, stage, emit)
-    return Found(folder, manifest, recipe, result, store.read_all(store.count()), recorded)
+    recorded = work is None or recordable(folder, work)
+    return FinishedRun(folder, manifest, recipe, result, store.read_all(store.count()), recorded)
 
 
 def paths_of(
-    found: Found,
+    found: FinishedRun,
     method: str,
+    work: Work,
     *,
     data: DataSection | None = None,
-    device: str = "auto",
-    emit: Emit,
 ) -> PathTable:
     """The paths of a method on the run's images, or on those of `data.train`.
 
@@ -95,7 +94,7 @@ def paths_of(
     if data is not None:
         text = data.model_dump_json(exclude={"batch_size", "workers", "val", "calibration"})
         below = below / hashlib.sha256(text.encode()).hexdigest()[:12]
-    emit(Event("analyze", f"paths by {method}: {below / method}"))
+    work.on("analyze").say(f"paths by {method}: {below / method}")
     if data is None and (there := _there(below / method, found)) is not None:
         return there
     discover(
@@ -103,12 +102,10 @@ def paths_of(
         data or found.recipe.data,
         found.settings.model_copy(update={"method": method}),
         below / method,
-        device=device,
-        seed=found.recipe.seed,
-        emit=emit,
+        work=replace(work, seed=found.recipe.seed, command=""),
         names=None if data is None else run_names(found.result),
     )
-    table = open_found(below / method).table
+    table = open_finished(below / method).table
     if data is None and table.ids.tolist() != found.table.ids.tolist():
         raise StoreError(
             f"`{below / method}` holds paths of other images than `{found.folder.path}`",
@@ -117,17 +114,17 @@ def paths_of(
     return table
 
 
-def _there(run: Path, found: Found) -> PathTable | None:
+def _there(run: Path, found: FinishedRun) -> PathTable | None:
     """The paths of a companion run that has ended, on the same images by the same network."""
     if not RunFolder(run).result_path.is_file():
         return None
-    other = open_found(run)
+    other = open_finished(run)
     same = other.table.ids.tolist() == found.table.ids.tolist()
     theirs, ours = ({**f.manifest.settings, "method": "", "seed": 0} for f in (other, found))
     return other.table if same and theirs == ours else None
 
 
-def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> list[int]:
+def choose_labels(found: FinishedRun, classes: Sequence[str | int] | str | None) -> list[int]:
     """The labels that `--classes` names: indices, synsets or names; None: all with paths.
 
     Raises:
@@ -157,7 +154,7 @@ def choose_labels(found: Found, classes: Sequence[str | int] | str | None) -> li
     return sorted(chosen)
 
 
-def record(found: Found, analyses: dict[str, Analysis], command: str) -> None:
+def record(found: FinishedRun, analyses: dict[str, Analysis], work: Work) -> None:
     """Put analyses into the run's result, if that can be written; one of the same key is replaced.
 
     Raises:
@@ -168,7 +165,7 @@ def record(found: Found, analyses: dict[str, Analysis], command: str) -> None:
     with keeping(analyses), found.folder.lock():
         result = found.folder.read_result()
         result.analyses.update(analyses)
-        add_command(result, command)
+        add_command(result, work.command)
         found.folder.write_result(result)
 
 

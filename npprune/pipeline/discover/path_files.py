@@ -16,10 +16,10 @@ from npprune.files import check_folder, keeping, refuse_overwriting
 from npprune.models.info import model_info
 from npprune.models.load import create
 from npprune.pipeline.common.device import environment
-from npprune.pipeline.common.events import Emit, ignore
 from npprune.pipeline.common.inputs import open_network
 from npprune.pipeline.common.outputs import check_run, reads_of
 from npprune.pipeline.common.results import add_command
+from npprune.pipeline.common.work import Work
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import (
     UNKNOWN_WEIGHTS,
@@ -124,8 +124,7 @@ def import_released(
     out: Path,
     *,
     baseline: bool = False,
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> Result:
     """Make a run folder of the released program's results.
 
@@ -141,6 +140,7 @@ def import_released(
     Raises:
         StoreError: not such files, files of edits, or paths that do not fit the network.
     """
+    work = (work or Work()).on("paths").on_cpu()
     check_run(out, [files, *reads_of(model)])
     paths = released_files(files)
     found = {label: rows for label, path in paths.items() if (rows := read_released(path))}
@@ -149,7 +149,7 @@ def import_released(
     method = _method(found, files, baseline)
     if baseline:
         found = {label: [_base(image, files) for image in rows] for label, rows in found.items()}
-    info = _model(model, emit)
+    info = _model(model, work)
     settings = DiscoverSection(
         topk=_check(found, info, files),
         method=method,
@@ -171,7 +171,7 @@ def import_released(
             store.write_shard(i, shard_from_released(images, label, position))
             position += len(images)
         result = _result(manifest, settings, store.read_all(len(found)))
-        add_command(result, command)
+        add_command(result, work.command)
         with keeping(result):
             folder.write_result(result)
     return result
@@ -202,9 +202,9 @@ def _method(
     return "activation" if baseline else "neuron-path"
 
 
-def _model(section: ModelSection, emit: Emit) -> ModelInfo:
+def _model(section: ModelSection, work: Work) -> ModelInfo:
     if section.checkpoint is not None or section.name == "auto" or is_checkpoint(section.name):
-        return open_network(section, torch.device("cpu"), emit, "paths").info
+        return open_network(section, work).info
     wishes = ("num_classes", "img_size", "num_heads")
     args = {name: value for name in wishes if (value := getattr(section, name)) is not None}
     return model_info(

@@ -17,13 +17,11 @@ import numpy as np
 from npprune.core.attribution.search import PathBatch
 from npprune.data.loading import Batch
 from npprune.data.sources import Sample
-from npprune.pipeline.common.events import Emit, Event
 from npprune.pipeline.common.inputs import Images
-from npprune.pipeline.common.processes import Processes
+from npprune.pipeline.common.work import Work
 from npprune.recipe import DiscoverSection
 from npprune.store.path_store import PathStore, ShardData
 
-STAGE = "discover"
 PARTS = ("reading", "search", "writing")  # what the time goes to
 
 
@@ -51,15 +49,14 @@ class Share:
         images: Images,
         search: Search,
         size: int,
-        team: Processes,
-        emit: Emit,
+        work: Work,
     ) -> None:
         self.store, self.images, self.search = store, images, search
-        self.size, self.team, self.emit = size, team, emit
+        self.size, self.work, self.team = size, work, work.team
         self.count = 0  # shards of the whole source, as far as it was seen
         self.computed = 0  # images searched
         self.done = 0  # images that need no more work
-        self.total = images.source.length if team.count == 1 else None
+        self.total = images.source.length if self.team.count == 1 else None
         self.pending: dict[int, list[str]] = {}  # shards to compute -> the ids of their images
         self.found: list[tuple[Batch, PathBatch]] = []  # of the shard at work
         self.spent = dict.fromkeys(PARTS, 0.0)
@@ -124,7 +121,7 @@ class Share:
             shard = self.store.read_shard(i)
             self.done += len(shard.ids) + len(shard.skipped)
         elif state != "absent":
-            self.emit(Event(STAGE, f"shard {i} is {state}: computed again", level="warning"))
+            self.work.warn(f"shard {i} is {state}: computed again")
         return state != "done"
 
     def _write(self, before: int) -> None:
@@ -159,7 +156,7 @@ class Share:
 
     def _advance(self, images: int) -> None:
         self.done += images
-        self.emit(Event(STAGE, level="progress", done=self.done, total=self.total))
+        self.work.progress(self.done, self.total)
 
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:

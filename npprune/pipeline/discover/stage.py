@@ -15,25 +15,24 @@ from typing import Any
 
 import torch
 
-from npprune.core.attribution.methods import find_paths, points_of
-from npprune.core.attribution.quadrature import default_points, rule_for
+from npprune.core.attribution.methods import find_paths
+from npprune.core.attribution.quadrature import Integral
 from npprune.core.attribution.search import PathBatch
 from npprune.core.attribution.votes import class_top, frequency
 from npprune.core.metrics import mean_interval
 from npprune.core.view import VitView
 from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
-from npprune.errors import DataError, UsageError, plural
+from npprune.errors import DataError, UsageError, plural, setting
 from npprune.files import keeping
 from npprune.models.view import make_view
-from npprune.pipeline.common.device import check_shortcuts, environment, products, resolve_device
-from npprune.pipeline.common.events import Emit, Event, ignore
+from npprune.pipeline.common.device import check_shortcuts, products
 from npprune.pipeline.common.inputs import Images, Network, class_names, open_images, open_network
 from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.pipeline.common.outputs import check_run, reads_of
-from npprune.pipeline.common.processes import processes
 from npprune.pipeline.common.results import add_command
-from npprune.pipeline.common.threads import steady
+from npprune.pipeline.common.threads import same_on_any_threads
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.shards import PARTS, Share
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import DiscoverySummary, Manifest, Result, digest, to_dict
@@ -50,11 +49,8 @@ def discover(
     settings: DiscoverSection,
     out: Path,
     *,
-    device: str = "auto",
-    seed: int = 0,
-    emit: Emit = ignore,
+    work: Work | None = None,
     dry_run: bool = False,
-    command: str = "",
     names: KnownNames | None = None,
 ) -> Result:
     """Find the paths of all images and store them in the run folder `out`.
@@ -66,32 +62,33 @@ def discover(
     Raises:
         NpPruneError: what is wrong with model, data, settings or folder.
     """
-    team = processes()
-    where, reason = resolve_device(team.device(device))
+    work = (work or Work()).on(STAGE)
+    team = work.team
+    where = work.where
     team.on_first(lambda: check_run(out, reads_of(model), write=not dry_run))
 
     def open_all() -> tuple[Network, Images, _Search, Manifest]:
-        network = open_network(model, where, emit, STAGE)
+        network = open_network(model, work)
         images = open_images(
-            data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
+            data.train, data, network.info, work, asked="data.train", on_bad="skip",
             names=network.names or names,
         )  # fmt: skip
-        search = _search(network, settings, seed, where, team.local_count, emit)
-        manifest = _manifest(out.name, network, images, search, where, reason)
+        search = _search(network, settings, work)
+        manifest = _manifest(out.name, network, images, search)
         return network, images, search, manifest
 
     network, images, search, manifest = team.together(open_all)
-    emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
+    work.say(f"{network.info.source.architecture} on {where} ({work.reason})")
     if dry_run:
         return _result(manifest, network, images, None)
-    recipe = Recipe(name=out.name, model=model, data=data, discover=settings, seed=seed)
+    recipe = Recipe(name=out.name, model=model, data=data, discover=settings, seed=work.seed)
     folder = RunFolder(out)
     with contextlib.ExitStack() as held:
         team.on_first(lambda: held.enter_context(folder.lock()))
         team.on_first(lambda: folder.create_or_resume(manifest, recipe_yaml(recipe)))
         team.together(folder.read_manifest)  # on another machine: is the folder shared?
         store = PathStore(folder.paths_folder, manifest.settings_sha256)
-        share = Share(store, images, search, _per_shard(settings), team, emit)
+        share = Share(store, images, search, _per_shard(settings), work)
         count = share.compute()
         timing = share.timing()
 
@@ -100,14 +97,13 @@ def discover(
             images.skipped = table.skipped
             if len(table) == 0:
                 raise DataError("no image could be read", hint="the warnings above name them")
-            summary = _summary(table, search.settings, images, timing)
+            summary = _summary(table, search, images, timing)
             result = _result(manifest, network, images, summary)
             _keep_earlier(folder, result)
-            add_command(result, command)
+            add_command(result, work.command)
             with keeping(result):
                 folder.write_result(result)
-                folder.append_event({"stage": STAGE, "images": len(table), **timing})
-            _say_timing(timing, len(table), table.skipped, emit)
+            _say_timing(timing, len(table), table.skipped, work)
             return result
 
         return team.on_first(finish)
@@ -119,10 +115,8 @@ class _Search:
 
     view: VitView
     settings: DiscoverSection  # nothing in it is `auto`
-    seed: int
-    device: torch.device
-    processes: int  # that share this machine
-    emit: Emit
+    integral: Integral
+    work: Work
     limit: int | None = None
 
     @property
@@ -132,31 +126,29 @@ class _Search:
 
     def __call__(self, batch: Batch) -> PathBatch:
         s, images, labels = self.settings, batch.images, batch.labels
+        device = self.work.where
         if self.limit is None:
-            points = s.points or default_points(s.quadrature, s.scope)
             self.limit = images_that_fit(
-                self.view, images[:1], points, s.memory, self.device, processes=self.processes
-            )
+                self.view, images[:1], self.integral.points, s.memory, device,
+                processes=self.work.team.local_count,
+            )  # fmt: skip
             if self.limit < s.batch_size:
                 self._say("memory", self.limit)
         # `random` draws by the place in the source: it does not matter who draws, or when.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + batch.positions[0])
+        generator = torch.Generator().manual_seed(self.work.seed * 1_000_003 + batch.positions[0])
 
         def paths(lo: int, hi: int) -> PathBatch:
             return find_paths(
                 self.view,
-                images[lo:hi].to(self.device),
-                labels[lo:hi].to(self.device),
+                images[lo:hi].to(device),
+                labels[lo:hi].to(device),
                 topk=s.topk,
                 method=s.method,
-                scope=s.scope,
-                rule=s.quadrature,
-                points=s.points,
-                accumulation=s.accumulation,
+                integral=self.integral,
                 generator=generator,
             )
 
-        with steady(self.device), products(s.precision, self.device):
+        with same_on_any_threads(device), products(s.precision, device):
             parts, limit = halving(paths, len(images), self.limit)
         if limit < self.limit:
             self._say("out of memory", limit)
@@ -166,30 +158,22 @@ class _Search:
         )
 
     def _say(self, why: str, limit: int) -> None:
-        said = f"{why}: {plural(limit, 'image')} at a time"
-        self.emit(Event(STAGE, said, level="warning"))
+        self.work.warn(f"{why}: {plural(limit, 'image')} at a time")
 
 
-def _search(
-    network: Network,
-    settings: DiscoverSection,
-    seed: int,
-    device: torch.device,
-    processes: int,
-    emit: Emit,
-) -> _Search:
-    check_shortcuts(settings.precision, settings.compile, device)
+def _search(network: Network, settings: DiscoverSection, work: Work) -> _Search:
+    check_shortcuts(settings.precision, settings.compile, work.where)
     view = make_view(network.model, precision=settings.precision, compiled=settings.compile)
-    scope = view.scope if settings.scope == "auto" else settings.scope
-    view.tokens(scope)  # refuses a scope that the model does not have
+    s = settings
+    integral = Integral.of(view.scope, s.scope, s.quadrature, s.points, s.accumulation)
+    view.tokens(integral.scope)  # refuses a scope that the model does not have
     if settings.topk > min(view.widths):
         raise UsageError(
-            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
-            f"block, got {settings.topk}"
+            f"{setting('discover.topk')} must be at most {min(view.widths)}, the hidden units of "
+            f"the narrowest block, got {settings.topk}"
         )
-    found = {"scope": scope, "quadrature": rule_for(settings.quadrature, scope)}
-    settings = settings.model_copy(update=found)
-    return _Search(view, settings, seed, device, processes, emit)
+    resolved = {"scope": integral.scope, "quadrature": integral.rule}
+    return _Search(view, settings.model_copy(update=resolved), integral, work)
 
 
 def _per_shard(settings: DiscoverSection) -> int:
@@ -197,35 +181,28 @@ def _per_shard(settings: DiscoverSection) -> int:
     return max(1, settings.shard_size // settings.batch_size) * settings.batch_size
 
 
-def _manifest(
-    name: str,
-    network: Network,
-    images: Images,
-    search: _Search,
-    where: torch.device,
-    reason: str,
-) -> Manifest:
+def _manifest(name: str, network: Network, images: Images, search: _Search) -> Manifest:
     """The manifest of this run; its settings are what decides the bits of the paths.
 
     `memory` is not among them: a run that was too large may resume with less.
     """
-    settings, seed = search.settings, search.seed
+    settings, work = search.settings, search.work
     deciding: dict[str, Any] = settings.model_dump(exclude={"shard_size", "memory"})
     deciding |= {
-        **_points(settings),
+        **_points(search),
         "shard_images": _per_shard(settings),
         "model": network.info.source.sha256,
         "data": images.source.info().sha256 or _stream_settings(images),
         "preprocessing": to_dict(images.preprocessing),
         "on_bad_image": images.on_bad,
-        "device": where.type,
+        "device": work.where.type,
     }
     if settings.method == "random":
-        deciding["seed"] = seed
+        deciding["seed"] = work.seed
     return Manifest(
         name=name,
         created=_now(),
-        environment=environment(where, reason, seed),
+        environment=work.environment(),
         model=network.info,
         data=images.source.info(),
         settings=deciding,
@@ -251,7 +228,7 @@ def _keep_earlier(folder: RunFolder, result: Result) -> None:
         result.discovery.timing = earlier.discovery.timing
 
 
-def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit: Emit) -> None:
+def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], work: Work) -> None:
     """Where the time went, in one line."""
     images, seconds = int(timing["images"]), timing["seconds"]
     if images == 0:
@@ -265,27 +242,27 @@ def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], emit:
         )
     if skipped:
         words += f"; {len(skipped)} skipped"
-    emit(Event(STAGE, words))
+    work.say(words)
 
 
-def _points(settings: DiscoverSection) -> dict[str, int]:
+def _points(search: _Search) -> dict[str, int]:
     """Points of the integral, and of the first block's where those are more."""
-    s = settings
-    points, first = points_of(s.method, s.quadrature, s.scope, s.points)
+    points, first = search.integral.points_by(search.settings.method)
     return {"points": points} | ({"first_points": first} if first != points else {})
 
 
 def _summary(
     table: PathTable,
-    settings: DiscoverSection,
+    search: _Search,
     images: Images,
     timing: dict[str, float],
 ) -> DiscoverySummary:
+    settings = search.settings
     return DiscoverySummary(
         method=settings.method,
         scope=settings.scope,
         quadrature=settings.quadrature,
-        **_points(settings),
+        **_points(search),
         topk=settings.topk,
         accumulation=settings.accumulation,
         data=images.info(),

@@ -13,8 +13,6 @@ from npprune.core import metrics
 from npprune.errors import DataError, ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
-from npprune.pipeline.common.device import resolve_device
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import (
     Images,
     Network,
@@ -26,6 +24,7 @@ from npprune.pipeline.common.inputs import (
 )
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import run_of, update_variant
+from npprune.pipeline.common.work import Work
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
 from npprune.store.checkpoints import is_checkpoint
@@ -39,9 +38,7 @@ def evaluate(
     settings: EvaluateSection,
     *,
     dense_checkpoint: str | None = None,
-    device: str = "auto",
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> Evaluation:
     """Measure a pruned checkpoint against the dense network it came from.
 
@@ -52,24 +49,24 @@ def evaluate(
         UnstoredError: the result could not be written in the end; it carries the evaluation.
         NpPruneError: what is wrong with checkpoint, dense weights or images.
     """
-    where, reason = resolve_device(device)
-    pruned = open_checkpoint(checkpoint, where)
+    work = (work or Work()).on(STAGE)
+    pruned = open_checkpoint(checkpoint, work)
     config = pruned.config
     assert config is not None
-    recorded = recordable(run_of(checkpoint, config), STAGE, emit)
-    dense = open_dense(config, checkpoint, where, dense_checkpoint, emit)
-    emit(Event(STAGE, f"{checkpoint.name} and its dense network on {where} ({reason})"))
+    recorded = recordable(run_of(checkpoint, config), work)
+    dense = open_dense(config, checkpoint, dense_checkpoint, work)
+    work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
     outputs = config.details.get("outputs")  # a head cut to some classes
     if outputs is not None and data.classes is None:
-        emit(Event(STAGE, f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}"))
+        work.say(f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}")
     images = open_images(
-        data.val, data, dense.info, flag="--data", on_bad="error", stage=STAGE, emit=emit,
+        data.val, data, dense.info, work, asked="data.val", on_bad="error",
         preprocessing=config.preprocessing, names=dense_names(config),
     )  # fmt: skip
     started = time.perf_counter()
-    logits, labels, sample = _predict(dense, pruned, images, where, emit)
+    logits, labels, sample = _predict(dense, pruned, images, work)
     evaluation = _compare(*logits, labels, images, config, data)
-    evaluation.device = str(where)
+    evaluation.device = str(work.where)
     evaluation.label_doubt = label_doubt(
         logits[0].argmax(1), labels, dense.info.num_classes, images.source
     )
@@ -78,8 +75,8 @@ def evaluate(
     if settings.latency:
         evaluation.latency = [
             bench_pair(
-                torch_runner(dense.model, b, images=sample, device=str(where)),
-                torch_runner(pruned.model, b, images=sample, device=str(where)),
+                torch_runner(dense.model, b, images=sample, device=str(work.where)),
+                torch_runner(pruned.model, b, images=sample, device=str(work.where)),
             )
             for b in settings.batches
         ]
@@ -89,16 +86,17 @@ def evaluate(
 
     if recorded:
         with keeping(evaluation):
-            update_variant(checkpoint, config, pruned.info, dense.info, update, command=command)
+            update_variant(
+                checkpoint, config, pruned.info, dense.info, update, command=work.command
+            )
     return evaluation
 
 
 def open_dense(
     config: CheckpointConfig,
     folder: Path,
-    device: torch.device,
     override: str | None,
-    emit: Emit,
+    work: Work,
     *,
     any_weights: bool = False,
 ) -> Network:
@@ -108,7 +106,7 @@ def open_dense(
         ModelError: its weights are not where they were, or are others.
     """
     section = dense_section(config, folder, override)
-    dense = open_network(section, device, emit, STAGE)
+    dense = open_network(section, work.on(STAGE))
     if dense.info.source.sha256 != config.source.sha256 and not any_weights:
         raise ModelError(
             f"`{folder}` was pruned from weights {config.source.sha256[:12]}..., and "
@@ -162,20 +160,20 @@ def dense_reference(section: ModelSection, folder: Path) -> dict[str, object]:
 
 @torch.no_grad()
 def _predict(
-    dense: Network, pruned: Network, images: Images, device: torch.device, emit: Emit
+    dense: Network, pruned: Network, images: Images, work: Work
 ) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     """Logits [n, c] of both, labels [n], and a few of the images for timing."""
     before, after, labels = [], [], []
     sample: Tensor | None = None
     done = 0
     for batch in images.batches():
-        x = batch.images.to(device)
+        x = batch.images.to(work.where)
         before.append(dense.model(x).float().cpu())
         after.append(pruned.model(x).float().cpu())
         labels.append(batch.labels)
         sample = batch.images if sample is None else sample
         done += len(batch)
-        emit(Event(STAGE, level="progress", done=done, total=images.source.length))
+        work.progress(done, images.source.length)
     if sample is None:
         raise DataError(f"no image of `{images.source.spec}` could be read")
     return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample

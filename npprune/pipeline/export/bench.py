@@ -24,10 +24,10 @@ from npprune.export.onnx import export_onnx
 from npprune.export.session import Session, open_session
 from npprune.files import check_folder, keeping, refuse_overwriting
 from npprune.pipeline.common.device import environment, resolve_device
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import Network, open_checkpoint
 from npprune.pipeline.common.outputs import reads_of, recordable
 from npprune.pipeline.common.results import add_command, run_of
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import open_dense
 from npprune.records import Analysis, Benchmark, BenchmarkRow, FigureData, Series
 from npprune.report import text
@@ -72,8 +72,7 @@ def bench_checkpoint(
     *,
     dense_checkpoint: str | None = None,
     out: Path | None = None,
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> Benchmark:
     """Time a pruned checkpoint beside its dense network, both in float32 on noise images.
 
@@ -82,9 +81,9 @@ def bench_checkpoint(
     Raises:
         NpPruneError: what is wrong with checkpoint, dense weights, provider or settings.
     """
-    cpu = torch.device("cpu")
+    work = (work or Work()).on(STAGE).on_cpu()
     _check_out(out, reads_of(checkpoint))
-    pruned = open_checkpoint(checkpoint, cpu)
+    pruned = open_checkpoint(checkpoint, work)
     config = pruned.config
     assert config is not None
     if config.prune is None:
@@ -93,16 +92,16 @@ def bench_checkpoint(
             hint="give a folder that `npprune prune` wrote, or two .onnx files",
         )
     run = run_of(checkpoint, config)
-    recorded = recordable(run, STAGE, emit)
-    dense = open_dense(config, checkpoint, cpu, dense_checkpoint, emit)
+    recorded = recordable(run, work)
+    dense = open_dense(config, checkpoint, dense_checkpoint, work)
     with tempfile.TemporaryDirectory() as folder:
         beds = [
-            _onnx_bed(*_exported(dense, pruned, Path(folder), emit), settings.provider)
+            _onnx_bed(*_exported(dense, pruned, Path(folder), work), settings.provider)
             if runtime == "onnxruntime"
             else _torch_bed(dense, pruned, settings.provider)
             for runtime in settings.runtimes or RUNTIMES
         ]
-        rows = _time(beds, settings, emit)
+        rows = _time(beds, settings, work)
     found = _benchmark(
         dense.info.source.architecture,
         checkpoint.resolve().name,
@@ -115,7 +114,7 @@ def bench_checkpoint(
         if run is not None and recorded:
             result = run.read_result()
             result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
-            add_command(result, command)
+            add_command(result, work.command)
             run.write_result(result)
     return found
 
@@ -126,13 +125,14 @@ def bench_files(
     settings: BenchSettings,
     *,
     out: Path | None = None,
-    emit: Emit = ignore,
+    work: Work | None = None,
 ) -> Benchmark:
     """Time two ONNX files side by side on noise images, the first one as the reference.
 
     Raises:
         NpPruneError: a file cannot be opened, or the two take other images; wrong settings.
     """
+    work = (work or Work()).on(STAGE)
     if "torch" in settings.runtimes:
         raise UsageError(
             "`--runtime torch` needs a checkpoint, and .onnx files were given",
@@ -150,9 +150,9 @@ def bench_files(
     if len(fixed) > 1:
         raise UsageError(f"the two files must take the same batch size, got {sorted(fixed)}")
     if fixed and settings.batches != list(fixed):
-        emit(Event(STAGE, f"batch {next(iter(fixed))}: the only one that the files take"))
+        work.say(f"batch {next(iter(fixed))}: the only one that the files take")
         settings.batches = list(fixed)
-    rows = _time([_onnx_bed(dense, pruned, settings.provider)], settings, emit)
+    rows = _time([_onnx_bed(dense, pruned, settings.provider)], settings, work)
     found = _benchmark(dense.name, pruned.name, rows, _macs_ratio(*sessions))
     if out is not None:
         with keeping(found):
@@ -243,8 +243,8 @@ def write_benchmark(folder: Path, found: Benchmark) -> None:
 # ---------------------------------------------------------------- the two runtimes
 
 
-def _exported(dense: Network, pruned: Network, folder: Path, emit: Emit) -> tuple[Path, Path]:
-    emit(Event(STAGE, "exporting both networks"))
+def _exported(dense: Network, pruned: Network, folder: Path, work: Work) -> tuple[Path, Path]:
+    work.say("exporting both networks")
     paths = folder / "dense.onnx", folder / "pruned.onnx"
     for network, path in zip((dense, pruned), paths, strict=True):
         export_onnx(network.model, network.info.preprocessing, [], path)
@@ -305,7 +305,7 @@ def _cuda_memory(model: nn.Module, image: Tensor, batch: int, device: torch.devi
     return weights + torch.cuda.max_memory_allocated(device) - before
 
 
-def _time(beds: list[_Bed], settings: BenchSettings, emit: Emit) -> list[BenchmarkRow]:
+def _time(beds: list[_Bed], settings: BenchSettings, work: Work) -> list[BenchmarkRow]:
     """Every runtime at every batch size and thread count; a GPU at the first count only."""
     counts = settings.threads or [torch.get_num_threads()]
     jobs = [
@@ -327,9 +327,9 @@ def _time(beds: list[_Bed], settings: BenchSettings, emit: Emit) -> list[Benchma
             noise_warning(latency),
         )
         rows.append(row)
-        emit(Event(STAGE, level="progress", done=done, total=len(jobs), unit="timings"))
+        work.progress(done, len(jobs), "timings")
         if row.warning is not None:
-            emit(Event(STAGE, f"{_short(row)}: {row.warning}", level="warning"))
+            work.warn(f"{_short(row)}: {row.warning}")
     return rows
 
 

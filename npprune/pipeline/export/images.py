@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from npprune.data.labels import KnownNames
-from npprune.errors import DataError, UsageError, plural
-from npprune.pipeline.common.events import Emit, Event
+from npprune.errors import DataError, UsageError, plural, setting
 from npprune.pipeline.common.inputs import Images, open_images
+from npprune.pipeline.common.work import Work
 from npprune.recipe import DataSection
 from npprune.records import CheckpointConfig, ModelInfo
 
-STAGE = "export"
 PARITY_IMAGES = 51  # three runs of the largest batch that is compared
 HELD_OUT_IMAGES = 400  # for fp16 and int8, which are judged by accuracy
 FEW_IMAGES = 100
@@ -53,10 +52,10 @@ def read_images(
     config: CheckpointConfig | None,
     data: DataSection,
     precision: str,
+    work: Work,
     *,
     num_classes: int,
     names: KnownNames | None,
-    emit: Emit,
 ) -> ExportImages:
     """Real images for a network, `num_classes` and `names` being of the source's label space.
 
@@ -65,7 +64,7 @@ def read_images(
     Raises:
         UsageError: no source was named and none is remembered; DataError: it cannot be read.
     """
-    opened = _open(replace(info, num_classes=num_classes), config, data, emit, precision, names)
+    opened = _open(replace(info, num_classes=num_classes), config, data, work, precision, names)
     outputs: list[int] | None = None if config is None else config.details.get("outputs")
     wanted = PARITY_IMAGES if precision == "fp32" else HELD_OUT_IMAGES
     if precision == "int8":
@@ -78,19 +77,14 @@ def read_images(
             raise DataError(
                 f"int8 needs at least two readable images of `{opened.source.spec}`, one to "
                 f"calibrate and one to judge by; it has {len(labels)}",
-                hint="give more images with `--data`",
+                hint=f"give more images with {setting('data.val')}",
             )
     held = ~calibrates
     if precision != "fp32" and int(held.sum()) < FEW_IMAGES:
         n = int(held.sum())
-        emit(
-            Event(
-                STAGE,
-                f"{precision} is judged by {plural(n, 'image')} only: one of them is "
-                f"{100 / n:.1f} points "
-                "of top-1",
-                level="warning",
-            )
+        work.warn(
+            f"{precision} is judged by {plural(n, 'image')} only: one of them is {100 / n:.1f} "
+            "points of top-1"
         )
     source_labels = labels[held]
     return ExportImages(
@@ -106,7 +100,7 @@ def _open(
     info: ModelInfo,
     config: CheckpointConfig | None,
     data: DataSection,
-    emit: Emit,
+    work: Work,
     precision: str,
     names: KnownNames | None,
 ) -> Images:
@@ -121,7 +115,7 @@ def _open(
         spec = data.calibration or data.train
     try:
         return open_images(
-            spec, data, info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
+            spec, data, info, work, asked="data.val", on_bad="skip",
             preprocessing=info.preprocessing, names=names,
         )  # fmt: skip
     except DataError as err:
@@ -129,7 +123,7 @@ def _open(
             raise
         raise DataError(
             f"the checkpoint was calibrated on `{spec}`, which cannot be read now: {err.message}",
-            hint="give images with `--data SOURCE`",
+            hint=f"give images with {setting('data.val', 'SOURCE')}",
         ) from err
 
 
@@ -143,14 +137,15 @@ def _read(opened: Images, wanted: set[int] | None, count: int) -> tuple[Tensor, 
         images.append(batch.images[keep][:missing])
         labels.append(batch.labels[keep][:missing])
         missing -= len(labels[-1])
-        opened.emit(Event(STAGE, level="progress", done=count - missing, total=None))
+        opened.work.progress(count - missing, None)
         if missing == 0:
             break
     if missing == count:
         if wanted is not None and not opened.skipped:
             raise _foreign(opened, wanted)
         raise UsageError(
-            f"no image of `{opened.source.spec}` could be read", hint="give others with `--data`"
+            f"no image of `{opened.source.spec}` could be read",
+            hint=f"give others with {setting('data.val')}",
         )
     return torch.cat(images), torch.cat(labels)
 
@@ -171,7 +166,7 @@ def _foreign(opened: Images, wanted: set[int]) -> DataError:
     return DataError(
         f"no image of `{opened.source.spec}` is of one of the {len(wanted)} classes that the "
         "checkpoint's head was cut to",
-        hint="give images of those classes with `--data`",
+        hint=f"give images of those classes with {setting('data.val')}",
     )
 
 

@@ -6,17 +6,17 @@ A pruned checkpoint and a dense network go the same way; only the timing needs b
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from npprune.errors import GateError, ModelError, UsageError
+from npprune.errors import GateError, ModelError, UsageError, setting
 from npprune.export.archive import to_timm, to_torch_archive
 from npprune.export.bench import bench_pair, noise_warning, onnx_runner
-from npprune.export.checked import export_checked
-from npprune.export.onnx import Producer, export_onnx, to_pixels
+from npprune.export.checked import Comparison, export_checked
+from npprune.export.onnx import Int8Needs, OnnxForm, Producer, export_onnx, to_pixels
 from npprune.export.parity import (
     GATES,
     Gate,
@@ -38,7 +38,6 @@ from npprune.files import (
     staging,
 )
 from npprune.models.load import load_timm_folder
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import (
     Network,
     class_names,
@@ -48,6 +47,7 @@ from npprune.pipeline.common.inputs import (
 )
 from npprune.pipeline.common.outputs import reads_of, recordable
 from npprune.pipeline.common.results import run_of, update_variant
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import open_dense
 from npprune.pipeline.export.images import ExportImages, read_images, whole_batches
 from npprune.recipe import DataSection, ExportSection, ModelSection, check
@@ -67,8 +67,7 @@ def export_checkpoint(
     out: Path | None = None,
     provider: str = "auto",
     dense_checkpoint: str | None = None,
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> ExportRecord:
     """Export a checkpoint, compare it on real images, time it beside the dense network.
 
@@ -80,26 +79,27 @@ def export_checkpoint(
         GateError: the file does not agree with PyTorch.
         NpPruneError: what is wrong with checkpoint, images or target.
     """
+    work = (work or Work()).on(STAGE).on_cpu()
     target = out or default_target(checkpoint, settings.format)
     reads = [*reads_of(checkpoint), *([dense_checkpoint] if dense_checkpoint else [])]
     _check(settings, provider, target, reads)
-    network = open_checkpoint(checkpoint, torch.device("cpu"))
+    network = open_checkpoint(checkpoint, work)
     config = network.config
     assert config is not None
-    recorded = recordable(run_of(checkpoint, config), STAGE, emit)
-    dense = _dense(config, checkpoint, settings, dense_checkpoint, emit)
+    recorded = recordable(run_of(checkpoint, config), work)
+    dense = _dense(config, checkpoint, settings, dense_checkpoint, work)
     read = read_images(
-        network.info, config, data, settings.precision,
-        num_classes=_label_space(config, dense), names=dense_names(config), emit=emit,
+        network.info, config, data, settings.precision, work,
+        num_classes=_label_space(config, dense), names=dense_names(config),
     )  # fmt: skip
     subject = _Subject(
         network, config.classes, read,
         Producer(config.source.architecture, config.plan_sha256, config.weights_sha256),
     )  # fmt: skip
-    emit(Event(STAGE, f"exporting {checkpoint.name} to {target}"))
-    record = _write(subject, settings, target, provider, emit)
+    work.say(f"exporting {checkpoint.name} to {target}")
+    record = _write(subject, settings, target, provider, work)
     if dense is not None:
-        _time(record, subject, dense, settings, target, provider, emit)
+        _time(record, subject, dense, settings, target, provider, work)
 
     def update(variant: Variant) -> None:
         old = [variant.export] if variant.export is not None else []
@@ -109,7 +109,9 @@ def export_checkpoint(
     with keeping(record):
         atomic.write_json(record_path(target, settings.format), record)
         if recorded:
-            update_variant(checkpoint, config, network.info, network.info, update, command=command)
+            update_variant(
+                checkpoint, config, network.info, network.info, update, command=work.command
+            )
     return record
 
 
@@ -120,7 +122,7 @@ def export_model(
     *,
     out: Path,
     provider: str = "auto",
-    emit: Emit = ignore,
+    work: Work | None = None,
 ) -> ExportRecord:
     """Export a network as it is, on the same way as a checkpoint; there is nothing to time it
     beside.
@@ -129,17 +131,18 @@ def export_model(
         GateError: the file does not agree with PyTorch.
         NpPruneError: what is wrong with the network, images or target.
     """
+    work = (work or Work()).on(STAGE).on_cpu()
     _check(settings, provider, out, reads_of(model))
-    network = open_network(model, torch.device("cpu"), emit, STAGE)
+    network = open_network(model, work)
     info = network.info
     read = read_images(
-        info, None, data, settings.precision, num_classes=info.num_classes, names=network.names,
-        emit=emit,
+        info, None, data, settings.precision, work, num_classes=info.num_classes,
+        names=network.names,
     )  # fmt: skip
     producer = Producer(info.source.architecture, weights_sha256=info.source.sha256)
     subject = _Subject(network, class_names(read.opened, info.num_classes), read, producer)
-    emit(Event(STAGE, f"exporting {info.source.architecture} to {out}"))
-    record = _write(subject, settings, out, provider, emit)
+    work.say(f"exporting {info.source.architecture} to {out}")
+    record = _write(subject, settings, out, provider, work)
     with keeping(record):
         atomic.write_json(record_path(out, settings.format), record)
     return record
@@ -188,7 +191,8 @@ def _check(
     suffix = SUFFIXES[settings.format]
     if target.suffix != suffix and suffix:
         raise UsageError(
-            f"`--out` must end in {suffix} for `--format {settings.format}`, got `{target}`"
+            f"`--out` must end in {suffix} for {setting('export.format', settings.format)}, "
+            f"got `{target}`"
         )
     files = [target]
     if settings.format == "timm":
@@ -200,8 +204,8 @@ def _check(
         refuse_overwriting(path, reads)
     if settings.format != "onnx" and provider != "auto":
         raise UsageError(
-            f"`--provider {provider}` does not go with `--format {settings.format}`",
-            hint="leave it out, or export with `--format onnx`",
+            f"`--provider {provider}` does not go with {setting('export.format', settings.format)}",
+            hint=f"leave it out, or export with {setting('export.format', 'onnx')}",
         )
 
 
@@ -210,18 +214,18 @@ def _dense(
     checkpoint: Path,
     settings: ExportSection,
     override: str | None,
-    emit: Emit,
+    work: Work,
 ) -> Network | None:
     """The dense network to time beside; None where there is nothing to time or it is not there."""
     if config.prune is None or settings.format != "onnx" or not settings.latency:
         return None
     try:
-        return open_dense(config, checkpoint, torch.device("cpu"), override, emit)
+        return open_dense(config, checkpoint, override, work)
     except ModelError as err:
         if override is not None:
             raise
         said = f"not timed against the dense network: {err.message}"
-        emit(Event(STAGE, f"{said}; `--dense FILE` says where it is", level="warning"))
+        work.warn(f"{said}; `--dense FILE` says where it is")
         return None
 
 
@@ -244,7 +248,7 @@ def _label_space(config: CheckpointConfig, dense: Network | None) -> int:
 
 
 def _write(
-    subject: _Subject, settings: ExportSection, target: Path, provider: str, emit: Emit
+    subject: _Subject, settings: ExportSection, target: Path, provider: str, work: Work
 ) -> ExportRecord:
     """The file in the format asked for, compared before it gets its name."""
     read = subject.read
@@ -256,64 +260,61 @@ def _write(
             batch=settings.batch, producer=subject.producer,
         )  # fmt: skip
     else:
-        record = _write_onnx(subject, settings, target, provider, emit)
+        record = _write_onnx(subject, settings, target, provider, work)
         record.details["provider_asked"] = provider
     record.details["images"] = read.details()
     return record
 
 
 def _write_onnx(
-    subject: _Subject, settings: ExportSection, target: Path, provider: str, emit: Emit
+    subject: _Subject, settings: ExportSection, target: Path, provider: str, work: Work
 ) -> ExportRecord:
     read, gate = subject.read, GATES[settings.precision]
     if settings.max_drop is not None:
         gate = replace(gate, max_drop=settings.max_drop)
-    calibration, score = _int8_needs(subject, settings, read.labels, emit)
     try:
         return export_checked(
             subject.network.model,
             subject.preprocessing,
             subject.classes,
-            read.images,
             target,
-            opset=settings.opset,
-            batch=settings.batch,
-            precision=settings.precision,
-            with_preprocessing=settings.with_preprocessing,
-            calibration=calibration,
-            score=score,
+            Comparison(read.images, read.labels, provider=provider, gate=gate),
+            _form(settings),
+            int8=_int8_needs(subject, settings, read.labels, work),
             producer=subject.producer,
-            labels=read.labels,
-            provider=provider,
-            gate=gate,
         )
     except GateError as err:
         if settings.precision == "fp32":
             raise
         raise GateError(
             err.message,
-            hint="no file was kept under that name; `--max-drop POINTS` allows top-1 to fall more, "
-            "and fp32 and fp16 lose less",
+            hint="no file was kept under that name; "
+            f"{setting('export.max_drop', 'POINTS')} allows top-1 to fall more, and fp32 and fp16 "
+            "lose less",
         ) from err
 
 
+def _form(settings: ExportSection) -> OnnxForm:
+    """How the file is to be."""
+    return OnnxForm(settings.opset, settings.batch, settings.precision, settings.with_preprocessing)
+
+
 def _int8_needs(
-    subject: _Subject, settings: ExportSection, labels: torch.Tensor, emit: Emit
-) -> tuple[torch.Tensor | None, Callable[[Session], float] | None]:
+    subject: _Subject, settings: ExportSection, labels: torch.Tensor, work: Work
+) -> Int8Needs | None:
     """Calibration images, and the accuracy on held-out ones by which candidates are chosen."""
     read = subject.read
     if settings.precision != "int8" or read.calibration is None:
-        return None, None
+        return None
     top1 = top1_score(read.images, labels, subject.preprocessing)
 
     def score(session: Session) -> float:
         share = top1(session)
         name = session.path.suffix.removeprefix(".")
-        said = f"{name}: top-1 {100 * share:.2f} % on {len(labels)} held-out images"
-        emit(Event(STAGE, said))
+        work.say(f"{name}: top-1 {100 * share:.2f} % on {len(labels)} held-out images")
         return share
 
-    return whole_batches(read.calibration, settings.batch), score
+    return Int8Needs(whole_batches(read.calibration, settings.batch), score)
 
 
 def _write_timm(subject: _Subject, target: Path) -> ExportRecord:
@@ -358,12 +359,11 @@ def _time(
     settings: ExportSection,
     target: Path,
     provider: str,
-    emit: Emit,
+    work: Work,
 ) -> None:
     """Milliseconds beside the dense network, exported with the same settings; into the record."""
-    emit(Event(STAGE, "timing it against the dense network"))
+    work.say("timing it against the dense network")
     read = subject.read
-    calibration, score = _int8_needs(subject, settings, read.source_labels, ignore)
     threads = torch.get_num_threads()
     feed = read.images[: max(BATCHES)]
     if settings.with_preprocessing:
@@ -375,12 +375,8 @@ def _time(
             subject.preprocessing,
             [],
             beside,
-            opset=settings.opset,
-            batch=settings.batch,
-            precision=settings.precision,
-            with_preprocessing=settings.with_preprocessing,
-            calibration=calibration,
-            score=score,
+            _form(settings),
+            int8=_int8_needs(subject, settings, read.source_labels, Work()),  # in silence
         )
         record.dense_bytes = sum(f.stat().st_size for f in Path(folder).iterdir())
         for b in BATCHES if settings.batch == "dynamic" else (int(settings.batch),):
@@ -393,4 +389,4 @@ def _time(
             record.latency.append(latency)
             if (said := noise_warning(latency)) is not None:
                 record.details.setdefault("notes", []).append(said)
-                emit(Event(STAGE, said, level="warning"))
+                work.warn(said)

@@ -13,23 +13,22 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from npprune.core.compression import healing
 from npprune.core.view import VitView
-from npprune.errors import GateError, NpPruneError
+from npprune.errors import GateError, NpPruneError, setting
 from npprune.models.view import make_view
-from npprune.pipeline.common.events import Emit, Event
-from npprune.pipeline.common.processes import Processes
-from npprune.pipeline.heal.image_cache import Chunk, Memory, Pool
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.heal.image_cache import Chunk, ImagesInMemory
 from npprune.pipeline.heal.teacher import (
     MEASURE_BATCH,
-    Held,
     Outcome,
+    Saved,
     Teacher,
+    TrainingSet,
     autocast,
     feature_weight,
     measure,
@@ -38,7 +37,6 @@ from npprune.pipeline.heal.teacher import (
 )
 from npprune.recipe import HealSection
 from npprune.records import HealPoint
-from npprune.store.training import TrainingFolder
 
 STAGE = "heal"
 CLIP = 1.0  # of the gradient's norm
@@ -93,35 +91,38 @@ class Distillation:
         self,
         student: nn.Module,
         teacher: Teacher,
-        pool: Pool,
-        held: Held,
+        data: TrainingSet,
         settings: HealSection,
         *,
         mixing: bool,
-        folder: TrainingFolder,
-        identity: dict[str, Any],
-        device: torch.device,
-        processes: Processes,
-        seed: int,
-        emit: Emit,
+        saved: Saved,
+        work: Work,
         started: float,
     ) -> None:
-        """mixing: images are mixed in pairs. identity: what decides the result; a state of another
-        one is refused. started: the clock when healing began, for `minutes`."""
+        """mixing: images are mixed in pairs. started: the clock when healing began, for
+        `minutes`."""
         self.student = student.eval().requires_grad_(True)  # no dropout: the teacher has none
         self.average = copy.deepcopy(student).requires_grad_(False)
         self.best_weights = weights(student)
-        self.teacher, self.pool, self.held, self.settings = teacher, pool, held, settings
-        self.mixing, self.folder, self.identity = mixing, folder, identity
+        self.teacher, self.images, self.held, self.settings = (
+            teacher,
+            data.images,
+            data.held,
+            settings,
+        )
+        self.mixing, self.folder, self.identity = mixing, saved.folder, saved.identity
+        self.work = work.on(STAGE)
+        self.processes = self.work.team
         view = make_view(student)
         self.feature_weight = feature_weight(settings, view, teacher)
-        self.trained = processes.shared(_Trained(student, view))
-        self.device, self.processes, self.seed, self.emit = device, processes, seed, emit
+        self.trained = self.processes.shared(_Trained(student, view))
         self.started = started
         self.progress = Progress()
         self.table: Tensor | None = None
-        self.batch = min(settings.batch_size, pool.count)
-        self.steps_per_epoch = pool.count // self.batch  # what is left over comes another time
+        self.batch = min(settings.batch_size, self.images.count)
+        self.steps_per_epoch = (
+            self.images.count // self.batch
+        )  # what is left over comes another time
         groups = healing.parameter_groups(student, settings.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr)  # type: ignore[arg-type]
         self.course = Course(None, 1, 1, 0.0, False)
@@ -198,9 +199,9 @@ class Distillation:
             left = 60 * self.settings.minutes - self._clock()
             expected, steps = max(1, int(left / self.processes.on_first(self._step_seconds))), None
         interval = min(self.steps_per_epoch, -(-expected // MEASURED_AT_LEAST), MEASURED_EVERY)
-        size = 2 * 4 * self.pool.count * self.held.chosen.shape[1]
+        size = 2 * 4 * self.images.count * self.held.chosen.shape[1]
         table = (
-            isinstance(self.pool, Memory)
+            isinstance(self.images, ImagesInMemory)
             and not self.feature_weight
             and not self.mixing
             and expected >= TABLE_EPOCHS * self.steps_per_epoch
@@ -211,11 +212,11 @@ class Distillation:
     def _step_seconds(self) -> float:
         """Seconds of one step, tried on a copy."""
         trial = copy.deepcopy(self.student)
-        x = self.held.memory.images(slice(0, self.batch)).to(self.device)
+        x = self.held.memory.images(slice(0, self.batch)).to(self.work.where)
         spent = 0.0
         for _ in range(2):  # the first one warms up
             began = time.perf_counter()
-            with autocast(self.device, self.settings.precision):
+            with autocast(self.work.where, self.settings.precision):
                 loss = trial(x).float().square().mean()
             loss.backward()
             self.teacher.chosen_logits(x)
@@ -226,20 +227,21 @@ class Distillation:
         """The teacher's logits of every image, as it is and mirrored: [n, 2, c]."""
         if not self.course.table:
             return
-        assert isinstance(self.pool, Memory)
+        assert isinstance(self.images, ImagesInMemory)
         if kept is not None:
             self.table = kept["logits"]
             return
-        n = self.pool.count
+        n = self.images.count
         table = torch.zeros(n, 2, self.held.chosen.shape[1])
         for turn, start in enumerate(range(0, n, MEASURE_BATCH)):
             if turn % self.processes.count != self.processes.rank:
                 continue
             rows = slice(start, start + MEASURE_BATCH)
-            x = self.pool.images(rows).to(self.device)
+            x = self.images.images(rows).to(self.work.where)
             table[rows, 0] = self.teacher.chosen_logits(x).cpu()
             table[rows, 1] = self.teacher.chosen_logits(x.flip(-1)).cpu()
-            self._tell("the dense network's predictions", min(n, start + MEASURE_BATCH), n)
+            done = min(n, start + MEASURE_BATCH)
+            self.work.progress(done, n, message="the dense network's predictions")
         self.processes.add_up(table)
         self.table = table
         self.processes.on_first(lambda: self.folder.save_table({"logits": table}))
@@ -249,10 +251,10 @@ class Distillation:
     def _rest_of_epoch(self) -> Iterator[Chunk]:
         """This rank's part of each batch that is left of the epoch."""
         epoch, gone = divmod(self.progress.step, self.steps_per_epoch)
-        order = healing.epoch_order(self.seed, epoch, self.pool.count)
+        order = healing.epoch_order(self.work.seed, epoch, self.images.count)
         parts = order.split(self.batch)[gone : self.steps_per_epoch]
         mine = [part.tensor_split(self.processes.count)[self.processes.rank] for part in parts]
-        return self.pool.epoch(epoch, mine)
+        return self.images.epoch(epoch, mine)
 
     def _step(self, chunk: Chunk) -> None:
         factor = healing.rate(self._share())
@@ -283,17 +285,17 @@ class Distillation:
 
     def _losses(self, chunk: Chunk) -> Tensor:
         """The loss of each image: [b]."""
-        images, labels = chunk.images.to(self.device), chunk.labels.to(self.device)
+        images, labels = chunk.images.to(self.work.where), chunk.labels.to(self.work.where)
         share = 1.0
         if self.mixing:
-            g = healing.generator_at(self.seed, "mix", self.progress.step)
+            g = healing.generator_at(self.work.seed, "mix", self.progress.step)
             share = float(torch.rand(1, generator=g))
             images = healing.mix(images, share)
         with_features = self.feature_weight > 0
-        with autocast(self.device, self.settings.precision):
+        with autocast(self.work.where, self.settings.precision):
             streams, logits = self.trained(images)
         if self.table is not None:
-            chosen = self.table[chunk.rows, chunk.flipped.long()].to(self.device)
+            chosen = self.table[chunk.rows, chunk.flipped.long()].to(self.work.where)
         elif with_features:
             theirs, chosen = self.teacher.streams_and_logits(images)
         else:
@@ -318,8 +320,12 @@ class Distillation:
         return GateError(
             f"the loss became {loss} at step {self.progress.step} of "
             f"{self.course.expected_steps}: training diverged, and nothing was written",
-            hint=f"a smaller `--lr` than {self.settings.lr:g}"
-            + (", or `--precision fp32`" if self.settings.precision != "fp32" else ""),
+            hint=f"a smaller {setting('heal.lr')} than {self.settings.lr:g}"
+            + (
+                f", or {setting('heal.precision', 'fp32')}"
+                if self.settings.precision != "fp32"
+                else ""
+            ),
         )
 
     # ------------------------------------------------------------ measurements and the state
@@ -329,7 +335,7 @@ class Distillation:
         now = self.progress
         losses = now.losses
         point = measure(
-            self.average, self.teacher, self.held, self.processes, self.device,
+            self.average, self.teacher, self.held, self.work,
             step=now.step, seconds=self._clock(),
             loss=sum(losses) / len(losses) if losses else None,
         )  # fmt: skip
@@ -397,13 +403,10 @@ class Distillation:
             state.setdefault(int(index), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        self.emit(Event(STAGE, f"resumes at step {now.step} of {self.folder.path}"))
+        self.work.say(f"resumes at step {now.step} of {self.folder.path}")
         return True
 
     # ------------------------------------------------------------ talk
-
-    def _tell(self, what: str, done: int, total: int) -> None:
-        self.emit(Event(STAGE, what, level="progress", done=done, total=total))
 
     def _tell_step(self) -> None:
         now = self.progress
@@ -416,13 +419,4 @@ class Distillation:
             assert self.settings.minutes is not None
             total, unit = int(60 * self.settings.minutes), "seconds"
             done = min(total, int(time.perf_counter() - self.started))
-        self.emit(
-            Event(
-                STAGE,
-                level="progress",
-                done=done,
-                total=total,
-                unit=unit,
-                data={"note": note, "loss": now.losses[-1], "step": now.step},
-            )
-        )
+        self.work.progress(done, total, unit, note=note, loss=now.losses[-1], step=now.step)

@@ -14,7 +14,6 @@ from npprune.core.compression.healing import epoch_flips
 from npprune.data.augmentation import augmented_batches
 from npprune.data.loading import Batch, batches
 from npprune.errors import DataError
-from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.inputs import Images
 from npprune.records import Preprocessing
 
@@ -23,7 +22,7 @@ MEMORY_SHARE = 4  # images may take one part in so many of the free memory
 
 @dataclass
 class Chunk:
-    """Some training images: rows of the pool [b], images [b, c, h, w] as the network takes
+    """Some training images: rows among them [b], images [b, c, h, w] as the network takes
     them, labels [b] (-1: none), and which are mirrored [b]."""
 
     rows: Tensor
@@ -32,7 +31,7 @@ class Chunk:
     flipped: Tensor
 
 
-class Pool(Protocol):
+class TrainingImages(Protocol):
     """Training images by row."""
 
     count: int
@@ -42,7 +41,7 @@ class Pool(Protocol):
         ...
 
 
-class Memory:
+class ImagesInMemory:
     """Images in memory, 8 bits a channel: the bits that the files were decoded to."""
 
     def __init__(
@@ -73,7 +72,7 @@ class Memory:
             yield Chunk(rows, images, self.labels[rows], flipped)
 
 
-class Files:
+class ImagesInFiles:
     """Images read anew in every epoch. `strong`: with timm's augmentation instead of flips."""
 
     def __init__(
@@ -126,7 +125,7 @@ class Files:
         for name in skipped:
             if name not in images.skipped:  # it is met again in every epoch
                 images.skipped.append(name)
-                images.emit(Event(images.stage, f"skipped `{name}`: it cannot be read", "warning"))
+                images.work.warn(f"skipped `{name}`: it cannot be read")
 
     def _nothing(self) -> Chunk:
         empty = torch.empty(0, dtype=torch.int64)
@@ -135,13 +134,14 @@ class Files:
 
 
 def read(
-    images: Images, positions: Sequence[int] | None, what: str, *, processes: int = 1
+    images: Images, positions: Sequence[int] | None, what: str, *, sharing: int = 1
 ) -> tuple[Tensor, Tensor, list[int]] | None:
     """Pixels as bytes [n, c, h, w], labels [n] and positions, or None where they do not fit.
 
-    Unreadable images are left out. `positions` None: all images, of a stream too.
+    Unreadable images are left out. `positions` None: all images, of a stream too. `sharing`:
+    processes that share the machine's memory.
     """
-    room = psutil.virtual_memory().available // (MEMORY_SHARE * processes)
+    room = psutil.virtual_memory().available // (MEMORY_SHARE * sharing)
     channels, height, width = images.preprocessing.input_size
     fit = room // (channels * height * width)
     total = images.source.length if positions is None else len(positions)
@@ -154,7 +154,7 @@ def read(
         found += batch.positions
         if len(found) > fit:
             return None
-        images.emit(Event(images.stage, what, level="progress", done=len(found), total=total))
+        images.work.progress(len(found), total, message=what)
     if not found:
         raise DataError(f"no image of `{images.source.spec}` could be read")
     return torch.cat(pixels), torch.cat(labels), found

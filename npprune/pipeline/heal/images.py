@@ -9,16 +9,14 @@ import torch
 from npprune.data.sources import ImageSource
 from npprune.data.transforms import make_transform, resolve
 from npprune.data.unlabelled import Joined, open_unlabelled
-from npprune.errors import DataError, plural
-from npprune.pipeline.common.events import Emit, Event
+from npprune.errors import DataError, plural, setting
 from npprune.pipeline.common.inputs import Images, dense_names, open_images
-from npprune.pipeline.common.processes import Processes
-from npprune.pipeline.heal.image_cache import Files, Memory, Pool, read
-from npprune.pipeline.heal.teacher import Held, Teacher, logits_of
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.heal.image_cache import ImagesInFiles, ImagesInMemory, read
+from npprune.pipeline.heal.teacher import HeldOut, Teacher, TrainingSet, logits_of
 from npprune.recipe import DataSection, HealSection
 from npprune.records import CheckpointConfig, ModelInfo
 
-STAGE = "heal"
 HELD_OUT = 10  # one image of so many is never trained on
 HELD_OUT_MOST = 2000
 
@@ -28,7 +26,7 @@ def open_training_images(
     dense: ModelInfo,
     data: DataSection,
     settings: HealSection,
-    emit: Emit,
+    work: Work,
 ) -> tuple[Images, Images | None]:
     """The images, those of `unlabelled` behind them (and alone beside them)."""
     specialised = config.details.get("classes")
@@ -38,8 +36,8 @@ def open_training_images(
         asked = data.model_copy(update={"classes": list(specialised)})
     try:
         images = open_images(
-            data.train or data.calibration, asked, dense, flag="--data", on_bad="skip",
-            stage=STAGE, emit=emit, preprocessing=config.preprocessing, names=names,
+            data.train or data.calibration, asked, dense, work, asked="data.train", on_bad="skip",
+            preprocessing=config.preprocessing, names=names,
         )  # fmt: skip
     except DataError as err:
         spec = data.train or data.calibration or ""
@@ -47,40 +45,36 @@ def open_training_images(
         if needed or names.within is not None or not spec.startswith("folder:"):
             raise
         source = open_unlabelled(spec)  # raises where there are no images at all
-        emit(Event(STAGE, f"labels are not used: {err.message}"))
-        images = _unlabelled(source, config, asked, emit)
+        work.say(f"labels are not used: {err.message}")
+        images = _unlabelled(source, config, asked, work)
     if specialised is not None and not set(images.source.selected) <= set(specialised):
         other = sorted(set(images.source.selected) - set(specialised))[0]
         raise DataError(
             f"the checkpoint was pruned for {plural(len(specialised), 'class', 'classes')}, and "
             f"class {other} is not "
             "one of them",
-            hint="leave `--classes` out, or choose among those of the checkpoint",
+            hint=f"leave {setting('data.classes')} out, or choose among those of the checkpoint",
         )
     if settings.unlabelled is None:
         return images, None
-    extra = _unlabelled(open_unlabelled(settings.unlabelled), config, asked, emit)
-    emit(
-        Event(
-            STAGE,
-            f"{settings.unlabelled}: {plural(extra.source.length or 0, 'more image')}, unlabelled",
-        )
-    )
+    extra = _unlabelled(open_unlabelled(settings.unlabelled), config, asked, work)
+    more = plural(extra.source.length or 0, "more image")
+    work.say(f"{settings.unlabelled}: {more}, unlabelled")
     joined = replace(images, source=Joined(images.source, extra.source))
     return joined, extra
 
 
 def _unlabelled(
-    source: ImageSource, config: CheckpointConfig, data: DataSection, emit: Emit
+    source: ImageSource, config: CheckpointConfig, data: DataSection, work: Work
 ) -> Images:
     pre = resolve(
         config.preprocessing, mean=data.mean, std=data.std, interpolation=data.interpolation,
         crop_pct=data.crop_pct, crop_mode=data.crop_mode,
     )  # fmt: skip
     for note in source.notes:
-        emit(Event(STAGE, note, level="warning"))
+        work.warn(note)
     on_bad = data.on_bad_image or "skip"
-    return Images(source, pre, make_transform(pre), data, on_bad, STAGE, emit)
+    return Images(source, pre, make_transform(pre), data, on_bad, work)
 
 
 def split(images: Images) -> tuple[list[int] | None, list[int] | None]:
@@ -114,45 +108,49 @@ def read_training_images(
     held_out: list[int] | None,
     course: str,
     teacher: Teacher,
-    device: torch.device,
-    peers: Processes,
-    seed: int,
-) -> tuple[Pool, Held]:
+    work: Work,
+) -> TrainingSet:
     """The training images, in memory where they fit, and those held out with the teacher's
     logits."""
     flips = course in ("mixed", "flips")
     outputs = teacher.chosen if not teacher.expands else None
-    pool: Pool
+    seed, sharing = work.seed, work.team.local_count
     if train is None or held_out is None:
-        everything = read(images, None, "reading images", processes=peers.local_count)
+        everything = read(images, None, "reading images", sharing=sharing)
         if everything is None:
             raise DataError(
                 f"the images of the stream `{images.source.spec}` do not fit into memory",
-                hint="`--images-per-class N` takes fewer, a folder can be read again and again",
+                hint=f"{setting('data.images_per_class', 'N')} takes fewer, a folder can be read "
+                "again and again",
             )
         pixels, labels, found = everything
         labels = to_outputs(labels, outputs)
         chosen, other = every_tenth(len(found), len(found), images.source.spec)
-        pool = Memory(pixels[chosen], labels[chosen], images.preprocessing, flips=flips, seed=seed)
-        memory = Memory(pixels[other], labels[other], images.preprocessing, flips=False, seed=seed)
-        return pool, _held(memory, teacher, device)
-    kept = read(images, held_out, "reading held-out images")
-    if kept is None:
+        kept, memory = (
+            ImagesInMemory(
+                pixels[rows], labels[rows], images.preprocessing, flips=mirrored, seed=seed
+            )
+            for rows, mirrored in ((chosen, flips), (other, False))
+        )
+        return TrainingSet(kept, _held_out(memory, teacher, work))
+    measured = read(images, held_out, "reading held-out images")
+    if measured is None:
         raise DataError("the held-out images do not fit into memory")
-    pixels, labels = kept[0], to_outputs(kept[1], outputs)
-    memory = Memory(pixels, labels, images.preprocessing, flips=False, seed=seed)
-    held = _held(memory, teacher, device)
+    pixels, labels = measured[0], to_outputs(measured[1], outputs)
+    memory = ImagesInMemory(pixels, labels, images.preprocessing, flips=False, seed=seed)
+    held = _held_out(memory, teacher, work)
     everything = None
     if course != "strong":
-        everything = read(images, train, "reading images", processes=peers.local_count)
+        everything = read(images, train, "reading images", sharing=sharing)
     if everything is not None:
         pixels, labels = everything[0], to_outputs(everything[1], outputs)
-        return Memory(pixels, labels, images.preprocessing, flips=flips, seed=seed), held
-    pool = Files(
+        kept = ImagesInMemory(pixels, labels, images.preprocessing, flips=flips, seed=seed)
+        return TrainingSet(kept, held)
+    files = ImagesInFiles(
         images, train, strong=course == "strong", flips=flips, seed=seed,
         relabel=lambda y: to_outputs(y, outputs),
     )  # fmt: skip
-    return pool, held
+    return TrainingSet(files, held)
 
 
 def to_outputs(labels: torch.Tensor, outputs: list[int] | None) -> torch.Tensor:
@@ -163,5 +161,5 @@ def to_outputs(labels: torch.Tensor, outputs: list[int] | None) -> torch.Tensor:
     return torch.tensor([place.get(int(y), -1) for y in labels], dtype=torch.int64)
 
 
-def _held(memory: Memory, teacher: Teacher, device: torch.device) -> Held:
-    return Held(memory, logits_of(teacher, memory, device))
+def _held_out(memory: ImagesInMemory, teacher: Teacher, work: Work) -> HeldOut:
+    return HeldOut(memory, logits_of(teacher, memory, work.where))

@@ -15,17 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core.compression.healing import Reconstructed, reconstruct_blocks
-from npprune.errors import GateError
+from npprune.errors import DataError, GateError, setting
 from npprune.models.view import make_view
-from npprune.pipeline.common.events import Emit, Event
-from npprune.pipeline.common.processes import Processes
-from npprune.pipeline.heal.image_cache import MEMORY_SHARE, Memory
-from npprune.pipeline.heal.teacher import Held, Outcome, Teacher, measure, weights, without_numbers
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.heal.image_cache import MEMORY_SHARE, ImagesInMemory
+from npprune.pipeline.heal.teacher import (
+    Outcome,
+    Saved,
+    Teacher,
+    TrainingSet,
+    measure,
+    weights,
+    without_numbers,
+)
 from npprune.recipe import HealSection
 from npprune.records import HealPoint
-from npprune.store.training import TrainingFolder
 
-STAGE = "heal"
 TOKENS = 64  # of each image
 COPIES = 3  # of the stream that are held: before a block, its attention, its target
 
@@ -33,22 +38,28 @@ COPIES = 3  # of the stream that are held: before a block, its attention, its ta
 def reconstruct(
     student: nn.Module,
     teacher: Teacher,
-    memory: Memory,
-    held: Held,
+    data: TrainingSet,
     settings: HealSection,
     *,
-    folder: TrainingFolder,
-    identity: dict[str, Any],
-    device: torch.device,
-    seed: int,
-    emit: Emit,
+    saved: Saved,
+    work: Work,
     started: float,
 ) -> Outcome:
     """Train block by block; the best weights by held-out divergence are left in `student`.
 
+    started: the clock when healing began.
+
     Raises:
         GateError: the network's predictions are no numbers any more.
+        DataError: the images are not in memory.
     """
+    memory, held, folder = data.images, data.held, saved.folder
+    if not isinstance(memory, ImagesInMemory):
+        raise DataError(
+            f"{setting('heal.layerwise')} holds its images in memory, and {memory.count} do not "
+            "fit",
+            hint=f"{setting('data.images_per_class', 'N')} takes fewer",
+        )
     student.eval().requires_grad_(True)
     view = make_view(student)
     history: list[HealPoint] = []
@@ -58,7 +69,7 @@ def reconstruct(
     def watch(block: int, loss: float | None) -> None:
         nonlocal best
         point = measure(
-            student, teacher, held, Processes(), device,
+            student, teacher, held, work,
             step=block, seconds=time.perf_counter() - started, loss=loss,
         )  # fmt: skip
         if not point.divergence_nats < float("inf"):
@@ -66,31 +77,23 @@ def reconstruct(
                 raise without_numbers(held)
             raise GateError(
                 f"block {block - 1} was trained to give no numbers any more",
-                hint=f"a smaller `--lr` than {settings.lr:g}",
+                hint=f"a smaller {setting('heal.lr')} than {settings.lr:g}",
             )
         if all(point.divergence_nats < p.divergence_nats for p in history):
             best = weights(student)
         history.append(point)
         about = {
-            "settings": identity,
+            "settings": saved.identity,
             "step": block,
             "history": [asdict(p) for p in history],
             "seconds": time.perf_counter() - started,
         }
         tensors = {f"student/{k}": v for k, v in weights(student).items()}
         folder.save(about, tensors | {f"best/{k}": v for k, v in best.items()})
-        emit(
-            Event(
-                STAGE,
-                level="progress",
-                done=block,
-                total=len(view.widths),
-                unit="blocks",
-                data={"note": f"held-out agreement {100 * point.agreement:.1f} %"},
-            )
-        )
+        note = f"held-out agreement {100 * point.agreement:.1f} %"
+        work.progress(block, len(view.widths), "blocks", note=note)
 
-    found = folder.load(identity)
+    found = folder.load(saved.identity)
     if found is None:
         first = 0
         watch(0, None)
@@ -100,7 +103,7 @@ def reconstruct(
         history = [HealPoint(**p) for p in about["history"]]
         student.load_state_dict(_part(tensors, "student/"))
         best = _part(tensors, "best/")
-        emit(Event(STAGE, f"resumes at block {first} of {folder.path}"))
+        work.say(f"resumes at block {first} of {folder.path}")
 
     def after(block: Reconstructed) -> None:
         watch(block.block + 1, block.after)
@@ -110,10 +113,10 @@ def reconstruct(
     reconstruct_blocks(
         view,
         teacher.view,
-        [memory.images(part).to(device) for part in rows.split(settings.batch_size)],
+        [memory.images(part).to(work.where) for part in rows.split(settings.batch_size)],
         epochs=settings.epochs,
         learning_rate=settings.lr,
-        seed=seed,
+        seed=work.seed,
         tokens=TOKENS,
         first=first,
         on_block=after,
@@ -132,7 +135,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fit(memory: Memory, student: nn.Module, embed: Any) -> int:
+def _fit(memory: ImagesInMemory, student: nn.Module, embed: Any) -> int:
     """How many images' streams fit into memory."""
     x = memory.images(slice(0, 1)).to(next(student.parameters()).device)
     size = embed(x).numel() * 4 * COPIES + x.numel() * 4

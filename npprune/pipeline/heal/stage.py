@@ -10,15 +10,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from npprune.data.unlabelled import Joined
-from npprune.errors import DataError, ModelError, UsageError, plural
+from npprune.errors import ModelError, UsageError, plural, setting
 from npprune.files import keeping
-from npprune.models.info import state
+from npprune.models.info import state, weights_sha256
 from npprune.models.view import make_view
-from npprune.pipeline.common.device import environment, resolve_device
-from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import (
     Images,
     Network,
@@ -27,14 +23,14 @@ from npprune.pipeline.common.inputs import (
     open_checkpoint,
 )
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
-from npprune.pipeline.common.processes import Processes, processes
+from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.results import add_command, run_of
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_reference, dense_section, open_dense
 from npprune.pipeline.heal.distillation import Distillation
-from npprune.pipeline.heal.image_cache import Memory, Pool
 from npprune.pipeline.heal.images import open_training_images, read_training_images, split
 from npprune.pipeline.heal.layerwise import reconstruct
-from npprune.pipeline.heal.teacher import Held, Outcome, Teacher, feature_weight
+from npprune.pipeline.heal.teacher import Outcome, Saved, Teacher, TrainingSet, feature_weight
 from npprune.recipe import DataSection, HealSection, check
 from npprune.records import (
     Analysis,
@@ -70,11 +66,8 @@ def heal(
     *,
     dense_checkpoint: str | None = None,
     any_teacher: bool = False,
-    device: str = "auto",
-    seed: int = 0,
-    emit: Emit = ignore,
+    work: Work | None = None,
     dry_run: bool = False,
-    command: str = "",
 ) -> Variant:
     """Train the pruned network of `checkpoint` and write it as the checkpoint folder `out`.
 
@@ -91,75 +84,58 @@ def heal(
         NpPruneError: what is wrong with checkpoint, teacher, images, settings or folder.
     """
     started = time.perf_counter()
-    peers = processes()
-    where, reason = resolve_device(peers.device(device))
+    work = (work or Work()).on(STAGE)
+    peers, where = work.team, work.where
     _check(settings, peers)
     reads = [*reads_of(checkpoint), *([dense_checkpoint] if dense_checkpoint else [])]
     peers.on_first(lambda: check_checkpoint(out, reads, write=not dry_run))
-    student = open_checkpoint(checkpoint, where)
+    student = open_checkpoint(checkpoint, work)
     config = student.config
     assert config is not None
     recorded = run_of(checkpoint, config) is None or peers.on_first(
-        lambda: recordable(run_of(checkpoint, config), STAGE, emit)
+        lambda: recordable(run_of(checkpoint, config), work)
     )
     if config.prune is None:
         raise ModelError(
             f"`{checkpoint}` was not pruned: there is nothing to heal",
             hint="`npprune prune` writes a checkpoint that can be healed",
         )
-    dense = open_dense(config, checkpoint, where, dense_checkpoint, emit, any_weights=any_teacher)
-    teacher = _teacher(student, dense, settings, emit)
+    dense = open_dense(config, checkpoint, dense_checkpoint, work, any_weights=any_teacher)
+    teacher = _teacher(student, dense, settings, work)
     if not settings.layerwise:
         weight = feature_weight(settings, make_view(student.model), teacher)
         settings = settings.model_copy(update={"feature_weight": weight})
-    images, extra = open_training_images(config, dense.info, data, settings, emit)
+    images, extra = open_training_images(config, dense.info, data, settings, work)
     train, held_out = split(images)
     course = _augmentation(settings, len(train) if train is not None else 0, images)
-    emit(Event(STAGE, f"{checkpoint.name} on {where} ({reason}), {_length(settings)}"))
+    work.say(f"{checkpoint.name} on {where} ({work.reason}), {_length(settings)}")
     if settings.feature_weight:
-        emit(Event(STAGE, f"every block's output is learnt, at weight {settings.feature_weight:g}"))
-    emit(Event(STAGE, f"augmentation: {AUGMENTATIONS[course]}"))
+        work.say(f"every block's output is learnt, at weight {settings.feature_weight:g}")
+    work.say(f"augmentation: {AUGMENTATIONS[course]}")
     variant = _variant(config, student, images, out)
     if dry_run:
         return variant
-    identity = _identity(settings, config, teacher, images, course, seed, peers)
+    sha256 = weights_sha256(teacher.model)
+    healing = _Healing(checkpoint, config, student, teacher, sha256, images, extra, course)
+    identity = _identity(healing, settings, work)
     folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity))
     with ExitStack() as stack:
         peers.on_first(lambda: stack.enter_context(folder.lock()) and None)
-        pool, held = read_training_images(
-            images, train, held_out, course, teacher, where, peers, seed
+        training_set = read_training_images(images, train, held_out, course, teacher, work)
+        outcome = _train(
+            healing, training_set, settings, Saved(folder, identity), work, started=started
         )
-        if settings.layerwise:
-            if not isinstance(pool, Memory):
-                raise DataError(
-                    f"`--layerwise` holds its images in memory, and {pool.count} do not fit",
-                    hint="`--images-per-class N` takes fewer",
-                )
-            outcome = reconstruct(
-                student.model, teacher, pool, held, settings, folder=folder, identity=identity,
-                device=where, seed=seed, emit=emit, started=started,
-            )  # fmt: skip
-        else:
-            outcome = Distillation(
-                student.model, teacher, pool, held, settings, mixing=course in MIXING,
-                folder=folder, identity=identity, device=where, processes=peers, seed=seed,
-                emit=emit, started=started,
-            ).run()  # fmt: skip
-        found = _Found(images, extra, pool, held, course, outcome, identity)
-        summary = _summary(found, checkpoint, settings, teacher, student, peers, started, where)
-        variant.heal = summary
+        seconds = time.perf_counter() - started
+        variant.heal = _summary(healing, training_set, outcome, settings, work, seconds)
 
         def write() -> None:
+            moved = None if any_teacher else dense_checkpoint
             with keeping(variant):
-                _write(
-                    checkpoint, out, config, student, variant, found, command,
-                    None if any_teacher else dense_checkpoint, environment(where, reason, seed),
-                    recorded=recorded,
-                )  # fmt: skip
+                _write(healing, out, variant, moved, work, recorded=recorded)
 
         peers.on_first(write)
         peers.on_first(folder.remove)
-    emit(Event(STAGE, f"wrote {out}"))
+    work.say(f"wrote {out}")
     return variant
 
 
@@ -168,10 +144,7 @@ def heal_pruned(
     settings: HealSection,
     *,
     data: DataSection | None = None,
-    device: str = "auto",
-    seed: int = 0,
-    emit: Emit = ignore,
-    command: str = "",
+    work: Work | None = None,
 ) -> tuple[Path, Variant]:
     """Heal right after pruning: into `<checkpoint>_healed`, on the images of `data`, or else
     those that the checkpoint was calibrated on."""
@@ -179,9 +152,7 @@ def heal_pruned(
         details = read_config(checkpoint).details["data"]
         data = DataSection(**{**details, "train": details["calibration"]})
     out = healed_folder(checkpoint)
-    return out, heal(
-        checkpoint, data, settings, out, device=device, seed=seed, emit=emit, command=command
-    )
+    return out, heal(checkpoint, data, settings, out, work=work)
 
 
 def healed_folder(checkpoint: Path) -> Path:
@@ -196,14 +167,14 @@ def _check(settings: HealSection, peers: Processes) -> None:
     check(settings)
     if settings.batch_size % peers.count:
         raise UsageError(
-            f"`--batch-size` must be a multiple of the {peers.count} processes that share it, "
-            f"got {settings.batch_size}"
+            f"{setting('heal.batch_size')} must be a multiple of the {peers.count} processes that "
+            f"share it, got {settings.batch_size}"
         )
     if settings.layerwise and peers.count > 1:
-        raise UsageError(f"`--layerwise` runs in one process, got {peers.count}")
+        raise UsageError(f"{setting('heal.layerwise')} runs in one process, got {peers.count}")
 
 
-def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit) -> Teacher:
+def _teacher(student: Network, dense: Network, settings: HealSection, work: Work) -> Teacher:
     """The dense network as the student's teacher; ModelError where the two do not match."""
     config = student.config
     assert config is not None
@@ -223,17 +194,12 @@ def _teacher(student: Network, dense: Network, settings: HealSection, emit: Emit
             f"blocks can only be matched with a teacher of the same {len(student.info.widths)} "
             f"blocks of width {student.info.embed_dim}, got {len(dense.info.widths)} of "
             f"{dense.info.embed_dim}",
-            hint="leave `--feature-weight` and `--layerwise` out",
+            hint=f"leave {setting('heal.feature_weight')} and {setting('heal.layerwise')} out",
         )
     limit = outputs or classes
     if limit:
-        emit(
-            Event(
-                STAGE,
-                f"the dense network is limited to the student's "
-                f"{plural(len(limit), 'class', 'classes')}",
-            )
-        )
+        count = plural(len(limit), "class", "classes")
+        work.say(f"the dense network is limited to the student's {count}")
     return Teacher(dense.model, columns=outputs, allowed=classes, precision=settings.precision)
 
 
@@ -242,8 +208,11 @@ def _augmentation(settings: HealSection, images: int, source: Images) -> str:
         return "none"
     if settings.augment != "auto":
         if settings.augment == "strong" and source.source.items is None:
-            raise UsageError("`--augment strong` reads images again and again, and a stream has "
-                             "no positions", hint="use `--augment flips`")  # fmt: skip
+            raise UsageError(
+                f"{setting('heal.augment', 'strong')} reads images again and again, and a stream "
+                "has no positions",
+                hint=f"use {setting('heal.augment', 'flips')}",
+            )
         return settings.augment
     long = settings.epochs is not None and settings.epochs >= LONG_EPOCHS
     return "strong" if long and source.source.items is not None and images else "mixed"
@@ -256,29 +225,33 @@ def _length(settings: HealSection) -> str:
     return f"{how}, {settings.minutes:g} minutes"
 
 
-def _identity(
-    settings: HealSection,
-    config: CheckpointConfig,
-    teacher: Teacher,
-    images: Images,
-    course: str,
-    seed: int,
-    peers: Processes,
-) -> dict[str, Any]:
-    """All that decides the weights: a state of anything else is refused."""
-    from npprune.models.info import weights_sha256
+@dataclass
+class _Healing:
+    """A pruned network, its teacher and the images."""
 
-    items = images.source.items
+    checkpoint: Path
+    config: CheckpointConfig
+    student: Network
+    teacher: Teacher
+    teacher_sha256: str
+    images: Images
+    extra: Images | None  # the unlabelled ones among them
+    course: str  # of augmentation
+
+
+def _identity(healing: _Healing, settings: HealSection, work: Work) -> dict[str, Any]:
+    """All that decides the weights: a state of anything else is refused."""
+    source, items = healing.images.source, healing.images.source.items
     return {
         **settings.model_dump(),
-        "augment": course,
-        "seed": seed,
-        "student": config.weights_sha256,
-        "teacher": weights_sha256(teacher.model),
+        "augment": healing.course,
+        "seed": work.seed,
+        "student": healing.config.weights_sha256,
+        "teacher": healing.teacher_sha256,
         "images": None if items is None else digest([[i.id, i.label] for i in items]),
-        "spec": images.source.spec,
-        "preprocessing": asdict(images.preprocessing),
-        "processes": peers.count,
+        "spec": source.spec,
+        "preprocessing": asdict(healing.images.preprocessing),
+        "processes": work.team.count,
     }
 
 
@@ -296,17 +269,25 @@ def _said(
 # ---------------------------------------------------------------- after
 
 
-@dataclass
-class _Found:
-    """What was read, and what training came to."""
-
-    images: Images
-    extra: Images | None
-    pool: Pool
-    held: Held
-    course: str
-    outcome: Outcome
-    identity: dict[str, Any]
+def _train(
+    healing: _Healing,
+    data: TrainingSet,
+    settings: HealSection,
+    saved: Saved,
+    work: Work,
+    *,
+    started: float,
+) -> Outcome:
+    """Block by block, or the whole network at once; the best weights are left in the student."""
+    student, teacher = healing.student.model, healing.teacher
+    if settings.layerwise:
+        return reconstruct(
+            student, teacher, data, settings, saved=saved, work=work, started=started
+        )
+    mixing = healing.course in MIXING
+    return Distillation(
+        student, teacher, data, settings, mixing=mixing, saved=saved, work=work, started=started
+    ).run()
 
 
 def _variant(config: CheckpointConfig, student: Network, images: Images, out: Path) -> Variant:
@@ -316,49 +297,46 @@ def _variant(config: CheckpointConfig, student: Network, images: Images, out: Pa
 
 
 def _summary(
-    found: _Found,
-    checkpoint: Path,
+    healing: _Healing,
+    data: TrainingSet,
+    outcome: Outcome,
     settings: HealSection,
-    teacher: Teacher,
-    student: Network,
-    peers: Processes,
-    started: float,
-    device: torch.device,
+    work: Work,
+    seconds: float,
 ) -> HealSummary:
-    outcome, held = found.outcome, found.held
+    held, images, classes = data.held, healing.images, healing.student.info.num_classes
     labels = held.memory.labels
     known = labels >= 0
-    top = teacher.expanded(held.chosen, student.info.num_classes).argmax(dim=1)
+    top = healing.teacher.expanded(held.chosen, classes).argmax(dim=1)
     dense_top1 = float((top == labels)[known].double().mean()) if bool(known.any()) else None
-    extra = found.extra
-    info = found.images.info()
-    if isinstance(found.images.source, Joined):
-        first = found.images.source.first
+    info = images.info()
+    if isinstance(images.source, Joined):
+        first = images.source.first
         assert first.items is not None
         ids = {i.id for i in first.items}
         info = first.info([name for name in info.skipped if name in ids])
-    doubt = label_doubt(top[known], labels[known], held.chosen.shape[1], found.images.source)
+    doubt = label_doubt(top[known], labels[known], held.chosen.shape[1], images.source)
     warnings = [doubt] if doubt else []
     if outcome.best.step == 0:
         warnings.append("healing did not lower the held-out divergence: the weights are as before")
     return HealSummary(
-        source=checkpoint.resolve().name,
+        source=healing.checkpoint.resolve().name,
         method="layer-wise" if settings.layerwise else "distillation",
-        teacher_sha256=found.identity["teacher"],
+        teacher_sha256=healing.teacher_sha256,
         settings=settings.model_dump(exclude_none=True),
         data=info,
-        unlabelled=extra.source.info() if extra is not None else None,
-        images=found.pool.count,
+        unlabelled=healing.extra.source.info() if healing.extra is not None else None,
+        images=data.images.count,
         held_out=held.memory.count,
-        augmentation=found.course,
+        augmentation=healing.course,
         steps=outcome.steps,
         epochs=outcome.epochs,
-        processes=peers.count,
+        processes=work.team.count,
         before=outcome.history[0],
         after=outcome.best,
         dense_top1=dense_top1,
         stopped=outcome.stopped,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         images_per_second=outcome.images_per_second,
         curve=outcome.history,
         warnings=warnings,
@@ -366,35 +344,30 @@ def _summary(
 
 
 def _write(
-    checkpoint: Path,
+    healing: _Healing,
     out: Path,
-    config: CheckpointConfig,
-    student: Network,
     variant: Variant,
-    found: _Found,
-    command: str,
     dense_checkpoint: str | None,
-    about: Any,
+    work: Work,
     *,
     recorded: bool,
 ) -> None:
     """The checkpoint and, where it can be recorded, what the run's result says of it."""
-    from npprune.models.info import weights_sha256
-
+    checkpoint, config, student = healing.checkpoint, healing.config, healing.student
     variant.model.source = replace(variant.model.source, sha256=weights_sha256(student.model))
     run = run_of(checkpoint, config)
     home = run or RunFolder(out)
     assert variant.heal is not None
     healed = replace(
         config,
-        preprocessing=found.images.preprocessing,
+        preprocessing=healing.images.preprocessing,
         run=os.path.relpath(home.path, out),
         details={
             **config.details,
             "dense": _dense_details(config, checkpoint, out, dense_checkpoint),
             "healing": {k: v for k, v in to_dict(variant.heal).items() if k != "curve"},
         },
-        versions=about.versions,
+        versions=work.environment().versions,
     )
     plan = read_plan(checkpoint) if (checkpoint / "plan.json").is_file() else None
     write_checkpoint(out, healed, state(student.model), plan)
@@ -406,14 +379,14 @@ def _write(
         result = Result(
             name=variant.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            environment=about,
+            environment=work.environment(),
             model=variant.model,
-            classes=class_names(found.images, student.info.num_classes),
+            classes=class_names(healing.images, student.info.num_classes),
         )
     variant.checkpoint = os.path.relpath(out, home.path)
     result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
     result.analyses[f"heal {variant.name}"] = _analysis(variant.name, variant.heal)
-    add_command(result, command)
+    add_command(result, work.command)
     home.write_result(result)
 
 

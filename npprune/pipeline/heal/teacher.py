@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,11 @@ from npprune.core.compression import healing
 from npprune.core.view import VitView
 from npprune.errors import ModelError
 from npprune.models.view import make_view
-from npprune.pipeline.common.processes import Processes
-from npprune.pipeline.heal.image_cache import Memory
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.heal.image_cache import ImagesInMemory, TrainingImages
 from npprune.recipe import HealSection
 from npprune.records import HealPoint
+from npprune.store.training import TrainingFolder
 
 MEASURE_BATCH = 64
 FEATURES = 20.0  # weight of the streams beside the predictions, unless asked otherwise
@@ -83,18 +85,35 @@ def feature_weight(settings: HealSection, student: VitView, teacher: Teacher) ->
     return FEATURES if blocks_match(student, teacher) else 0.0
 
 
-def logits_of(teacher: Teacher, memory: Memory, device: torch.device) -> Tensor:
+def logits_of(teacher: Teacher, memory: ImagesInMemory, device: torch.device) -> Tensor:
     """The teacher's logits [n, k] of all images, on the CPU."""
     parts = torch.arange(memory.count).split(MEASURE_BATCH)
     return torch.cat([teacher.chosen_logits(memory.images(p).to(device)).cpu() for p in parts])
 
 
 @dataclass
-class Held:
+class HeldOut:
     """Images that are never trained on, with the teacher's logits [n, k] of its classes."""
 
-    memory: Memory
+    memory: ImagesInMemory
     chosen: Tensor
+
+
+@dataclass
+class TrainingSet:
+    """What is trained on, and what the training is watched on."""
+
+    images: TrainingImages
+    held: HeldOut
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Where the state of a training is kept, and what decides its result: a state of another
+    identity is refused."""
+
+    folder: TrainingFolder
+    identity: dict[str, Any]
 
 
 @dataclass
@@ -118,18 +137,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def measure(
     model: nn.Module,
     teacher: Teacher,
-    held: Held,
-    processes: Processes,
-    device: torch.device,
+    held: HeldOut,
+    work: Work,
     *,
     step: int,
     seconds: float,
     loss: float | None,
 ) -> HealPoint:
     """Divergence from the dense network, agreement and top-1 on the held-out images."""
-    n = held.memory.count
+    n, team, device = held.memory.count, work.team, work.where
     sums = [0.0, 0.0, 0.0, 0.0]  # divergence, agreement, right, labelled
-    for part in torch.arange(n)[processes.rank :: processes.count].split(MEASURE_BATCH):
+    for part in torch.arange(n)[team.rank :: team.count].split(MEASURE_BATCH):
         with autocast(device, teacher.precision):
             logits = model(held.memory.images(part).to(device))
         logits = logits.float().cpu()
@@ -139,12 +157,12 @@ def measure(
         sums[1] += float((top == target.argmax(dim=1)).sum())
         sums[2] += float((top == labels).sum())
         sums[3] += float((labels >= 0).sum())
-    divergence, agreement, right, labelled = processes.sums(sums)
+    divergence, agreement, right, labelled = team.sums(sums)
     top1 = right / labelled if labelled else None
     return HealPoint(step, seconds, divergence / n, agreement / n, loss, top1)
 
 
-def without_numbers(held: Held) -> ModelError:
+def without_numbers(held: HeldOut) -> ModelError:
     """Why the divergence is not a number before anything was trained."""
     dense = bool(torch.isfinite(held.chosen.logsumexp(dim=1)).all())
     return ModelError(

@@ -31,7 +31,7 @@ from npprune.models.surgery import (
     set_qkv,
 )
 from npprune.models.view import make_view
-from npprune.pipeline.common.device import environment, resolve_device
+from npprune.pipeline.common.device import environment
 from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import (
     Images,
@@ -45,6 +45,7 @@ from npprune.pipeline.common.inputs import (
 )
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.common.results import add_command
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_reference
 from npprune.pipeline.prune.calibration import (
     HELD_OUT,
@@ -98,7 +99,8 @@ def prune(
         NpPruneError: what is wrong with source, data, settings or folder.
     """
     started = time.perf_counter()
-    where, reason = resolve_device(device)
+    work = Work(device, seed, emit, command).on(STAGE)
+    where, reason = work.where, work.reason
     check_checkpoint(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
     check_budget(settings)
@@ -109,8 +111,8 @@ def prune(
         )
     check(settings)
     check_criterion(settings.criterion, run is not None)
-    recorded = dry_run or run is None or recordable(run, STAGE, emit)
-    network = open_network(model, where, emit, STAGE)
+    recorded = dry_run or run is None or recordable(run, work)
+    network = open_network(model, work)
     check_prunable(network.model)
     check_axes(network.model, settings.axes)
     view = make_view(network.model)
@@ -121,8 +123,8 @@ def prune(
         )
     names = network.names or (run_names(run.read_result()) if run is not None else None)
     images = open_images(
-        data.calibration or data.train, data, network.info, flag="--calibration",
-        on_bad="skip", stage=STAGE, emit=emit, names=names,
+        data.calibration or data.train, data, network.info, work,
+        asked="data.calibration", on_bad="skip", names=names,
     )  # fmt: skip
     classes = images.source.selected if data.classes is not None else None
     outputs = classes if not settings.keep_head else None

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from npprune.models.info import weights_sha256
 from npprune.pipeline.common.events import Emit
-from npprune.pipeline.common.processes import Processes
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.heal.distillation import Distillation
-from npprune.pipeline.heal.image_cache import Memory, to_bytes
+from npprune.pipeline.heal.image_cache import ImagesInMemory, to_bytes
 from npprune.pipeline.heal.images import every_tenth, to_outputs
-from npprune.pipeline.heal.teacher import Held, Teacher, logits_of
+from npprune.pipeline.heal.teacher import HeldOut, Saved, Teacher, TrainingSet, logits_of
 from npprune.recipe import HealSection
 from npprune.records import Preprocessing
 from npprune.store.training import TrainingFolder
@@ -54,10 +54,10 @@ class Healer:
         if not other:
             train, other = every_tenth(n, n, spec)
         self.parts = [
-            Memory(pixels[rows], labels[rows], preprocessing, flips=flips, seed=0)
+            ImagesInMemory(pixels[rows], labels[rows], preprocessing, flips=flips, seed=0)
             for rows, flips in ((train, True), (other, False))
         ]
-        self.held = Held(self.parts[1], logits_of(self.teacher, self.parts[1], device))
+        self.held = HeldOut(self.parts[1], logits_of(self.teacher, self.parts[1], device))
 
     def heal(self, student: nn.Module, row: Path, seed: int) -> float:
         """Train in place; the state is beside the row's file. Returns seconds."""
@@ -72,9 +72,9 @@ class Healer:
         pool.seed = seed
         with folder.lock():
             Distillation(
-                student, self.teacher, pool, self.held, self.settings, mixing=True,
-                folder=folder, identity=identity, device=self.device, processes=Processes(),
-                seed=seed, emit=self.emit, started=started,
+                student, self.teacher, TrainingSet(pool, self.held), self.settings, mixing=True,
+                saved=Saved(folder, identity), started=started,
+                work=Work(str(self.device), seed, self.emit),
             ).run()  # fmt: skip
             folder.remove()
         return time.perf_counter() - started

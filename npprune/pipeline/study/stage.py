@@ -26,7 +26,7 @@ from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import check_prunable, cut_head
 from npprune.models.view import make_view
-from npprune.pipeline.common.device import environment, resolve_device
+from npprune.pipeline.common.device import environment
 from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.inputs import (
     Images,
@@ -39,6 +39,7 @@ from npprune.pipeline.common.inputs import (
 )
 from npprune.pipeline.common.outputs import check_run, reads_of, recordable
 from npprune.pipeline.common.results import add_command, render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.calibration import (
     CALIBRATION_IMAGES,
     calibration_images,
@@ -97,11 +98,12 @@ def study(
     Raises:
         NpPruneError: what is wrong with source, data, settings or folder.
     """
-    where, reason = resolve_device(device)
+    work = Work(device, settings.seeds[0], emit, command).on(STAGE)
+    where, reason = work.where, work.reason
     check_run(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
     rows = settings_of(settings, run is not None)
-    network = open_network(model, where, emit, STAGE)
+    network = open_network(model, work)
     check_prunable(network.model)
     view = make_view(network.model)
     if settings.topk is not None and settings.topk > min(view.widths):
@@ -111,14 +113,13 @@ def study(
         )
     names = network.names or (run_names(run.read_result()) if run is not None else None)
     calibration = open_images(
-        data.calibration or data.train, data, network.info, flag="--calibration",
-        on_bad="skip", stage=STAGE, emit=emit, names=names,
+        data.calibration or data.train, data, network.info, work,
+        asked="data.calibration", on_bad="skip", names=names,
     )  # fmt: skip
     if names is None and calibration.source.label_rule == RANKED:
         names = KnownNames(calibration.source.classes, ranked=True)
     val = open_images(
-        data.val, data, network.info, flag="--val", on_bad="error", stage=STAGE, emit=emit,
-        names=names,
+        data.val, data, network.info, work, asked="data.val", on_bad="error", names=names,
     )  # fmt: skip
     classes = calibration.source.selected if data.classes is not None else None
     if classes is not None:  # as `prune` does: planned on the head that the network will have
@@ -130,7 +131,7 @@ def study(
     folder = RunFolder(out)
     world.shelf = Shelf(
         statistics_home(run or folder, out), identity(network, classes),
-        write=run is None or recordable(run, STAGE, emit),
+        write=run is None or recordable(run, work),
     )  # fmt: skip
 
     def result() -> Result:
