@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from npprune.export.onnx import Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import GATES, Gate, Parity, check_parity, require
 from npprune.export.session import Session
 from npprune.files import publish, sha256_file, staging
 from npprune.records import ClassInfo, ExportRecord, Preprocessing
+from npprune.words import Dynamic, FilePrecision
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,8 +25,8 @@ def export_checked(
     final_path: Path,
     *,
     opset: int = 20,
-    batch: Literal["dynamic"] | int = "dynamic",
-    precision: Literal["fp32", "fp16", "int8"] = "fp32",
+    batch: Dynamic | int = "dynamic",
+    precision: FilePrecision = "fp32",
     with_preprocessing: bool = False,
     calibration: Tensor | None = None,
     score: Callable[[Session], float] | None = None,

@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from npprune._version import __version__
 from npprune.errors import ExportError
 from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, tidy
 from npprune.records import ClassInfo, Preprocessing, to_dict
+from npprune.words import Dynamic, FilePrecision
 
 if TYPE_CHECKING:
     import onnx
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from npprune.export.precision import Candidate
     from npprune.export.session import Session
-
-Precision = Literal["fp32", "fp16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def export_onnx(
     path: Path,
     *,
     opset: int = 20,
-    batch: Literal["dynamic"] | int = "dynamic",
-    precision: Precision = "fp32",
+    batch: Dynamic | int = "dynamic",
+    precision: FilePrecision = "fp32",
     with_preprocessing: bool = False,
     calibration: Tensor | None = None,
     score: Callable[[Session], float] | None = None,

@@ -134,7 +134,9 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
         recorder = Recorder(answer, events)
         stand_in = types.ModuleType(f"npprune.pipeline.{module}")
         setattr(stand_in, function, recorder)
+        stand_in.stage, stand_in.__path__ = stand_in, []  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+        monkeypatch.setitem(sys.modules, f"{stand_in.__name__}.stage", stand_in)
         return recorder
 
     return replace
@@ -349,7 +351,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
             "`--method` must be one of `neuron-path`, `activation`",
             "did you mean `neuron-path`?",
         ),
-        ([*DISCOVER, "--device", "gpu"], "`--device` must be `auto`", "npprune env"),
+        ([*DISCOVER, "--device", "gpu"], "`--device` must be one of `auto`", "npprune env"),
         ([*DISCOVER, "--device", "cuda:x"], "got `cuda:x`", "npprune env"),
         ([*DISCOVER, "--seed", "-1"], "`--seed` must be in [0, 4294967295], got `-1`", ""),
         ([*DISCOVER, "--points", "257"], "`--points` must be in [1, 256], got `257`", "4 points"),
@@ -639,7 +641,7 @@ def test_env_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
         (DISCOVER, "discover", "discover", a_result, "result"),
         (PRUNE, "prune", "prune", a_variant, "variant"),
         (["eval", "CKPT", "--data", "x"], "evaluate", "evaluate", an_evaluation, "evaluation"),
-        (["export", "CKPT"], "export", "export_checkpoint", an_export, "export"),
+        (["export", "CKPT", "--out", "m.onnx"], "export", "export_checkpoint", an_export, "export"),
         (["demo"], "demo", "run_demo", a_result, "result"),
     ],
 )
