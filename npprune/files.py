@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import StoreError, UnstoredError, UsageError
+from npprune.errors import StoreError, UnstoredError, UsageError, setting
 
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
 
@@ -50,7 +50,7 @@ def store_error(err: OSError, path: Path, action: str = "write") -> StoreError:
 
 
 def refuse_overwriting(
-    out: Path, reads: Iterable[str | Path], *, replaced: bool = False, flag: str = "--out"
+    out: Path, reads: Iterable[str | Path], *, replaced: bool = False, named: str = "out"
 ) -> None:
     """UsageError where writing `out` would overwrite something that is read.
 
@@ -73,21 +73,21 @@ def refuse_overwriting(
         else:
             continue
         raise UsageError(
-            f"`{flag}` must not overwrite an input, got `{out}`: it {why} (`{read}`)",
-            hint=f"choose another {flag}; the input stays as it is",
+            f"{setting(named)} must not overwrite an input, got `{out}`: it {why} (`{read}`)",
+            hint=f"choose another {setting(named)}; the input stays as it is",
         )
 
 
-def check_file(path: Path, *, flag: str = "--out") -> None:
+def check_file(path: Path, *, named: str = "out") -> None:
     """StoreError where a plain file cannot be written at `path`; nothing is made or changed."""
     real = Path(os.path.realpath(path))
     if real.is_dir():
-        raise StoreError(f"`{flag}` must be a file, got the folder `{path}`")
+        raise StoreError(f"{setting(named)} must be a file, got the folder `{path}`")
     _refuse_special(real, path)
     _check_place(real.parent, path)
 
 
-def check_folder(path: Path, *, replaced: bool = False, flag: str = "--out") -> None:
+def check_folder(path: Path, *, replaced: bool = False, named: str = "out") -> None:
     """StoreError where files cannot be written into the folder `path`, which may not exist yet.
 
     `replaced`: the folder is replaced as a whole, so the one it lies in is written, too.
@@ -95,7 +95,8 @@ def check_folder(path: Path, *, replaced: bool = False, flag: str = "--out") -> 
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_dir():
         raise StoreError(
-            f"`{flag}` must be a folder, got the file `{path}`", hint=f"choose another {flag}"
+            f"{setting(named)} must be a folder, got the file `{path}`",
+            hint=f"choose another {setting(named)}",
         )
     _check_place(real, path)
     if replaced:

@@ -89,4 +89,4 @@ def _refuse_overwriting(given: str, recipe: Recipe, run: Path) -> None:
     kept = {"name", "model", "data", "discover", "seed"}
     part = type(recipe)(**{name: getattr(recipe, name) for name in kept})
     if recipe.discover is not None and part != recipe:
-        files.refuse_overwriting(run / "recipe.yaml", [given], flag="name")
+        files.refuse_overwriting(run / "recipe.yaml", [given], named="name")

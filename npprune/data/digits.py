@@ -15,7 +15,7 @@ import numpy as np
 
 from npprune.data.labels import KnownNames, choose_classes, find_labels
 from npprune.data.sources import MapSource
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,7 +50,8 @@ def open_digits(
         )
     if class_map is not None:
         raise DataError(
-            f"`{spec}` has labels of its own and takes no class map", hint="leave --class-map out"
+            f"`{spec}` has labels of its own and takes no class map",
+            hint=f"leave {setting('data.class_map')} out",
         )
     cut = known if known is not None and known.within is not None else None
     labels = find_labels(

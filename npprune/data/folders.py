@@ -71,7 +71,7 @@ def _require_classes(tree: Tree, names: list[str], named: bool) -> list[str]:
     if len(names) == 1:
         raise DataError(
             f"`{root}` holds one folder ({listed}), and the class folders seem to lie deeper",
-            hint=f"{hint} If `{listed}` is a class, name it in a --class-map",
+            hint=f"{hint} If `{listed}` is a class, name it in a class map",
         )
     if all(place.rpartition("/")[2].lower() in SPLIT_NAMES for place in levels):
         raise DataError(f"`{root}` holds data sets ({listed}), not class folders", hint=hint)

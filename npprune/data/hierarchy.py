@@ -13,7 +13,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 
 Parents = dict[str, list[str]]
 
@@ -35,7 +35,7 @@ def read_hierarchy(path: Path) -> Parents:
     except (OSError, UnicodeDecodeError) as err:
         raise DataError(
             f"cannot read hierarchy `{path}`: {getattr(err, 'strerror', None) or err}",
-            hint="--hierarchy takes a .json or .tsv file of child and parent",
+            hint=f"{setting('hierarchy')} takes a .json or .tsv file of child and parent",
         ) from err
     if path.suffix.lower() == ".json":
         return _json(text, path)

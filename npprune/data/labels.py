@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 from npprune.records import ClassInfo
 
 SYNSET = re.compile(r"n\d{8}\Z")
@@ -95,7 +95,7 @@ def find_labels(
                 raise DataError(
                     f"class `{name}`{place} has label {label} ({labels.rule}), and "
                     f"the model's labels are 0..{num_classes - 1}",
-                    hint="use data of the model's classes, or --class-map FILE",
+                    hint=f"use data of the model's classes, or {setting('data.class_map', 'FILE')}",
                 )
         labels.classes = [c for c in labels.classes if c.index < num_classes]
     if known is not None:
@@ -133,7 +133,9 @@ def read_class_map(path: Path) -> dict[str, tuple[int, str | None]]:
     txt: one folder name a line, its line number from 0 is the label. json: a list of folder
     names; {folder: label}; {"label": folder}; or {"label": [folder, display name]}.
     """
-    text = read_list(path, "class map", hint="--class-map takes a .txt or .json file")
+    text = read_list(
+        path, "class map", hint=f"{setting('data.class_map')} takes a .txt or .json file"
+    )
     if path.suffix.lower() == ".json":
         return _json_map(text, path)
     if path.suffix.lower() != ".txt":
@@ -309,11 +311,12 @@ def _mismatch(
     verb = "is" if len(rest) == 1 else "are"
     here = f"; the other names{place}: {_few(ours)}" if ours else ""
     if known.class_map is not None:
-        hint = f"the network was made with `--class-map {known.class_map}`: give it here too"
+        used = setting("data.class_map", known.class_map)
+        hint = f"the network was made with {used}: give it here too"
     else:
-        hint = "`--class-map FILE` says the class of every name"
+        hint = f"{setting('data.class_map', 'FILE')} says the class of every name"
     if ours and len(ours) <= 20 and not any(re.search(r"[\s,]", name) for name in ours):
-        hint += f"; `--classes {','.join(ours)}` leaves the others out"
+        hint += f"; {setting('data.classes', ','.join(ours))} leaves the others out"
     return DataError(
         f"{_few([n for n in names if n in left])}{'' if here else place} {verb} none of the "
         f"network's {len(named)} classes: {_few([c.name for c in named])}{here}",
@@ -350,7 +353,8 @@ def _limit(
         raise DataError(
             f"no class{place} is one of the {len(known.within)} that the network's head was cut "
             f"to: {_few(ours)}; there are {_few(list(names))}",
-            hint="give images of those classes, or say every label with --class-map FILE",
+            hint="give images of those classes, or say every label with "
+            + setting("data.class_map", "FILE"),
         )
     if out:
         count = sum(images.get(name, 0) for name in out)
@@ -408,13 +412,13 @@ def _synsets(names: Sequence[str], imagenet: Any, place: str) -> Labels:
         if not SYNSET.match(name):
             raise DataError(
                 f"class `{name}`{place} is no ImageNet synset, and others there are",
-                hint="move it away, or say every label with --class-map FILE",
+                hint="move it away, or say every label with " + setting("data.class_map", "FILE"),
             )
         if name not in known:
             raise DataError(
                 f"class `{name}`{place} is not one of the {len(known)} ImageNet synsets of the "
                 "model",
-                hint="move it away, or say every label with --class-map FILE",
+                hint="move it away, or say every label with " + setting("data.class_map", "FILE"),
             )
     lemmas = {synset: imagenet.label_name_to_description(synset) for synset in known}
     return Labels(
@@ -441,12 +445,12 @@ def _ranked(names: Sequence[str], ranked: str, num_classes: int | None) -> Label
         ):
             notes.append(
                 "the class folders are numbers, but labels are their ranks: "
-                f"`{names[-1]}` has label {len(names) - 1}; --class-map says otherwise"
+                f"`{names[-1]}` has label {len(names) - 1}; a class map says otherwise"
             )
         elif num_classes is not None and num_classes != len(names):
             notes.append(
                 f"labels are folder ranks 0..{len(names) - 1}, and the model has {num_classes} "
-                "classes; --class-map says otherwise"
+                "classes; a class map says otherwise"
             )
     if order is not None:
         notes.append(_two_orders(names))
@@ -475,7 +479,7 @@ def _two_orders(names: Sequence[str]) -> str:
     return (
         f"labels are folder ranks in natural order ({natural}), as timm counts; in plain text "
         f"order, as torchvision counts, the classes are {plain}: if the network was trained so, "
-        "name them in that order with --class-map FILE, one a line"
+        "name them in that order in a class map, one per line"
     )
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
 from npprune.data.sources import ImageSource, MapSource, StreamSource
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 from npprune.images.decoding import ENDINGS, UnreadableImage, decode, reading, to_rgb
 from npprune.records import plain_text
 
@@ -217,7 +217,7 @@ def _labels(
     if class_map is not None:
         raise DataError(
             f"`{spec}` has class indices without names, which a class map cannot match",
-            hint="leave --class-map out",
+            hint=f"leave {setting('data.class_map')} out",
         )
     numbers = [str(i) for i in range(num_classes or 0)]
     return find_labels(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.errors import UsageError
+from npprune.errors import UsageError, setting
 from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, sort_nodes
 from npprune.export.session import Session, open_session
 
@@ -60,7 +60,10 @@ def to_int8(
     range); *dynamic*: ranges are found at run time. Of equal scores the smaller file wins.
     """
     if calibration is None or len(calibration) == 0:
-        raise UsageError("`precision` int8 needs calibration images", hint="--calibration SOURCE")
+        raise UsageError(
+            f"{setting('export.precision', 'int8')} needs calibration images",
+            hint=f"give some with {setting('data.val', 'SOURCE')}",
+        )
     if score is None:
         raise UsageError("`precision` int8 needs a score on held-out images to choose by")
     linear = _linear_nodes(path)

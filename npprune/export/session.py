@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune import words
-from npprune.errors import DeviceError, ExportError, UsageError
+from npprune.errors import DeviceError, ExportError, UsageError, setting
 from npprune.words import check_word
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def _hint(why: str) -> str | None:
 
     newer = f"use a newer ONNX Runtime (this is {ort.__version__})"
     if "IR version" in why or "under development" in why:
-        return f"{newer}, or export with a lower `--opset`"
+        return f"{newer}, or export with a lower {setting('export.opset')}"
     if "not a registered function/op" in why or "No Op registered" in why:
         return f"{newer}, or the runtime the file was made for"
     if re.search(r"external|no such file|GetFileLength", why, re.IGNORECASE):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npprune.errors import ModelError
+from npprune.errors import ModelError, setting
 from npprune.models.create import create
 from npprune.models.foreign import UnknownGrid, by, infer, with_timm_scales
 from npprune.models.layouts import foreign_layout
@@ -68,7 +68,7 @@ def outputs(
     if asked is not None and asked != found:
         raise ModelError(
             f"`num_classes` is {asked}, and the classifier of {name} has {found} outputs",
-            hint="leave `--num-classes` out; fine-tune first to get another head",
+            hint=f"leave {setting('model.num_classes')} out; fine-tune first to get another head",
         )
     return found
 
@@ -153,12 +153,13 @@ def own_grid(
         raise ModelError(
             f"{path} does not fit {name}: `pos_embed` is {list(there.shape)} in the file and "
             f"{list(here.shape)} in the model, and {patches} patches are no square to resample",
-            hint="say the height and width it was trained at: `--img-size HxW`; or check the name",
+            hint="give the height and width it was trained at: "
+            f"{setting('model.img_size', 'HxW')}; or check the name",
         )
     trained = source[0] * patch.patch_size[0], source[1] * patch.patch_size[1]
     said = (
-        f"position embeddings resampled from {by(source)} to {by(grid)} patches; `--img-size "
-        f"{by(trained)}` keeps them as they were trained"
+        f"position embeddings resampled from {by(source)} to {by(grid)} patches; image "
+        f"size {by(trained)} keeps them as they were trained"
     )
     return {}, [] if sized else [said]
 

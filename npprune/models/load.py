@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from npprune.errors import ModelError
+from npprune.errors import ModelError, setting
 from npprune.models.create import create, current_name, published
 from npprune.models.fit import (
     check_patches,
@@ -81,7 +81,7 @@ def load(
         if checkpoint is None:
             raise ModelError(
                 "model `auto` is read off a checkpoint, and none was given",
-                hint="add `--checkpoint FILE`, or give a timm name",
+                hint=f"add {setting('model.checkpoint', 'FILE')}, or give a timm name",
             )
         return _load_auto(Path(checkpoint), num_classes, size, num_heads)
     args: dict[str, Any] = {}
@@ -181,7 +181,7 @@ def _load_named(
     if heads is not None and _attention_heads(model) != heads:
         raise ModelError(
             f"{path} has {heads} attention heads, and {name} has {_attention_heads(model)}",
-            hint=f"use the model name `auto`, or `--num-heads {heads}`",
+            hint=f"use the model name `auto`, or {setting('model.num_heads', heads)}",
         )
     source = ModelSource(name, args, str(checkpoint) if checkpoint is not None else None)
     notes += weights.notes + unused(model, tensors)
@@ -199,7 +199,7 @@ def _load_auto(
         if heads != in_file:
             raise ModelError(
                 f"`num_heads` is {heads}, and {path} has {in_file} attention heads",
-                hint="leave `--num-heads` out: the file says it",
+                hint=f"leave {setting('model.num_heads')} out: the file says it",
             )
     refuse_representation_layer(tensors)
     found = infer(

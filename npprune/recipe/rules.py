@@ -119,7 +119,7 @@ def _format(s: ExportSection) -> None:
         if wrong:
             raise Conflict(
                 f"export.{field}",
-                f"{setting(f'export.{field}', value)} cannot be combined with "
+                f"{setting(f'export.{field}', value)} does not go with "
                 f"{setting('export.format', s.format)}",
                 hint=f"leave it out, or export with {setting('export.format', 'onnx')}",
             )

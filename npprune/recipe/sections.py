@@ -99,15 +99,15 @@ class DataSection(Section):
 
     train: str | None = setting(
         None,
-        "folder:PATH, digits, or tfds/, hfds/, wds/, torch/ NAME",
+        "images: folder:PATH, digits, or tfds/, hfds/, wds/, torch/ NAME",
         panel=IMAGES,
         metavar="SOURCE",
         hint="for example `folder:PATH` or `digits:train`",
     )
     calibration: str | None = setting(
-        None, "for statistics", panel=IMAGES, metavar="SOURCE", shown="the run's own images"
+        None, "images for statistics", panel=IMAGES, metavar="SOURCE", shown="the run's own images"
     )
-    val: str | None = setting(None, "to measure on", panel=IMAGES, metavar="SOURCE")
+    val: str | None = setting(None, "images to measure on", panel=IMAGES, metavar="SOURCE")
     class_map: str | None = setting(
         None, "json or txt: class index of each folder's name", panel=IMAGES, metavar="FILE"
     )

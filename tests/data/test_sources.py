@@ -94,7 +94,7 @@ def test_a_synset_among_other_names_is_refused(synsets: Path) -> None:
     picture(synsets / "cat" / "x.png")
     with pytest.raises(DataError, match=r"class `cat` in .* is no ImageNet synset") as caught:
         open_source(f"folder:{synsets}", num_classes=1000)
-    assert "--class-map" in str(caught.value.hint)
+    assert "class_map" in str(caught.value.hint)
 
 
 def test_a_synset_outside_the_models_imagenet_is_refused(synsets: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_synset_outside_the_models_imagenet_is_refused(synsets: Path) -> None:
 def test_fewer_folders_than_outputs_is_said(folder: Path) -> None:
     source = open_source(f"folder:{folder}", num_classes=1000)
     assert source.notes == [
-        "labels are folder ranks 0..1, and the model has 1000 classes; --class-map says otherwise"
+        "labels are folder ranks 0..1, and the model has 1000 classes; a class map says otherwise"
     ]
 
 

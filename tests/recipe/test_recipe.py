@@ -446,7 +446,7 @@ def test_what_would_fail_after_minutes_is_refused_at_once(
         ("heal: {epochs: 1, precision: fp16}", "`heal.precision` must be one of `fp32`, `bf16`"),
         (
             "export: {format: timm, precision: int8}",
-            "`export.precision: int8` cannot be combined",
+            "`export.precision: int8` does not go with",
         ),
         ("export: {precision: int4}", "`export.precision` must be one of `fp32`, `fp16`, `int8`"),
         ("discover: {precision: fp16}", "`discover.precision` must be one of `fp32`, `tf32`"),
