@@ -20,22 +20,7 @@ import npprune.core
 from npprune.cli.app import app
 from npprune.recipe import Recipe
 from npprune.recipe.sections import EditSection, StudySection
-
-COMMANDS = {"model": "discover", "data": "discover", "evaluate": "eval", "edit": "eval"}
-"""The command whose options say what a section's keys mean, where it is not of the same name."""
-
-MEANINGS = {
-    "recipe.name": "name of the run folder and of the checkpoint folder",
-    "recipe.device": "`auto`, `cpu`, `cuda`, `cuda:N` or `mps`",
-    "recipe.seed": "seed of everything random",
-    "model.name": "timm name, or `auto`: the architecture is read from `model.checkpoint`",
-    "data.train": "source of the images whose paths are found",
-    "data.calibration": "source of the images for statistics; null: the images of `data.train`",
-    "data.val": "source of the images that dense and pruned network are measured on",
-    "discover.batch_size": "images searched at once; points x images run as one batch",
-    "study.criteria": "criteria compared; null: all",
-}
-"""Keys that no option explains."""
+from npprune.recipe.settings import told
 
 
 def pages() -> dict[str, str]:
@@ -113,7 +98,10 @@ def _split_default(text: str) -> tuple[str, str]:
     """A help text, and the default that it states itself: `... [default: all]`."""
     text = text.replace("\\[", "[")
     found = re.search(r"\s*\[default: (.*)\]$", text)
-    return (text[: found.start()], found[1]) if found else (text, "")
+    if not found:
+        return text, ""
+    default = found[1] if " " in found[1] else f"`{found[1]}`"
+    return text[: found.start()], default
 
 
 def _examples(epilog: str) -> str:
@@ -162,22 +150,12 @@ def _section(key: str, section: Any, text: str, level: int = 2) -> str:
         if _section_class(field.annotation) is None:
             default = field.get_default(call_default_factory=True)
             shown = "required" if field.is_required() else f"`{_yaml(default)}`"
-            rows.append((f"`{name}`", _type(schema[name]), shown, _meaning(key, name, field)))
+            said = told(field)
+            shown += f": {_cell(said.shown)}" if said.shown else ""
+            rows.append((f"`{name}`", _type(schema[name]), shown, _cell(said.help)))
     title = "Top level" if section is Recipe else f"`{key}`"
     table = _table(("key", "type", "default", "meaning"), rows)
     return f"{'#' * level} {title}\n\n{text}\n\n{table}"
-
-
-def _meaning(key: str, name: str, field: Any) -> str:
-    """From the field itself, from the option of the same name, or from `MEANINGS`."""
-    text = field.description or MEANINGS.get(f"{key}.{name}")
-    if text is None:
-        command = commands()[COMMANDS.get(key, key)]
-        flag = "--" + name.replace("_", "-")
-        text = next((_split_default(p.help)[0] for p in command.params if flag in p.opts), None)
-    if text is None:
-        raise LookupError(f"nothing says what `{key}.{name}` means: give its field a description")
-    return _cell(text)
 
 
 def _type(schema: dict[str, Any]) -> str:

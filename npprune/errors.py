@@ -52,6 +52,8 @@ class NpPruneError(Exception):
     """
 
     exit_code = 2
+    name_of: NameOf | None = None
+    """How whoever asked for the work writes settings; put there by a command or `npprune run`."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         self._raw = message, hint

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import StoreError, UnstoredError, UsageError
+from npprune.errors import StoreError, UnstoredError, UsageError, setting
 
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
 
@@ -50,7 +50,7 @@ def store_error(err: OSError, path: Path, action: str = "write") -> StoreError:
 
 
 def refuse_overwriting(
-    out: Path, reads: Iterable[str | Path], *, replaced: bool = False, flag: str = "--out"
+    out: Path, reads: Iterable[str | Path], *, replaced: bool = False, named: str = "out"
 ) -> None:
     """UsageError where writing `out` would overwrite something that is read.
 
@@ -73,12 +73,12 @@ def refuse_overwriting(
         else:
             continue
         raise UsageError(
-            f"`{flag}` must not overwrite an input, got `{out}`: it {why} (`{read}`)",
-            hint=f"choose another {flag}; the input stays as it is",
+            f"{setting(named)} must not overwrite an input, got `{out}`: it {why} (`{read}`)",
+            hint=f"choose another {setting(named)}; the input stays as it is",
         )
 
 
-def check_file(path: Path, *, flag: str = "--out") -> None:
+def check_file(path: Path, *, named: str = "out") -> None:
     """Refuse a `path` where no plain file can be written; nothing is made or changed.
 
     Raises:
@@ -86,12 +86,12 @@ def check_file(path: Path, *, flag: str = "--out") -> None:
     """
     real = Path(os.path.realpath(path))
     if real.is_dir():
-        raise UsageError(f"`{flag}` must be a file, got the folder `{path}`")
+        raise UsageError(f"{setting(named)} must be a file, got the folder `{path}`")
     _refuse_special(real, path)
     _check_place(real.parent, path)
 
 
-def check_folder(path: Path, *, replaced: bool = False, flag: str = "--out") -> None:
+def check_folder(path: Path, *, replaced: bool = False, named: str = "out") -> None:
     """Refuse a folder `path`, which may not exist yet, into which no files can be written.
 
     `replaced`: the folder is replaced as a whole, so the one it lies in is written, too.
@@ -102,7 +102,8 @@ def check_folder(path: Path, *, replaced: bool = False, flag: str = "--out") -> 
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_dir():
         raise UsageError(
-            f"`{flag}` must be a folder, got the file `{path}`", hint=f"choose another {flag}"
+            f"{setting(named)} must be a folder, got the file `{path}`",
+            hint=f"choose another {setting(named)}",
         )
     _check_place(real, path)
     if replaced:

@@ -9,7 +9,7 @@ import difflib
 from collections.abc import Iterable
 from typing import Literal, get_args
 
-from npprune.errors import UsageError
+from npprune.errors import UsageError, setting
 
 Method = Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -51,27 +51,77 @@ SEARCH_PRECISIONS: tuple[SearchPrecision, ...] = get_args(SearchPrecision)
 TRAINING_PRECISIONS: tuple[TrainingPrecision, ...] = get_args(TrainingPrecision)
 FILE_PRECISIONS: tuple[FilePrecision, ...] = get_args(FilePrecision)
 
+Dynamic = Literal["dynamic"]
+"""A file that takes any number of images at once."""
+
 Format = Literal["onnx", "torch", "timm"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
+Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
+"""ONNX Runtime's execution providers."""
+PROVIDERS: tuple[Provider, ...] = get_args(Provider)
+
+Runtime = Literal["onnxruntime", "torch"]
+RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+
+DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
+
+Edit = Literal["remove", "enhance", "keep"]
+"""What happens to a path's neurons in the paper's experiments; `keep`: to all others."""
+EDITS: tuple[Edit, ...] = get_args(Edit)
+
+EditPaths = Literal["image", "class", "predicted", "union"]
+"""Whose neurons are edited."""
+
+Augment = Literal["auto", "mixed", "flips", "strong", "none"]
+
+OnBadImage = Literal["error", "skip"]
+ON_BAD_IMAGE: tuple[OnBadImage, ...] = get_args(OnBadImage)
+
+Preparation = Literal["model", "released"]
+"""How images become input: as the model was trained, or as the paper's released program does."""
+
+Interpolation = Literal["bicubic", "bilinear", "nearest", "lanczos"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
+
+CropMode = Literal["center", "squash", "border"]
+CROP_MODES: tuple[CropMode, ...] = get_args(CropMode)
+
+OnOff = Literal["on", "off"]
+
+Layout = Literal["batch", "image"]
+"""What a line of the paper's files holds."""
+LAYOUTS: tuple[Layout, ...] = get_args(Layout)
+
+Analysis = Literal["scores", "similarity", "paths"]
+ANALYSES: tuple[Analysis, ...] = get_args(Analysis)
+
+TableFormat = Literal["table", "csv", "json"]
+"""How predictions are written."""
+TABLE_FORMATS: tuple[TableFormat, ...] = get_args(TableFormat)
+
+
+def nearest(word: object, known: Iterable[str]) -> str | None:
+    """The known word that is most like a misspelt one; None where none is."""
+    near = difflib.get_close_matches(str(word), list(known), n=1)
+    return near[0] if near else None
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str | None:
     """The nearest right word as a hint; None where none is near."""
-    near = difflib.get_close_matches(str(word), list(known), n=1)
-    return f"did you mean `{near[0]}`?" if near else None
+    near = nearest(word, known)
+    return f"did you mean `{near}`?" if near else None
 
 
 def check_word(name: str, word: object, known: Iterable[str]) -> None:
     """UsageError, with the nearest right word, where a word is not one of those known.
 
     Args:
-        name: what the word is for, as the caller knows it: an argument or a flag.
+        name: the setting or argument that the word is for.
     """
     known = list(known)
     if word not in known:
         words = ", ".join(f"`{k}`" for k in known)
         raise UsageError(
-            f"`{name}` must be one of {words}, got `{word}`", hint=did_you_mean(word, known)
+            f"{setting(name)} must be one of {words}, got `{word}`", hint=did_you_mean(word, known)
         )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from npprune.cli import flags, options
 from npprune.cli.console import Output
 from npprune.cli.edit import methods as method_names
 from npprune.cli.edit import show_analyses
-from npprune.cli.options import argument, choice, option
+from npprune.cli.options import argument, option
 from npprune.errors import UsageError
+from npprune.words import ANALYSES, did_you_mean
 
 EXAMPLES = """\
 Examples
@@ -24,15 +23,15 @@ Examples
 What is found goes to result.json of the run, and from there to its report.
 """
 
-WHAT = ("scores", "similarity", "paths")
 ANALYSIS = "Analysis"
 
 
+@options.run("device", "seed")
 def command(
-    ctx: typer.Context,
-    what: Annotated[str, argument("WHAT", f"{', '.join(WHAT)}")],
-    run: Annotated[Path, argument("RUN", "a run folder of npprune discover")],
+    what: Annotated[str, argument("WHAT", ", ".join(ANALYSES))],
+    folder: Annotated[Path, argument("RUN", "a run folder of npprune discover")],
     *,
+    run: options.RunOptions,
     methods: Annotated[
         str | None,
         option(ANALYSIS, "--methods", "LIST", "scores: of these methods \\[default: all]"),
@@ -59,15 +58,13 @@ def command(
         int,
         option(ANALYSIS, "--permutations", "N", "similarity: relabellings of the p-value", min=1),
     ] = 10_000,
-    device: Annotated[
-        str, choice(options.RUN, "--device", "scores: must be there if named", *options.DEVICES)
-    ] = "auto",
-    seed: options.Seed = 0,
-    as_json: options.Json = False,
 ) -> None:
     """Analyze the paths of a run: scores of the methods, similarity of classes, pictures."""
-    if what not in WHAT:
-        raise UsageError(f"WHAT must be one of {', '.join(WHAT)}, got `{what}`")
+    if what not in ANALYSES:
+        words = ", ".join(f"`{word}`" for word in ANALYSES)
+        raise UsageError(
+            f"WHAT must be one of {words}, got `{what}`", hint=did_you_mean(what, ANALYSES)
+        )
     for name, given, owner in (
         ("--methods", methods, ("scores",)),
         ("--hierarchy", hierarchy, ("similarity",)),
@@ -75,17 +72,15 @@ def command(
     ):
         if given is not None and what not in owner:
             raise UsageError(f"`{name}` belongs to `analyze {'` and `'.join(owner)}`")
-    folder, where, start = flags.run_folder(run), flags.device(device), flags.seed(seed)
+    folder = flags.run_folder(folder)
     every = what == "paths" and classes == ["all"]
     chosen = None if every else flags.classes(classes)
 
     from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyze_similarity
-    from npprune.pipeline.common.work import Work
 
-    output = Output(as_json=as_json)
-    line = flags.command_line(ctx)
+    output = Output(as_json=run.as_json)
     with output.working() as emit:
-        work = Work(where, start, emit, line)
+        work = run.work(emit)
         if what == "scores":
             found = output.result(analyze_scores, folder, method_names(methods), work=work)
         elif what == "similarity":

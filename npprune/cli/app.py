@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -33,6 +34,7 @@ from npprune.cli import (
     study,
 )
 from npprune.cli.console import drop, rank, say, show_error
+from npprune.cli.options import flag_name
 from npprune.errors import NpPruneError, PeerError
 
 BUG = 70
@@ -117,7 +119,7 @@ def run_app(args: list[str] | None = None) -> int:
     except PeerError as error:
         return error.exit_code
     except NpPruneError as error:
-        show_error(error.message, error.hint)
+        show_error(*error.said(error.name_of or partial(flag_name, {})))
         return error.exit_code
     except OSError as error:
         return _os_error(error)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, choice, option
 from npprune.errors import UsageError
+from npprune.words import PROVIDERS, RUNTIMES, check_word
 
 EXAMPLES = """\
 Example: a pruned network compared with the dense one it came from
@@ -28,51 +27,49 @@ timings scatter too much to tell them apart, a warning says so.
 TIMING = "Timing"
 
 
+@options.run()
 def command(
-    ctx: typer.Context,
     sources: Annotated[
         list[Path],
         argument("CKPT | DENSE.onnx PRUNED.onnx", "a folder of npprune prune, or two files"),
     ],
     *,
+    run: options.RunOptions,
     runtime: Annotated[
         str | None,
-        option(TIMING, "--runtime", "WORD,WORD", "\\[default: both; .onnx files: onnxruntime]"),
+        choice(
+            TIMING,
+            "--runtime",
+            "\\[default: both; .onnx files: onnxruntime]",
+            RUNTIMES,
+            "WORD,WORD",
+        ),
     ] = None,
     batch: Annotated[str, option(TIMING, "--batch", "N,N", "batch sizes")] = "1,16",
     threads: Annotated[
         str | None,
         option(TIMING, "--threads", "N,N", "processor threads \\[default: PyTorch's own choice]"),
     ] = None,
-    provider: Annotated[
-        str, choice(TIMING, "--provider", "what runs it", "auto", "cpu", "cuda", "tensorrt")
-    ] = "auto",
+    provider: Annotated[str, options.provider(TIMING, "what runs it")] = "auto",
     seconds: Annotated[
         float, option(TIMING, "--seconds", "S", "for each pair; at least 10 runs of both")
     ] = 2.0,
     memory: Annotated[
         bool, option(TIMING, "--memory/--no-memory", None, "measure peak memory as well")
     ] = True,
-    dense: Annotated[
-        str | None, option(TIMING, "--dense", "FILE", "the dense weights, where they have moved")
-    ] = None,
+    dense: Annotated[str | None, options.dense(TIMING)] = None,
     out: Annotated[
         Path | None, option(RUN, "--out", "FOLDER", "bench.json and the plot bench.svg")
     ] = None,
-    as_json: options.Json = False,
 ) -> None:
     """Time a pruned network and the dense one in turn."""
     runtimes = runtime.split(",") if runtime else []
     for name in runtimes:
-        if name not in ("onnxruntime", "torch"):
-            raise UsageError(
-                f"`--runtime` must be `onnxruntime`, `torch` or both separated by a comma, "
-                f"got `{runtime}`"
-            )
+        check_word("runtime", name, RUNTIMES)
     if seconds <= 0:
         raise UsageError(f"`--seconds` must be greater than 0, got `{seconds:g}`")
     batches, counts = _positive("--batch", batch), _positive("--threads", threads)
-    flags.provider(provider)
+    check_word("provider", provider, PROVIDERS)
     flags.existing_file("--dense", dense)
     files = all(path.suffix == ".onnx" for path in sources)
     if len(sources) != (2 if files else 1):
@@ -84,13 +81,12 @@ def command(
         raise UsageError("`--dense` goes with a checkpoint; the first of two files is dense")
     folder = None if files else flags.checkpoint_folder(sources[0])
 
-    from npprune.pipeline.common.work import Work
     from npprune.pipeline.export.bench import BenchSettings, bench_checkpoint, bench_files
 
     settings = BenchSettings(runtimes, batches or [1, 16], counts, seconds, provider, memory)
-    output = Output(as_json=as_json)
+    output = Output(as_json=run.as_json)
     with output.working() as emit:
-        work = Work(emit=emit, command=flags.command_line(ctx))
+        work = run.work(emit)
         if folder is None:
             found = output.result(bench_files, sources[0], sources[1], settings, out=out, work=work)
         else:
@@ -108,7 +104,12 @@ def command(
 
 def _positive(flag: str, given: str | None) -> list[int]:
     """Whole numbers of at least 1 separated by commas; none where nothing was given."""
-    values = flags.numbers(flag, given, int) or []
+    try:
+        values = [int(part) for part in given.split(",")] if given else []
+    except ValueError as err:
+        raise UsageError(
+            f"`{flag}` must be whole numbers separated by commas, got `{given}`"
+        ) from err
     if values and min(values) < 1:
         raise UsageError(f"`{flag}` must be at least 1 each, got `{given}`")
     return values

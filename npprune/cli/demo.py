@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from npprune.cli import flags, options, show
+from npprune.cli import options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, option
 
@@ -20,28 +18,23 @@ Writes reports/demo and ckpt/demo below the current folder. No network, no GPU n
 """
 
 
+@options.run("device", "seed")
 def command(
-    ctx: typer.Context,
     *,
+    run: options.RunOptions,
     out: Annotated[
         Path, option(RUN, "--out", "FOLDER", "reports/ and ckpt/ are written below it")
     ] = Path("."),
-    device: options.Device = "auto",
-    seed: options.Seed = 0,
-    as_json: options.Json = False,
 ) -> None:
     """Show everything on a small network and handwritten digits, in under three minutes."""
-    chosen, start = flags.device(device), flags.seed(seed)
-
-    from npprune.pipeline.common.work import Work
     from npprune.pipeline.run import run_demo
 
-    output = Output(as_json=as_json)
+    output = Output(as_json=run.as_json)
     with output.working() as emit:
         result = output.result(
             run_demo,
             root=out,
-            work=Work(chosen, start, emit, flags.command_line(ctx)),
+            work=run.work(emit),
         )
     show.result(output, result, out)
     output.finish()

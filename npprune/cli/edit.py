@@ -1,130 +1,78 @@
-"""`npprune eval RUN --edit`: the paper's editing experiments, from the flags of `npprune eval`."""
+"""`npprune eval RUN --edit`: the paper's editing experiments."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from npprune.cli import flags
 from npprune.cli.console import Output
-from npprune.cli.options import choice, option
+from npprune.cli.options import Command, Option, RunOptions, extended, of, option
 from npprune.errors import UsageError
-from npprune.words import METHODS
+from npprune.recipe.sections import EDIT, DataSection, EditSection
+from npprune.words import EDITS, METHODS
 
 if TYPE_CHECKING:
-    from npprune.recipe.sections import EditSection
     from npprune.records import Analysis
 
-EDIT = "Edit the neurons of a run's paths, nothing is removed for real"
 
-Edit = Annotated[
-    str | None,
-    choice(EDIT, "--edit", "what happens to the neurons; CHECKPOINT is then a run folder",
-           "remove", "enhance", "keep"),
-]  # fmt: skip
-Factor = Annotated[float | None, option(EDIT, "--factor", "X", "enhance: times X \\[default: 2]")]
-Paths = Annotated[
-    str | None,
-    option(
-        EDIT,
-        "--paths",
-        "LIST",
-        "whose neurons: image, class, predicted, union (of all classes) \\[default: image]",
-    ),
-]
-Methods = Annotated[
-    str | None,
-    option(EDIT, "--methods", "LIST", "of discover, or `all` \\[default: the run's own]"),
-]
-Topk = Annotated[
-    str | None, option(EDIT, "--topk", "K,K", "neurons per block \\[default: the run's]")
-]
-Fraction = Annotated[
-    str | None,
-    option(EDIT, "--fraction", "P,P", "keep: share of the others that goes \\[default: 1]"),
-]
-Depth = Annotated[
-    str | None, option(EDIT, "--depth", "D,D", "only the first D blocks \\[default: all]")
-]
-Tokens = Annotated[
-    str | None,
-    option(EDIT, "--scope", "LIST", "tokens: auto, cls, patch, all \\[default: auto]"),
-]
-Seeds = Annotated[
-    int | None, option(EDIT, "--seeds", "N", "keep: draws of each share \\[default: 1]")
-]
-Name = Annotated[
-    str | None, option(EDIT, "--name", "KEY", "the section in result.json \\[default: by edit]")
-]
+@dataclass(frozen=True)
+class Editing:
+    """What `--edit` and the options that belong to it ask for."""
 
-FLAGS = ("factor", "paths", "methods", "topk", "fraction", "depth", "scope", "seeds", "name")
+    settings: EditSection
+    name: str | None
 
 
-def refuse_without_edit(given: Mapping[str, Any]) -> None:
-    """UsageError where a flag of the editing experiments comes without `--edit`."""
-    for name in FLAGS:
-        if given.get(name) is not None:
-            raise UsageError(
-                f"`--{name}` belongs to `--edit remove|enhance|keep`, and `--edit` is missing"
-            )
+def options(command: Command) -> Command:
+    """The options of the editing experiments; the command gets `edit`, None without `--edit`."""
+    made = {name: of(EditSection, name) for name in EditSection.model_fields}
+    made["edit"] = of(EditSection, "edit", default=False)
+    name = option(EDIT, "--name", "KEY", "the section in result.json \\[default: by edit]")
+    made["name"] = Option(Annotated[str | None, name], "--name")
+    return extended(command, "edit", made, _editing)
 
 
-def run_edit(ctx: typer.Context, run: Path, device: str, as_json: bool) -> None:
-    """Check the flags, run the experiment, show what it found."""
-    given = ctx.params
-    settings = _settings(given)
+def _editing(given: dict[str, Any]) -> Editing | None:
+    """UsageError where an option of the editing experiments comes without `--edit`."""
+    if given["edit"] is None:
+        for name, value in given.items():
+            if value is not None:
+                words = "|".join(EDITS)
+                raise UsageError(f"`--{name}` belongs to `--edit {words}`, and `--edit` is missing")
+        return None
+    name = given.pop("name")
+    settings = flags.section(EditSection, **{**given, "methods": methods(given["methods"])})
+    return Editing(settings, name)
+
+
+def run_edit(run: Path, edit: Editing, images: DataSection, options: RunOptions) -> None:
+    """Run the experiment, show what it found."""
     folder = flags.run_folder(run)
-    data = None
-    if given.get("data") is not None:
-        data = flags.data_section(given, val=given["data"])
 
     from npprune.pipeline.analyze.editing import edit_neurons
-    from npprune.pipeline.common.work import Work
 
-    output = Output(as_json=as_json)
+    output = Output(as_json=options.as_json)
     with output.working() as emit:
         found = output.result(
             edit_neurons,
             folder,
-            settings,
-            data,
-            name=given.get("name"),
-            work=Work(device, emit=emit, command=flags.command_line(ctx)),
+            edit.settings,
+            images if images.val is not None else None,
+            name=edit.name,
+            work=options.work(emit),
         )
     show_analyses(output, found, folder)
     output.finish()
-
-
-def _settings(given: Mapping[str, Any]) -> EditSection:
-    from npprune.recipe.sections import EditSection
-
-    return flags.section(
-        EditSection,
-        edit=given["edit"],
-        factor=given.get("factor"),
-        paths=words(given.get("paths")),
-        methods=methods(given.get("methods")),
-        topk=flags.numbers("--topk", given.get("topk"), int),
-        fraction=flags.numbers("--fraction", given.get("fraction")),
-        depth=flags.numbers("--depth", given.get("depth"), int),
-        scope=words(given.get("scope")),
-        seeds=given.get("seeds"),
-    )
-
-
-def words(text: str | None) -> list[str] | None:
-    """Words separated by commas."""
-    return None if text is None else [word.strip() for word in text.split(",")]
 
 
 def methods(text: str | None) -> list[str] | None:
     """`--methods`: names separated by commas; `all` stands for every method."""
     if text == "all":
         return list(METHODS)
-    return words(text)
+    return None if text is None else [word.strip() for word in text.split(",")]
 
 
 def show_analyses(output: Output, found: Mapping[str, Analysis], folder: Path) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from npprune.cli import flags, options
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, choice, option, required
-from npprune.errors import UsageError
 from npprune.report import text
+from npprune.words import LAYOUTS, check_word
 
 FILES = "Files"
 
@@ -48,8 +48,7 @@ def export_command(
             FILES,
             "--layout",
             "a line is a class or an image \\[default: as the paper's]",
-            "batch",
-            "image",
+            LAYOUTS,
         ),
     ] = None,
     as_json: options.Json = False,
@@ -59,8 +58,8 @@ def export_command(
     Scores are the joint attribution scores themselves; for average-pooled networks the paper's
     program divides them by 196.
     """
-    if layout not in (None, "batch", "image"):
-        raise UsageError(f"`--layout` must be one of `batch`, `image`, got `{layout}`")
+    if layout is not None:
+        check_word("layout", layout, LAYOUTS)
     flags.out_folder(out)
 
     from npprune.pipeline.discover.path_files import export_released
@@ -73,21 +72,19 @@ def export_command(
 
 
 @app.command("import", epilog=EXAMPLES)
+@options.model()
+@options.run()
 def import_command(
-    ctx: typer.Context,
     files: Annotated[Path, argument("FOLDER", "with imgnet_all-LABEL.rlt.jsonl")],
     model: options.Model,
     *,
-    checkpoint: options.Checkpoint = None,
-    num_heads: options.NumHeads = None,
-    img_size: options.ImgSize = None,
-    num_classes: options.NumClasses = None,
+    network: dict[str, Any],
+    run: options.RunOptions,
     baseline: Annotated[
         bool,
         option(FILES, "--baseline", None, "take the Activation baseline's paths, `base`"),
     ] = False,
     out: Annotated[Path, required(RUN, "--out", "FOLDER", "the run folder, e.g. reports/NAME")],
-    as_json: options.Json = False,
 ) -> None:
     """Make a run folder of the paper's files, to report and analyze.
 
@@ -95,17 +92,15 @@ def import_command(
     alone (nothing is downloaded), and `npprune prune` refuses the run. Results of edits hold
     predictions, not scores of paths, and are refused.
     """
-    network = flags.model_section(model, ctx.params)
+    source = flags.model_section(model, network)
     folder = flags.out_folder(out)
 
-    from npprune.pipeline.common.work import Work
     from npprune.pipeline.discover.path_files import import_released
 
-    output = Output(as_json=as_json)
+    output = Output(as_json=run.as_json)
     with output.working() as emit:
         result = output.result(import_released,
-            files, network, folder,
-            baseline=baseline, work=Work(emit=emit, command=flags.command_line(ctx)),
+            files, source, folder, baseline=baseline, work=run.work(emit),
         )  # fmt: skip
     from npprune.records import UNKNOWN_WEIGHTS, to_dict
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
 
 from npprune import files
-from npprune.cli import flags, options
+from npprune.cli import options
 from npprune.cli.console import Output, drop
 from npprune.cli.options import argument, choice, option
 from npprune.cli.streams import PLAIN
 from npprune.errors import DataError, StoreError, UsageError
 from npprune.report import text
+from npprune.words import ON_BAD_IMAGE, PROVIDERS, TABLE_FORMATS, check_word
 
 if TYPE_CHECKING:
     from npprune.export.predict import Prediction
@@ -37,7 +38,6 @@ Classes and preprocessing are read from the file; PyTorch is not needed.
 """
 
 PREDICTION = "Prediction"
-FORMATS = ("table", "csv", "json")
 
 
 def command(
@@ -46,19 +46,17 @@ def command(
     *,
     topk: Annotated[int, option(PREDICTION, "--topk", "K", "likeliest classes of each image")] = 5,
     batch: Annotated[int, option(PREDICTION, "--batch", "N", "images per run")] = 16,
-    provider: Annotated[
-        str, choice(PREDICTION, "--provider", "runs it", "auto", "cpu", "cuda", "tensorrt")
-    ] = "auto",
+    provider: Annotated[str, options.provider(PREDICTION, "what runs it")] = "auto",
     threads: Annotated[
         int | None, option(PREDICTION, "--threads", "N", "\\[default: one per core]")
     ] = None,
     on_bad_image: Annotated[
         str,
-        choice(PREDICTION, "--on-bad-image", "stop, or report it and continue", "error", "skip"),
+        choice(PREDICTION, "--on-bad-image", "stop, or report it and continue", ON_BAD_IMAGE),
     ] = "error",
     format: Annotated[
         str | None,
-        choice("Output", "--format", "\\[default: by the name of --out, else table]", *FORMATS),
+        choice("Output", "--format", "\\[default: by --out's name, else table]", TABLE_FORMATS),
     ] = None,
     out: Annotated[
         Path | None, option("Output", "--out", "FILE", "\\[default: the terminal]")
@@ -68,12 +66,11 @@ def command(
     """Classify images with an exported file."""
     shape = _format(format, out, as_json)
     out = None if out is not None and files.is_stdout(out) else out
-    flags.provider(provider)
+    check_word("provider", provider, PROVIDERS)
     for flag, value in (("--topk", topk), ("--batch", batch), ("--threads", threads)):
         if value is not None and value < 1:
             raise UsageError(f"`{flag}` must be at least 1, got `{value}`")
-    if on_bad_image not in ("error", "skip"):
-        raise UsageError(f"`--on-bad-image` must be one of `error`, `skip`, got `{on_bad_image}`")
+    check_word("on_bad_image", on_bad_image, ON_BAD_IMAGE)
 
     from npprune.export.predict import find_images, predict
 
@@ -112,9 +109,8 @@ def _format(given: str | None, out: Path | None, as_json: bool) -> str:
     if as_json and given not in (None, "json"):
         raise UsageError(f"`--json` means `--format json`, got `--format {given}` as well")
     suffix = out.suffix.lower().removeprefix(".") if out is not None else ""
-    shape = given or ("json" if as_json else suffix if suffix in FORMATS else "table")
-    if shape not in FORMATS:
-        raise UsageError(f"`--format` must be one of `table`, `csv`, `json`, got `{shape}`")
+    shape = given or ("json" if as_json else suffix if suffix in TABLE_FORMATS else "table")
+    check_word("format", shape, TABLE_FORMATS)
     return shape
 
 

@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from npprune.data.labels import read_list
-from npprune.errors import DataError
+from npprune.errors import DataError, setting
 
 Parents = dict[str, list[str]]
 
@@ -31,9 +31,8 @@ def read_hierarchy(path: Path) -> Parents:
     Raises:
         DataError: the file cannot be read, or does not say which node stands above which.
     """
-    text = read_list(
-        path, "hierarchy", hint="--hierarchy takes a .json or .tsv file of child and parent"
-    )
+    hint = f"{setting('hierarchy')} takes a .json or .tsv file of child and parent"
+    text = read_list(path, "hierarchy", hint=hint)
     if path.suffix.lower() == ".json":
         return _json(text, path)
     if path.name.endswith("is_a.txt"):

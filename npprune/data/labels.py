@@ -135,7 +135,9 @@ def read_class_map(path: Path) -> dict[str, tuple[int, str | None]]:
     txt: one folder name a line, its line number from 0 is the label. json: a list of folder
     names; {folder: label}; {"label": folder}; or {"label": [folder, display name]}.
     """
-    text = read_list(path, "class map", hint="--class-map takes a .txt or .json file")
+    text = read_list(
+        path, "class map", hint=f"{setting('data.class_map')} takes a .txt or .json file"
+    )
     if path.suffix.lower() == ".json":
         return _json_map(text, path)
     if path.suffix.lower() != ".txt":
@@ -445,12 +447,12 @@ def _ranked(names: Sequence[str], ranked: str, num_classes: int | None) -> Label
         ):
             notes.append(
                 "the class folders are numbers, but labels are their ranks: "
-                f"`{names[-1]}` has label {len(names) - 1}; --class-map says otherwise"
+                f"`{names[-1]}` has label {len(names) - 1}; a class map says otherwise"
             )
         elif num_classes is not None and num_classes != len(names):
             notes.append(
                 f"labels are folder ranks 0..{len(names) - 1}, and the model has {num_classes} "
-                "classes; --class-map says otherwise"
+                "classes; a class map says otherwise"
             )
     if order is not None:
         notes.append(_two_orders(names))
@@ -479,7 +481,7 @@ def _two_orders(names: Sequence[str]) -> str:
     return (
         f"labels are folder ranks in natural order ({natural}), as timm counts; in plain text "
         f"order, as torchvision counts, the classes are {plain}: if the network was trained so, "
-        "name them in that order with --class-map FILE, one a line"
+        "name them in that order in a class map, one per line"
     )
 
 

@@ -12,7 +12,6 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Literal
 
 import torch
 from PIL import Image
@@ -23,6 +22,7 @@ from npprune.data.sources import ImageSource, Item, Sample
 from npprune.data.transforms import Transform
 from npprune.errors import DataError
 from npprune.images.decoding import UnreadableImage
+from npprune.words import OnBadImage
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def batches(
     transform: Transform,
     batch_size: int,
     *,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBadImage = "error",
     skipped: list[str] | None = None,
     workers: int = 0,
     indices: Sequence[int] | None = None,

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from npprune.errors import UsageError
 from npprune.records import Preprocessing
+from npprune.words import CROP_MODES, INTERPOLATIONS, check_word
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
-
-INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "nearest")
-CROP_MODES = ("center", "squash", "border")
 
 Transform = Callable[["Image.Image"], "Tensor"]
 """RGB image, any size -> float32 [channels, height, width], normalised."""
@@ -101,10 +99,8 @@ def resolve(
         raise UsageError(f"`img_size` must be 1 or more, got {pre.input_size[1:]}")
     if min(pre.std) <= 0:
         raise UsageError(f"`std` must be above 0, got {_numbers(pre.std)}")
-    if pre.interpolation not in INTERPOLATIONS:
-        raise _not_one_of("interpolation", pre.interpolation, INTERPOLATIONS)
-    if pre.crop_mode not in CROP_MODES:
-        raise _not_one_of("crop_mode", pre.crop_mode, CROP_MODES)
+    check_word("interpolation", pre.interpolation, INTERPOLATIONS)
+    check_word("crop_mode", pre.crop_mode, CROP_MODES)
     if not 0 < pre.crop_pct <= 1:
         raise UsageError(
             f"`crop_pct` must be in (0, 1], got {pre.crop_pct}",
@@ -138,10 +134,6 @@ def _sides(size: Any) -> tuple[int, int]:
     if len(sides) != 2:
         raise UsageError(f"`img_size` must be one side or (height, width), got {size!r}")
     return sides
-
-
-def _not_one_of(name: str, value: str, allowed: Sequence[str]) -> UsageError:
-    return UsageError(f"`{name}` must be one of {', '.join(allowed)}, got `{value}`")
 
 
 def _numbers(values: Sequence[float]) -> str:

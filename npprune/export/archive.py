@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from npprune.errors import ExportError
+from npprune.errors import ExportError, setting
 from npprune.export.onnx import Producer, first_line, frozen_copy, metadata, quiet, sample_input
 from npprune.export.parity import Gate, Parity, compare_logits, failures_of, require, torch_logits
 from npprune.files import publish, sha256_file, staging
 from npprune.records import ClassInfo, ExportRecord, ModelInfo, ParityRow, Preprocessing
+from npprune.words import Dynamic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +26,7 @@ def to_torch_archive(
     images: Tensor,
     final_path: Path,
     *,
-    batch: Literal["dynamic"] | int = "dynamic",
+    batch: Dynamic | int = "dynamic",
     batch_sizes: Sequence[int] = (1, 3, 17),
     producer: Producer | None = None,
 ) -> ExportRecord:
@@ -145,7 +146,8 @@ def _mlp_ratio(info: ModelInfo) -> float:
         raise ExportError(
             "timm has one hidden width for all blocks, this network has "
             f"{min(info.widths)} to {max(info.widths)}",
-            hint="prune with `--selection uniform`, or export to ONNX or a torch archive",
+            hint=f"prune with {setting('prune.selection', 'uniform')}, or export to ONNX or a "
+            "torch archive",
         )
     hidden = info.widths[0]
     ratio = hidden / info.embed_dim

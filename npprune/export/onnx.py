@@ -15,13 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from npprune._version import __version__
 from npprune.errors import ExportError
 from npprune.export.graph import EXTERNAL_ABOVE, save, set_metadata, tidy
 from npprune.records import ClassInfo, Preprocessing, to_dict
-from npprune.words import FilePrecision
+from npprune.words import Dynamic, FilePrecision
 
 if TYPE_CHECKING:
     import onnx
@@ -50,7 +50,7 @@ class OnnxForm:
     """
 
     opset: int = 20
-    batch: Literal["dynamic"] | int = "dynamic"
+    batch: Dynamic | int = "dynamic"
     precision: FilePrecision = "fp32"
     with_preprocessing: bool = False
     external_above: int = EXTERNAL_ABOVE

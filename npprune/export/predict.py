@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from npprune.errors import DataError, ExportError, NpPruneError, UsageError
 from npprune.export.session import open_session
 from npprune.images.decoding import UnreadableImage, decode, to_rgb
 from npprune.images.folders import walk
 from npprune.records import ClassInfo, Preprocessing, from_dict, plain_text
+from npprune.words import OnBadImage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,7 +117,7 @@ def predict(
     batch: int = 16,
     provider: str = "auto",
     threads: int | None = None,
-    on_bad: Literal["error", "skip"] = "error",
+    on_bad: OnBadImage = "error",
     warn: Callable[[str], None] | None = None,
 ) -> Iterator[Prediction]:
     """Predictions for `images` (files, and folders searched through), in order, batch by batch.

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.errors import DeviceError, ExportError, UsageError
+from npprune import words
+from npprune.errors import DeviceError, ExportError, UsageError, setting
+from npprune.words import check_word
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,10 +89,7 @@ def open_session(
     """
     import onnxruntime as ort
 
-    if provider != "auto" and provider not in PROVIDERS:
-        raise UsageError(
-            f"`provider` must be one of auto, {', '.join(PROVIDERS)}, got `{provider}`"
-        )
+    check_word("provider", provider, words.PROVIDERS)
     if threads is not None and threads < 1:
         raise UsageError(f"`threads` must be at least 1, got `{threads}`")
     path = Path(path)
@@ -210,7 +209,7 @@ def _hint(why: str) -> str | None:
 
     newer = f"use a newer ONNX Runtime (this is {ort.__version__})"
     if "IR version" in why or "under development" in why:
-        return f"{newer}, or export with a lower `--opset`"
+        return f"{newer}, or export with a lower {setting('export.opset')}"
     if "not a registered function/op" in why or "No Op registered" in why:
         return f"{newer}, or the runtime the file was made for"
     if re.search(r"external|no such file|GetFileLength", why, re.IGNORECASE):

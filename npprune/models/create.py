@@ -11,7 +11,7 @@ import torch
 from timm.models._registry import _deprecated_models
 from torch import nn
 
-from npprune.errors import ModelError
+from npprune.errors import ModelError, setting
 
 _HUB = re.compile(r"^(?:hf-hub|hf_hub|local-dir):|/")
 
@@ -76,5 +76,6 @@ def _unknown_name(name: str) -> ModelError:
     elif _HUB.search(name) and last in timm.list_models(pretrained=True):
         hint = f"networks on the hub are given by timm's name alone: `{last}`"
     elif _HUB.search(name):
-        hint += "; other weights of the hub: download the file, and pass it with `--checkpoint`"
+        hint += "; other weights of the hub: download the file, and pass it with "
+        hint += setting("model.checkpoint")
     return ModelError(f"timm has no model named {name!r}", hint=hint)

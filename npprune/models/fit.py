@@ -153,13 +153,13 @@ def own_grid(
         raise ModelError(
             f"{path} does not fit {name}: `pos_embed` is {list(there.shape)} in the file and "
             f"{list(here.shape)} in the model, and {patches} patches are no square to resample",
-            hint="say the height and width it was trained at: "
+            hint="give the height and width it was trained at: "
             f"{setting('model.img_size', 'HxW')}; or check the name",
         )
     trained = source[0] * patch.patch_size[0], source[1] * patch.patch_size[1]
     said = (
-        f"position embeddings resampled from {by(source)} to {by(grid)} patches; `--img-size "
-        f"{by(trained)}` keeps them as they were trained"
+        f"position embeddings resampled from {by(source)} to {by(grid)} patches; image "
+        f"size {by(trained)} keeps them as they were trained"
     )
     return {}, [] if sized else [said]
 

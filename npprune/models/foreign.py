@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npprune.errors import ModelError
+from npprune.errors import ModelError, setting
 from npprune.models.layouts import by_name, foreign_layout
 
 Size = tuple[int, int]
@@ -299,7 +299,7 @@ def _grid(
         grid, pixels = (square.side, square.side), (square.side * patch[0], square.side * patch[1])
         taken = (
             f"{square.patches} patches: read as {by(grid)}, {by(pixels)} pixels; another shape is "
-            "said by `--img-size HxW`"
+            "given by the image size"
         )
         return grid, square.prefix < prefix, [taken]
     raise _unknown_grid(n, readings, patch)
@@ -325,14 +325,14 @@ def _unknown_grid(n: int, readings: list[_Reading], patch: Size) -> UnknownGrid:
             )
             said.append(f"those of {reading.patches} patches ({grids}){others}")
             flags += [
-                f"`--img-size {size[0] if size[0] == size[1] else by(size)}`" for size in pixels
+                setting("model.img_size", size[0] if size[0] == size[1] else by(size))
+                for size in pixels
             ]
     return UnknownGrid(
         f"the image size is not in the file: its {n} positions may be "
         + (", or ".join(said) or "any grid"),
-        hint="say the height and width it was trained at: "
-        + (", ".join(flags) or "`--img-size HxW`")
-        + " (`img_size=(height, width)` in Python)",
+        hint="give the height and width it was trained at: "
+        + (", ".join(flags) or setting("model.img_size", "HxW")),
     )
 
 
@@ -360,7 +360,7 @@ def _heads(
     raise ModelError(
         f"the number of attention heads is not in the file, and the width {width} is not a usual "
         f"one ({', '.join(map(str, STANDARD_HEADS))})",
-        hint="say it: `--num-heads N` (`num_heads=N` in Python)",
+        hint=f"give it: {setting('model.num_heads', 'N')}",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import ModelError
+from npprune.errors import ModelError, setting
 
 FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10.0  # seconds to wait for the hub's first answer
@@ -27,8 +27,8 @@ def fetch(name: str, cfg: dict[str, Any]) -> Path:
         url = cfg.get("url")
         raise ModelError(
             f"timm publishes no weights on the hub for {name}",
-            hint=(f"download {url}, and pass it" if url else "pass weights")
-            + " with `--checkpoint FILE`",
+            hint=(f"download {url} and pass it" if url else "pass weights")
+            + f" with {setting('model.checkpoint', 'FILE')}",
         )
     from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
@@ -59,9 +59,9 @@ def fetch(name: str, cfg: dict[str, Any]) -> Path:
             f"the weights of {name} are not on this machine, and the hub cannot be reached: "
             f"{type(err).__name__}: {lines[0][:160]}",
             hint=f"fetch `{files[0]}` of https://huggingface.co/{repo} elsewhere and pass it "
-            "with `--checkpoint FILE`",
+            f"with {setting('model.checkpoint', 'FILE')}",
         ) from err
     raise ModelError(
         f"the hub's {repo} holds none of {', '.join(files)}",
-        hint="pass a weights file with `--checkpoint FILE`",
+        hint=f"pass a weights file with {setting('model.checkpoint', 'FILE')}",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from npprune.core.view import Given, HiddenEdit, Projections, Scope
 from npprune.errors import ModelError
 from npprune.models.attention import answer_first_query, projections
 from npprune.models.layouts import foreign_layout
+from npprune.words import SearchPrecision
 
-Precision = Literal["fp32", "tf32", "bf16"]
 """Of the network's products: float32; float32 with TF32's ten bits on a GPU (see
 `pipeline.device.products`); or bfloat16, the stream between the blocks staying float32."""
 
@@ -33,7 +33,7 @@ class TimmView:
     """
 
     def __init__(
-        self, model: nn.Module, *, precision: Precision = "fp32", compiled: bool = False
+        self, model: nn.Module, *, precision: SearchPrecision = "fp32", compiled: bool = False
     ) -> None:
         """compiled: whole blocks that are differentiated go through `torch.compile`."""
         self.precision = precision
@@ -245,7 +245,7 @@ class _FirstQueryOnly(TorchFunctionMode):
 
 
 def make_view(
-    model: nn.Module, *, precision: Precision = "fp32", compiled: bool = False
+    model: nn.Module, *, precision: SearchPrecision = "fp32", compiled: bool = False
 ) -> TimmView:
     """The view of a timm vision transformer.
 

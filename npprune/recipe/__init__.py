@@ -4,11 +4,9 @@ Unknown keys are refused with the nearest right name, duplicate keys are an erro
 number, and every message carries file:line.
 """
 
-from npprune.recipe.loading import load_recipe, recipe_yaml, shipped_recipes
-from npprune.recipe.messages import bounds
+from npprune.recipe.loading import load_recipe, read_recipe, recipe_yaml, shipped_recipes
 from npprune.recipe.rules import check
 from npprune.recipe.sections import (
-    BUDGETS,
     DataSection,
     DiscoverSection,
     EvaluateSection,
@@ -22,7 +20,6 @@ from npprune.recipe.sections import (
 )
 
 __all__ = [
-    "BUDGETS",
     "DataSection",
     "DiscoverSection",
     "EvaluateSection",
@@ -33,9 +30,9 @@ __all__ = [
     "Recipe",
     "Section",
     "StudySection",
-    "bounds",
     "check",
     "load_recipe",
+    "read_recipe",
     "recipe_yaml",
     "shipped_recipes",
 ]

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
-from npprune.errors import RecipeError
-from npprune.recipe.messages import place_of, recipe_error
-from npprune.recipe.rules import conflict, key
+from npprune.errors import RecipeError, setting
+from npprune.recipe.messages import Place, place_of, recipe_error, recipe_name
+from npprune.recipe.rules import Conflict, check
 from npprune.recipe.sections import Recipe
-from npprune.recipe.tree import Dumper, Place, override, parse
-from npprune.words import PATH_CRITERIA
+from npprune.words import PATH_CRITERIA, nearest
 
 _FOLDER_NAME = re.compile(r"^[^./\\\s][^/\\\n]*\Z")
 
@@ -25,23 +22,36 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     RecipeError says the key, the rule, what came, and file:line (or the `--set`).
     """
-    path = _find(source)
-    data, places = parse(path)
+    return read_recipe(source, overrides)[0]
+
+
+def read_recipe(
+    source: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Recipe, dict[Place, str]]:
+    """As `load_recipe`; besides, where each value was written: file:line, or the `--set`."""
+    from npprune.recipe.tree import override, parse
+
+    data, places = parse(_find(source))
     for text in overrides:
         override(data, places, text)
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as err:
         raise recipe_error(err, data, places) from err
-    _check(recipe, places)
-    return recipe
+    try:
+        _check(recipe)
+    except Conflict as err:
+        message, hint = err.said(recipe_name)
+        place = place_of(places, tuple(err.field.split(".")))
+        raise RecipeError(f"{message} ({place})", hint=hint) from err
+    return recipe, places
 
 
 def recipe_yaml(recipe: Recipe) -> str:
     """A recipe as YAML, every value spelled out; `load_recipe` gives the same recipe back."""
-    return yaml.dump(
-        recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
-    )
+    from npprune.recipe.tree import dump
+
+    return dump(recipe.model_dump(mode="json"))
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -53,29 +63,26 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def _check(recipe: Recipe, places: dict[Place, str]) -> None:
-    """What a recipe file must keep to beyond the bounds of single fields."""
+def _check(recipe: Recipe) -> None:
+    """What a recipe must keep to beyond the bounds of single fields. Raises Conflict."""
     if not _FOLDER_NAME.match(recipe.name):
-        raise RecipeError(
-            f"`name` must be able to name a folder, got `{recipe.name}` "
-            f"({place_of(places, ('name',))})",
+        raise Conflict(
+            "name",
+            f"{setting('name')} must be able to name a folder, got `{recipe.name}`",
             hint="no `/`, and no `.` or blank in front",
         )
-    for name in ("prune", "heal", "export"):
-        section = getattr(recipe, name)
-        found = conflict(section, key(name)) if section is not None else None
-        if found is not None:
-            place = place_of(places, (name, found.field))
-            raise RecipeError(f"{found.message} ({place})", hint=found.hint)
+    for section in (recipe.prune, recipe.heal, recipe.export):
+        if section is not None:
+            check(section)
     if recipe.discover is None and recipe.prune is not None:
         for field, value, reads in (
             ("topk", recipe.prune.topk, recipe.prune.topk is not None),
             ("criterion", recipe.prune.criterion, recipe.prune.criterion in PATH_CRITERIA),
         ):
             if reads:
-                raise RecipeError(
-                    f"`prune.{field}: {value}` reads paths, and `discover` is null "
-                    f"({place_of(places, ('prune', field))})",
+                raise Conflict(
+                    f"prune.{field}",
+                    f"{setting(f'prune.{field}', value)} reads paths, and `discover` is null",
                     hint="leave one of the two out",
                 )
 
@@ -89,11 +96,11 @@ def _find(source: str | Path) -> Path:
         return shipped[str(source)]
     if path.is_dir():
         raise RecipeError(f"a recipe must be a YAML file, got the folder `{path}`")
-    near = difflib.get_close_matches(path.stem, shipped, n=1)
+    near = nearest(path.stem, shipped)
     names = ", ".join(f"`{name}`" for name in shipped)
     raise RecipeError(
         f"no recipe at `{path}`",
-        hint=f"did you mean the shipped recipe `{near[0]}`?"
+        hint=f"did you mean the shipped recipe `{near}`?"
         if near
         else f"a YAML file, or one of the shipped recipes: {names}",
     )

@@ -2,64 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
-import re
+import json
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from npprune.errors import RecipeError
-from npprune.recipe.sections import IMG_SIZE, Recipe, Section
-from npprune.recipe.tree import Place, show
-from npprune.words import did_you_mean
+from npprune.recipe.sections import Recipe, Section
+from npprune.recipe.settings import rule_of, told, words_of
+from npprune.words import did_you_mean, nearest
+
+Place = tuple[str | int, ...]
+"""Where a value stands in a recipe: ("prune", "keep"), ("data", "classes", 0)."""
 
 
-def bounds(section: type[BaseModel], name: str) -> str:
-    """What a number field must be, in words: `in (0, 1]`, `at least 1`; empty without limits."""
-    limits: dict[str, float] = {}
-    for constraint in section.model_fields[name].metadata:
-        for kind in ("gt", "ge", "lt", "le"):
-            if getattr(constraint, kind, None) is not None:
-                limits[kind] = getattr(constraint, kind)
-    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
-    if low is not None and high is not None:
-        left, right = "[" if "ge" in limits else "(", "]" if "le" in limits else ")"
-        return f"in {left}{low:.15g}, {high:.15g}{right}"
-    if low is not None:
-        return f"at least {low:.15g}" if "ge" in limits else f"greater than {low:.15g}"
-    return "" if high is None else f"at most {high:.15g}"
-
-
-_RULES = {  # fields whose rule is not said by their type and bounds
-    "device": "one of `auto`, `cpu`, `cuda`, `cuda:N`, `mps`",
-    "model.img_size": IMG_SIZE,
-    "data.classes": "a list of indices, synsets or names, or a file's path",
-    "data.mean": "a list of numbers, one per channel",
-    "data.std": "a list of numbers above 0, one per channel",
-    "evaluate.batches": "a list of batch sizes, each at least 1",
-    "export.batch": "`dynamic` or a whole number of at least 1",
-}
-
-_KINDS = {  # by the first word of pydantic's error type
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "list": "a list",
-    "model": "a section (a mapping of keys)",
-}
-
-_HINTS = {
-    "prune.keep": "`0.5` keeps half of the neurons",
-    "prune.topk": "`1` keeps each class's most frequent neuron of every block",
-    "prune.target_params": "`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
-    "prune.target_macs": "`0.7` asks for 70 % of the dense MACs, `1e9` for a billion",
-    "discover.topk": "`1` finds one neuron per block, as in the paper",
-    "discover.points": "leave it out, or take 4 at the class token, 8 at the patches",
-    "data.crop_pct": "`0.9` crops the middle 90 % of the resized image's side",
-    "data.train": "for example `folder:PATH` or `digits:train`",
-}
+def recipe_name(name: str, value: str | None) -> str:
+    """A setting as a recipe has it: `prune.topk`, or `prune.topk: 5`."""
+    yaml = {"True": "true", "False": "false"}
+    return f"`{name}`" if value is None else f"`{name}: {yaml.get(value, value)}`"
 
 
 def recipe_error(
@@ -77,70 +37,64 @@ def recipe_error(
         return RecipeError(f"unknown key `{name}`{where}", hint=_nearest(path))
     if first["type"] == "missing":
         return RecipeError(f"`{name}` is missing{where}", hint=f"every recipe gives `{name}`")
-    field = _field_of(path)
-    hint = _HINTS.get(field)
-    if first["type"] == "literal_error":
-        choices = re.findall(r"'([^']*)'", first.get("ctx", {}).get("expected", ""))
-        hint = did_you_mean(first["input"], choices) or hint
-    value = show(_at_path(data, path))
-    return RecipeError(f"`{name}` must be {_rule(first, field)}, got {value}{where}", hint=hint)
+    value = _at_path(data, path)
+    if inner := _sections().get(name):  # a value where a section belongs
+        rule, hint = "a section (a mapping of keys)", f"its keys: {_listed(inner)}"
+    else:
+        section, key, *item = path if path[0] in _sections() else ("", *path)
+        field = _section(str(section)).model_fields[str(key)]
+        rule = rule_of(field, first["type"], item=bool(item))
+        hint = did_you_mean(value, words_of(field)) or told(field).hint
+    return RecipeError(f"`{name}` must be {rule}, got {show(value)}{where}", hint=hint or None)
 
 
-def _rule(error: ErrorDetails, field: str) -> str:
-    """What a field must be, in words."""
-    if field in _RULES:
-        return _RULES[field]
-    if field in _section_names():
-        return _KINDS["model"]
-    section, _, key = field.rpartition(".")
-    limits = bounds(_section(section), key)
-    kind = error["type"].split("_")[0]
-    if kind == "literal":
-        choices = re.findall(r"'([^']*)'", error.get("ctx", {}).get("expected", ""))
-        return "one of " + ", ".join(f"`{c}`" for c in choices)
-    if kind == "finite" and not limits.startswith("in "):
-        return f"a finite number {limits}".rstrip()
-    if kind in _KINDS:
-        return f"{_KINDS[kind]} {limits}".rstrip()
-    if kind == "not":  # a bool where a number or text belongs
-        return f"a number {limits}" if limits else "something other than true or false"
-    return limits or error["msg"].lower()
+def show(value: Any) -> str:
+    """A value as in a message, short."""
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):
+        text = str(value)
+    return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
+
+
+def place_of(places: dict[Place, str], path: Place) -> str:
+    """Where a value, or else what holds it, was written."""
+    while path not in places and path:
+        path = path[:-1]
+    return places.get(path, "--set")
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    """The sections of a recipe by name."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in Recipe.model_fields.items():
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, Section):
+                found[name] = kind
+    return found
 
 
 def _section(name: str) -> type[BaseModel]:
     """The class of a section by its name; the empty name is the recipe itself."""
-    if not name:
-        return Recipe
-    annotation = Recipe.model_fields[name].annotation
-    classes = [c for c in (annotation, *get_args(annotation)) if isinstance(c, type)]
-    return next(c for c in classes if issubclass(c, Section))
+    return _sections()[name] if name else Recipe
 
 
-def _field_of(path: Place) -> str:
-    """The dotted name of the field that holds a value: `data.classes` for data.classes.0."""
-    names = [str(part) for part in path]
-    return ".".join(names[: 2 if names[0] in _section_names() else 1])
-
-
-def _section_names() -> list[str]:
-    return [n for n, f in Recipe.model_fields.items() if "Section" in str(f.annotation)]
+def _listed(section: type[BaseModel]) -> str:
+    return ", ".join(f"`{name}`" for name in section.model_fields)
 
 
 def _nearest(path: Place) -> str:
     """Which key may have been meant."""
-    parent = ".".join(map(str, path[:-1]))
-    key = str(path[-1])
-    known = list(_section(parent).model_fields)
+    parent, key = ".".join(map(str, path[:-1])), str(path[-1])
     prefix = f"{parent}." if parent else ""
-    near = difflib.get_close_matches(key, known, n=1)
-    if near:
-        return f"did you mean `{prefix}{near[0]}`?"
-    elsewhere = [f"{s}.{key}" for s in _section_names() if key in _section(s).model_fields]
+    if near := nearest(key, _section(parent).model_fields):
+        return f"did you mean `{prefix}{near}`?"
+    elsewhere = [f"{name}.{key}" for name, s in _sections().items() if key in s.model_fields]
     if parent and key in Recipe.model_fields:
         elsewhere.append(key)
     if elsewhere:
         return "did you mean " + " or ".join(f"`{name}`" for name in elsewhere) + "?"
-    return f"known here: {', '.join(f'`{name}`' for name in known)}"
+    return f"known here: {_listed(_section(parent))}"
 
 
 def _path_in(data: Any, loc: tuple[str | int, ...]) -> Place:
@@ -160,10 +114,3 @@ def _at_path(data: Any, path: Place) -> Any:
     for part in path:
         data = data[part]
     return data
-
-
-def place_of(places: dict[Place, str], path: Place) -> str:
-    """Where a value, or else what holds it, was written."""
-    while path not in places and path:
-        path = path[:-1]
-    return places.get(path, "--set")

@@ -1,26 +1,31 @@
-"""The sections of a recipe: their fields, defaults and bounds."""
+"""The sections of a recipe: each field with its default, its bounds and what is said of it."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from npprune import words
+from npprune.recipe.settings import OneOf, Rule, setting
 
-BUDGETS = ("keep", "target_params", "target_macs", "target_latency")
-"""Fields of the prune section of which one says how much stays."""
-IMG_SIZE = "one side or height x width in pixels, such as `224` or `192x256`"
+# Panels of a command's help.
+BUDGET = "Budget (one of keep, target-params, target-macs, target-latency)"
+CHOICE = "Which neurons stay"
+COMPARED = "Compared (lists are separated by commas, and all combined)"
+EDIT = "Edit the neurons of a run's paths; nothing is removed from the network"
+FILE = "File"
+IMAGES = "Images"
+LENGTH = "Length (one of epochs and minutes)"
+MEASURE = "Measurement"
+MODEL = "Model"
+PREPROCESSING = "Preprocessing (by default the model's own)"
+RUN = "Run"
+SEARCH = "Search"
+SHARED = "The same in all rows"
+TEACHING = "Teaching"
 
 
 class Section(BaseModel):
@@ -38,99 +43,292 @@ class Section(BaseModel):
             raise PydanticCustomError("not_bool", "must not be true or false")
         return value
 
+    @classmethod
+    def key(cls, field: str) -> str:
+        """A field's name in a recipe: `prune.keep`."""
+        section = cls.__name__.removesuffix("Section").lower()
+        return field if section == "recipe" else f"{section}.{field}"
 
-Pixels = Annotated[int, Field(ge=1)]
+
+CriterionName = Annotated[str, OneOf(lambda: words.CRITERIA)]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Sides = Annotated[list[Count], Field(min_length=2, max_length=2)]
 
 
 class ModelSection(Section):
     """Which network. `auto` as the name builds the architecture from the checkpoint."""
 
-    name: str
-    checkpoint: str | None = None
-    num_classes: int | None = Field(None, ge=1)
-    img_size: Pixels | list[Pixels] | None = None  # one side, or height and width; `HxW` as text
-    num_heads: int | None = Field(None, ge=1)
-    released_head: bool = False  # MAE as the paper's released program runs it: normalised twice
+    name: str = setting(
+        ..., "timm name, or `auto`: the architecture is read from the checkpoint", flag="MODEL"
+    )
+    checkpoint: str | None = setting(
+        None, ".safetensors, .pth or .npz", panel=MODEL, metavar="FILE", shown="timm's own weights"
+    )
+    num_classes: int | None = setting(
+        None, "outputs of the classifier", panel=MODEL, metavar="N", ge=1
+    )
+    img_size: Annotated[
+        Count | Sides | None,
+        Rule("one side or height x width in pixels, such as `224` or `192x256`"),
+    ] = setting(
+        None,
+        "input side, or height and width; position embeddings are resampled",
+        panel=MODEL,
+        metavar="N|HxW",
+    )
+    num_heads: int | None = setting(
+        None, "attention heads per block", panel=MODEL, metavar="N", ge=1
+    )
+    released_head: bool = setting(
+        False, "normalise MAE's pooled tokens twice, as the paper's released program", panel=MODEL
+    )
 
-    @field_validator("img_size", mode="wrap")
+    @field_validator("img_size", mode="before")
     @classmethod
-    def _sides(cls, value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-        """`224`, `"192x256"`, `"192,256"` or `[192, 256]`."""
-        if isinstance(value, str) and re.fullmatch(r"\d+([x,]\d+)?", value):
-            sides = [int(side) for side in re.split("[x,]", value)]
-            value = sides if len(sides) == 2 else sides[0]
-        try:
-            value = check(value)
-        except ValidationError:
-            value = []
-        if isinstance(value, list) and len(value) != 2:
-            raise PydanticCustomError("img_size", "must be " + IMG_SIZE)
+    def _sides(cls, value: Any) -> Any:
+        """`"192x256"` and `"192,256"` are `[192, 256]`."""
+        if isinstance(value, str) and re.fullmatch(r"\d+[x,]\d+", value):
+            return [int(side) for side in re.split("[x,]", value)]
         return value
 
 
 class DataSection(Section):
     """Which images. Sources: `folder:PATH`, `digits`, or timm's `tfds/`, `hfds/`, `wds/`."""
 
-    train: str | None = None
-    calibration: str | None = None
-    val: str | None = None
-    class_map: str | None = None
-    classes: list[str | int] | str | None = None  # indices, synsets, names, or a file
-    images_per_class: int | None = Field(None, ge=1)
-    on_bad_image: Literal["error", "skip"] | None = None  # None: each stage's own default
-    batch_size: int = Field(32, ge=1)
-    workers: int = Field(0, ge=0)
-    # released: as the paper's program, resized straight and normalised as ImageNet
-    preprocessing: Literal["model", "released"] = "model"
-    # what differs from it; None takes it as it is
-    mean: list[float] | None = None
-    std: list[Annotated[float, Field(gt=0)]] | None = None
-    interpolation: Literal["bicubic", "bilinear", "nearest", "lanczos"] | None = None
-    crop_pct: float | None = Field(None, gt=0, le=1)
-    crop_mode: Literal["center", "squash", "border"] | None = None
+    train: str | None = setting(
+        None,
+        "images: folder:PATH, digits, or tfds/, hfds/, wds/, torch/ NAME",
+        panel=IMAGES,
+        metavar="SOURCE",
+        hint="for example `folder:PATH` or `digits:train`",
+    )
+    calibration: str | None = setting(
+        None, "images for statistics", panel=IMAGES, metavar="SOURCE", shown="the run's own images"
+    )
+    val: str | None = setting(None, "images to measure on", panel=IMAGES, metavar="SOURCE")
+    class_map: str | None = setting(
+        None, "json or txt: class index of each folder's name", panel=IMAGES, metavar="FILE"
+    )
+    classes: Annotated[
+        list[str | int] | str | None,
+        Rule("a list of indices, synsets or names, or a file's path"),
+    ] = setting(
+        None,
+        "only these classes: indices, synsets or names, separated by commas, or a file",
+        panel=IMAGES,
+        metavar="LIST|FILE",
+        hint="`1,5,n01440764`, `tench,goldfish`, or a .txt or .json file",
+    )
+    images_per_class: int | None = setting(
+        None, "at most N images of each class", panel=IMAGES, metavar="N", ge=1
+    )
+    on_bad_image: words.OnBadImage | None = setting(
+        None,
+        "stop at an image that cannot be read, or skip and count it",
+        panel=IMAGES,
+        shown="skip; where accuracy is measured: error",
+    )
+    batch_size: int = setting(32, "images per batch", panel=IMAGES, metavar="N", ge=1)
+    workers: int = setting(
+        0, "processes that read images; 0: the main one", panel=IMAGES, metavar="N", ge=0
+    )
+    preprocessing: words.Preparation = setting(
+        "model",
+        "as the model was trained, or as the paper's released program",
+        panel=PREPROCESSING,
+    )
+    mean: list[float] | None = setting(
+        None, "subtracted from pixels in 0 to 1", panel=PREPROCESSING, metavar="R,G,B"
+    )
+    std: list[Annotated[float, Field(gt=0)]] | None = setting(
+        None, "pixels are divided by it, after the mean", panel=PREPROCESSING, metavar="R,G,B"
+    )
+    interpolation: words.Interpolation | None = setting(
+        None, "method of resizing", panel=PREPROCESSING
+    )
+    crop_pct: float | None = setting(
+        None,
+        "side of the crop as a share of the resized image's, in (0, 1]",
+        panel=PREPROCESSING,
+        metavar="SHARE",
+        hint="`0.9` crops the middle 90 % of the resized image's side",
+        gt=0,
+        le=1,
+    )
+    crop_mode: words.CropMode | None = setting(
+        None, "cut the middle out, resize to the input's shape, or pad", panel=PREPROCESSING
+    )
 
 
 class DiscoverSection(Section):
     """How paths are found. `quadrature` auto, `points` None: see `core.quadrature`."""
 
-    topk: int = Field(1, ge=1)
-    method: words.Method = "neuron-path"
-    scope: words.ScopeOrAuto = "auto"
-    quadrature: words.RuleOrAuto = "auto"
-    points: int | None = Field(None, ge=1, le=256)
-    accumulation: words.Accumulation = "sum"
-    batch_size: int = Field(16, ge=1)  # images; points x images run as one batch
-    shard_size: int = Field(256, ge=1)  # images per shard
-    memory: float | None = Field(None, gt=0)  # GiB; None: as much as there is
-    precision: words.SearchPrecision = "fp32"  # of the network's products
-    compile: bool = False  # blocks through torch.compile
+    topk: int = setting(
+        1,
+        "neurons per block in each path",
+        panel=SEARCH,
+        metavar="K",
+        hint="`1` is the strongest neuron of every block, as in the paper",
+        ge=1,
+    )
+    method: words.Method = setting("neuron-path", "how neurons are scored", panel=SEARCH)
+    scope: words.ScopeOrAuto = setting(
+        "auto", "tokens at which neurons are scored (auto: those the classifier pools)",
+        panel=SEARCH,
+    )  # fmt: skip
+    quadrature: words.RuleOrAuto = setting(
+        "auto",
+        "rule of the attribution integral (auto: gauss-radau at the class token, mapped-radau "
+        "elsewhere)",
+        panel=SEARCH,
+    )
+    points: int | None = setting(
+        None,
+        "points of the rule",
+        panel=SEARCH,
+        metavar="M",
+        hint="4 points suffice at the class token, 6 elsewhere (12 in block 0); the default is "
+        "the best choice",
+        shown="4 at the class token, 6 elsewhere (12 in block 0); 20 for left-riemann and "
+        "influence-pattern",
+        ge=1,
+        le=256,
+    )
+    accumulation: words.Accumulation = setting(
+        "sum", "gradients of the whole path, or of its last block alone", panel=SEARCH
+    )
+    batch_size: int = setting(16, "images searched at once; points x images run as one batch", ge=1)
+    shard_size: int = setting(
+        256,
+        "images per stored shard; an interrupted run loses at most one",
+        panel=SEARCH,
+        metavar="N",
+        ge=1,
+    )
+    memory: float | None = setting(
+        None, "most memory that the search takes, in GiB", panel=SEARCH, metavar="GIB",
+        shown="what is free", gt=0,
+    )  # fmt: skip
+    precision: words.SearchPrecision = setting(
+        "fp32", "of matrix products; tf32 needs a CUDA GPU", panel=SEARCH
+    )
+    compile: bool = setting(
+        False, "run the blocks through torch.compile; needs a CUDA GPU", panel=SEARCH
+    )
 
 
 class PruneSection(Section):
     """What stays. A budget is one of keep, target_params, target_macs, target_latency.
 
-    `axes` beside `mlp` need measured selection, and one of target_params, target_macs, max_drop.
+    `axes` other than `mlp` need measured selection, and one of target_params, target_macs,
+    max_drop.
     """
 
-    axes: list[words.Axis] = Field(["mlp"], min_length=1)
-    topk: int | None = Field(None, ge=1)
-    keep: float | None = Field(None, gt=0, le=1)
-    target_params: float | None = Field(None, gt=0)  # <= 1: share of dense; else a count
-    target_macs: float | None = Field(None, gt=0)
-    target_latency: float | None = Field(None, gt=0)  # <= 1: share of dense; else milliseconds
-    latency_batch: int = Field(1, ge=1)  # images at once while timing
-    latency_threads: int | None = Field(None, ge=1)  # None: as many as PyTorch uses
-    criterion: words.Criterion = "curvature-obs"
-    selection: words.Selection = "measured"
-    compensation: words.Compensation = "sequential"
-    shrinkage: float | None = Field(None, gt=0)  # of the refit; None: chosen on held-out images
-    protect_paths: bool = True
-    round_to: int = Field(16, ge=1)
-    min_keep: int = Field(16, ge=1)
-    calibration_images: int | None = Field(None, ge=1)
-    keep_head: bool = False  # with classes: all outputs stay
-    max_drop: float | None = Field(None, gt=0, le=100)  # points of top-1, predicted
-    memory: float | None = Field(None, gt=0)  # GiB for statistics; None: half of the memory
+    axes: list[words.Axis] = setting(
+        ["mlp"],
+        "what may be removed, separated by commas",
+        panel=CHOICE,
+        metavar="LIST",
+        hint="`mlp,heads,qk` lets hidden units, heads and query/key dimensions share the budget",
+        min_length=1,
+    )
+    topk: int | None = setting(
+        None,
+        "path neurons per block of each class",
+        panel=CHOICE,
+        metavar="K",
+        hint="`1` keeps each class's most frequent neuron of every block",
+        shown="all",
+        ge=1,
+    )
+    keep: float | None = setting(
+        None,
+        "share of the hidden units that stays, in (0, 1]",
+        panel=BUDGET,
+        metavar="SHARE",
+        hint="`0.5` keeps half of the hidden units",
+        gt=0,
+        le=1,
+    )
+    target_params: float | None = setting(
+        None,
+        "parameters: up to 1 a share of the dense network's, above 1 a count",
+        panel=BUDGET,
+        metavar="X",
+        hint="`0.7` asks for 70 % of the dense parameters, `4e6` for four million",
+        gt=0,
+    )
+    target_macs: float | None = setting(
+        None,
+        "MACs per image: up to 1 a share of the dense network's, above 1 a count",
+        panel=BUDGET,
+        metavar="X",
+        hint="`0.7` asks for 70 % of the dense MACs, `1e9` for a billion",
+        gt=0,
+    )
+    target_latency: float | None = setting(
+        None,
+        "latency in ONNX Runtime on this machine: up to 1 a share of the dense network's, above 1 "
+        "milliseconds",
+        panel=BUDGET,
+        metavar="X",
+        hint="`0.6` asks for 60 % of the dense latency, `4.5` for 4.5 milliseconds",
+        gt=0,
+    )
+    latency_batch: int = setting(1, "images per run while timing", panel=BUDGET, metavar="N", ge=1)
+    latency_threads: int | None = setting(
+        None, "threads while timing", panel=BUDGET, metavar="N", shown="PyTorch's", ge=1
+    )
+    criterion: CriterionName = setting(
+        "curvature-obs", "ranks the neurons that no path names", panel=CHOICE
+    )
+    selection: words.Selection = setting("measured", "how blocks share the budget", panel=CHOICE)
+    compensation: words.Compensation = setting(
+        "sequential", "closed-form correction of the weights that stay", panel=CHOICE
+    )
+    shrinkage: float | None = setting(
+        None,
+        "ridge penalty of the refit, relative to the mean variance",
+        panel=CHOICE,
+        metavar="X",
+        shown="chosen on held-out images",
+        gt=0,
+    )
+    protect_paths: bool = setting(
+        True, "keep the paths' neurons as far as the budget allows", panel=CHOICE
+    )
+    round_to: int = setting(16, "widths are multiples of N", panel=CHOICE, metavar="N", ge=1)
+    min_keep: int = setting(
+        16, "least number of hidden units per block", panel=CHOICE, metavar="N", ge=1
+    )
+    calibration_images: int | None = setting(
+        None, "at most N images for statistics", panel=IMAGES, metavar="N", ge=1
+    )
+    keep_head: bool = setting(
+        False,
+        "with a choice of classes: all outputs stay, or only those of the classes",
+        panel=CHOICE,
+        flag="--keep-head/--cut-head",
+    )
+    max_drop: float | None = setting(
+        None,
+        "largest predicted fall of top-1; without a budget: the smallest network within it",
+        panel=BUDGET,
+        metavar="POINTS",
+        hint="`1.0` allows top-1 to fall by one point, as predicted on held-out images",
+        gt=0,
+        le=100,
+    )
+    memory: float | None = setting(
+        None,
+        "memory for statistics; what does not fit is kept on disk",
+        panel=RUN,
+        metavar="GIB",
+        shown="half of the memory",
+        gt=0,
+    )
 
 
 class StudySection(Section):
@@ -140,45 +338,110 @@ class StudySection(Section):
     a run with paths.
     """
 
-    criteria: list[words.Criterion] | None = Field(None, min_length=1)  # None: all
-    compensations: list[words.Compensation] = Field(["least-squares"], min_length=1)
-    selections: list[words.Selection] = Field(["uniform"], min_length=1)
-    keep: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.5], min_length=1)
-    seeds: list[Annotated[int, Field(ge=0, lt=2**32)]] = Field([0], min_length=1)
-    protect: list[Literal["on", "off"]] | None = Field(None, min_length=1)
-    topk: int | None = Field(None, ge=1)
-    round_to: int = Field(16, ge=1)
-    min_keep: int = Field(16, ge=1)
-    calibration_images: int | None = Field(None, ge=1)
-    heal: int | None = Field(None, ge=1)  # epochs that every row is trained for, as well
-    latency: bool = False  # in ONNX Runtime, beside the dense network
-    latency_batch: int = Field(1, ge=1)
-    latency_threads: int | None = Field(None, ge=1)
+    criteria: list[CriterionName] | None = setting(
+        None, "rank the neurons", panel=COMPARED, metavar="LIST", shown="all", min_length=1
+    )
+    compensations: list[words.Compensation] = setting(
+        ["least-squares"], "corrections of the weights that stay", panel=COMPARED,
+        metavar="LIST", min_length=1,
+    )  # fmt: skip
+    selections: list[words.Selection] = setting(
+        ["uniform"], "how blocks share the budget", panel=COMPARED, metavar="LIST", min_length=1
+    )
+    keep: list[Share] = setting(
+        [0.5],
+        "shares of the hidden units that stay",
+        panel=COMPARED,
+        metavar="LIST",
+        hint="`0.5,0.7` compares half of the hidden units with 70 %",
+        min_length=1,
+    )
+    seeds: list[Seed] = setting(
+        [0], "of criteria that draw at random; others get one row", panel=COMPARED,
+        metavar="LIST", min_length=1,
+    )  # fmt: skip
+    protect: list[words.OnOff] | None = setting(
+        None,
+        "whether path neurons are kept first",
+        panel=COMPARED,
+        metavar="LIST",
+        shown="both for a run, else off",
+        min_length=1,
+    )
+    topk: int | None = setting(
+        None, "path neurons per block of each class", panel=SHARED, metavar="K", shown="all", ge=1
+    )
+    round_to: int = setting(16, "widths are multiples of N", panel=SHARED, metavar="N", ge=1)
+    min_keep: int = setting(
+        16, "least number of hidden units per block", panel=SHARED, metavar="N", ge=1
+    )
+    calibration_images: int | None = setting(
+        None, "at most N images for statistics", panel=IMAGES, metavar="N", ge=1
+    )
+    heal: int | None = setting(
+        None, "train every row for so many epochs as well, as npprune heal does", panel=SHARED,
+        metavar="EPOCHS", ge=1,
+    )  # fmt: skip
+    latency: bool = setting(
+        False,
+        "time every row in ONNX Runtime, compared with the dense network",
+        panel=SHARED,
+        flag="--latency/--no-latency",
+    )
+    latency_batch: int = setting(1, "images per run while timing", panel=SHARED, metavar="N", ge=1)
+    latency_threads: int | None = setting(
+        None, "threads while timing", panel=SHARED, metavar="N", shown="PyTorch's", ge=1
+    )
 
 
 class HealSection(Section):
     """A short distillation from the dense network. One of epochs and minutes says how long."""
 
-    epochs: int | None = Field(None, ge=1)
-    minutes: float | None = Field(None, gt=0)
-    lr: float = Field(5e-5, gt=0)
-    batch_size: int = Field(16, ge=1)  # images per step, over all processes
-    weight_decay: float = Field(0.01, ge=0)
-    temperature: float = Field(1.0, gt=0)
-    feature_weight: float | None = Field(None, ge=0)  # of the streams; None: see pipeline/teacher
-    label_weight: float = Field(0.0, ge=0)  # of the cross-entropy with the labels
-    layerwise: bool = False  # each block's MLP on its own
-    augment: Literal["auto", "mixed", "flips", "strong", "none"] = "auto"  # auto: by the length
-    precision: words.TrainingPrecision = "fp32"
-    patience: int = Field(3, ge=1)  # measurements in a row that may rise
-    unlabelled: str | None = None  # more images to train on; their labels are not read
+    epochs: int | None = setting(None, "times through the images", panel=LENGTH, metavar="N", ge=1)
+    minutes: float | None = setting(
+        None, "total time, reading the images included", panel=LENGTH, metavar="M", gt=0
+    )
+    lr: float = setting(5e-5, "highest learning rate", panel=TEACHING, metavar="X", gt=0)
+    batch_size: int = setting(
+        16, "images per step, over all processes", panel=TEACHING, metavar="N", ge=1
+    )
+    weight_decay: float = setting(0.01, "of weight matrices", panel=TEACHING, metavar="X", ge=0)
+    temperature: float = setting(1.0, "softens the predictions", panel=TEACHING, metavar="T", gt=0)
+    feature_weight: float | None = setting(
+        None,
+        "weight of the loss on each block's output",
+        panel=TEACHING,
+        metavar="X",
+        shown="20, or 0 where blocks do not match",
+        ge=0,
+    )
+    label_weight: float = setting(
+        0.0, "weight of the cross-entropy with the labels; 0: labels are not read",
+        panel=TEACHING, metavar="X", ge=0,
+    )  # fmt: skip
+    layerwise: bool = setting(
+        False, "train each block's MLP on its own: cheap, gains less", panel=TEACHING
+    )
+    augment: words.Augment = setting(
+        "auto", "changes to the training images (auto: chosen by the length)", panel=TEACHING
+    )
+    precision: words.TrainingPrecision = setting("fp32", "of matrix products", panel=TEACHING)
+    patience: int = setting(
+        3, "stop when the held-out divergence has risen N times in a row", panel=LENGTH,
+        metavar="N", ge=1,
+    )  # fmt: skip
+    unlabelled: str | None = setting(
+        None, "folder:PATH of more images; they need no labels", panel=IMAGES, metavar="SOURCE"
+    )
 
 
 class EvaluateSection(Section):
     """How the pruned network is measured."""
 
-    latency: bool = True
-    batches: list[Annotated[int, Field(ge=1)]] = Field([1, 16])
+    latency: bool = setting(True, "time dense and pruned in turn", panel=MEASURE)
+    batches: list[Count] = setting(
+        [1, 16], "batch sizes that are timed", panel=MEASURE, metavar="N,N"
+    )
 
 
 class EditSection(Section):
@@ -187,33 +450,59 @@ class EditSection(Section):
     Lists are all combined with each other. None: the run's own method, its K, all blocks.
     """
 
-    edit: Literal["remove", "enhance", "keep"] = "remove"
-    factor: float = 2.0  # of enhance
-    paths: list[Literal["image", "class", "predicted", "union"]] = Field(["image"])
-    methods: list[words.Method] | None = None
-    topk: list[Annotated[int, Field(ge=1)]] | None = None
-    fraction: list[Annotated[float, Field(gt=0, le=1)]] = Field([1.0])
-    depth: list[Annotated[int, Field(ge=1)]] | None = None
-    scope: list[words.ScopeOrAuto] = Field(["auto"])
-    seeds: int = Field(1, ge=1)  # draws of a fraction below 1
+    edit: words.Edit = setting(
+        "remove", "what happens to the neurons; CHECKPOINT is then a run folder", panel=EDIT
+    )
+    factor: float = setting(2.0, "enhance: times X", panel=EDIT, metavar="X")
+    paths: list[words.EditPaths] = setting(
+        ["image"], "whose neurons (union: of all classes)", panel=EDIT, metavar="LIST"
+    )
+    methods: list[words.Method] | None = setting(
+        None, "of discover, or `all`", panel=EDIT, metavar="LIST", shown="the run's own"
+    )
+    topk: list[Count] | None = setting(
+        None, "neurons per block", panel=EDIT, metavar="K,K", shown="the run's"
+    )
+    fraction: list[Share] = setting(
+        [1.0], "keep: share of the other neurons that is removed", panel=EDIT, metavar="P,P"
+    )
+    depth: list[Count] | None = setting(
+        None, "only the first D blocks", panel=EDIT, metavar="D,D", shown="all"
+    )
+    scope: list[words.ScopeOrAuto] = setting(
+        ["auto"], "tokens at which neurons are edited", panel=EDIT, metavar="LIST"
+    )
+    seeds: int = setting(1, "keep: draws of each share below 1", panel=EDIT, metavar="N", ge=1)
 
 
 class ExportSection(Section):
     """How it is shipped."""
 
-    format: words.Format = "onnx"
-    opset: int = Field(20, ge=17, le=23)
-    precision: words.FilePrecision = "fp32"
-    batch: Literal["dynamic"] | Annotated[int, Field(ge=1)] = "dynamic"
-    with_preprocessing: bool = False
-    max_drop: float | None = Field(None, ge=0, le=100)  # points of top-1; None: 0.5 fp16, 1 int8
-    latency: bool = True
+    format: words.Format = setting("onnx", "torch is a torch.export archive", panel=FILE)
+    opset: int = setting(20, "ONNX operator set, 17 to 23", panel=FILE, metavar="N", ge=17, le=23)
+    precision: words.FilePrecision = setting("fp32", "of the weights", panel=FILE)
+    batch: Annotated[words.Dynamic | Count, Rule("`dynamic` or a whole number of at least 1")] = (
+        setting("dynamic", "images per run; dynamic: any number", panel=FILE, metavar="dynamic|N")
+    )
+    with_preprocessing: bool = setting(
+        False, "the file takes pixels (uint8, NHWC) and normalises them itself", panel=FILE
+    )
+    max_drop: float | None = setting(
+        None,
+        "exit with 1 where top-1 falls by more",
+        panel=FILE,
+        metavar="POINTS",
+        shown="1.0 for int8, 0.5 for fp16",
+        ge=0,
+        le=100,
+    )
+    latency: bool = setting(True, "time it against the dense network", panel=FILE)
 
 
 class Recipe(Section):
     """The whole line: discover -> plan -> prune (-> heal) -> evaluate -> export -> report."""
 
-    name: str  # also the name of the run's folders
+    name: str = setting(..., "name of the run folder and of the checkpoint folder")
     model: ModelSection
     data: DataSection = Field(default_factory=DataSection)
     discover: DiscoverSection | None = Field(default_factory=DiscoverSection)
@@ -221,5 +510,13 @@ class Recipe(Section):
     heal: HealSection | None = None
     evaluate: EvaluateSection = Field(default_factory=EvaluateSection)
     export: ExportSection | None = Field(default_factory=ExportSection)
-    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    seed: int = Field(0, ge=0, lt=2**32)
+    device: Annotated[
+        str, Rule(f"one of {', '.join(f'`{device}`' for device in words.DEVICES)}")
+    ] = setting(
+        "auto",
+        "where to compute; a device that is named must exist",
+        panel=RUN,
+        hint="`npprune env` shows the devices of this machine",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+    )
+    seed: int = setting(0, "seed of everything random", panel=RUN, metavar="N", ge=0, le=2**32 - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,7 @@ from typing import Any
 import yaml
 
 from npprune.errors import RecipeError
-
-Place = tuple[str | int, ...]
-"""Where a value stands in a recipe: ("prune", "keep"), ("data", "classes", 0)."""
+from npprune.recipe.messages import Place, show
 
 _MERGE = "tag:yaml.org,2002:merge"
 _MAX_NODES = 100_000  # aliases of aliases grow without bound
@@ -24,7 +21,7 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (the base class has it so)
 
 
-class Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):
     """Quotes every text that `_Loader` or another YAML reader would take for something else."""
 
 
@@ -44,7 +41,7 @@ _Loader.add_implicit_resolver(
     list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(_MERGE, re.compile(r"^<<$"), ["<"])
-for _class in (_Loader, Dumper):
+for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 
 
@@ -174,10 +171,6 @@ def override(data: dict[str, Any], places: dict[Place, str], text: str) -> None:
     section[path[-1]] = _Builder(source, places, numbered=False).build(value, path)
 
 
-def show(value: Any) -> str:
-    """A value as in a message, short."""
-    try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError):
-        text = str(value)
-    return f"`{text if len(text) <= 60 else text[:57] + '...'}`"
+def dump(data: dict[str, Any]) -> str:
+    """Plain data as YAML, in the order of its keys."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npprune import records
-from npprune.errors import StoreError
+from npprune.errors import StoreError, setting
 from npprune.files import (
     is_leftover,
     make_folder,
@@ -91,9 +91,13 @@ def replace_folder(target: Path, objection: Callable[[Path], str | None]) -> Ite
     """
     target = Path(os.path.realpath(target))
     if target.exists() and not target.is_dir():
-        raise StoreError(f"`{target}` is a file, not a folder", hint="choose another --out")
+        raise StoreError(
+            f"`{target}` is a file, not a folder", hint=f"choose another {setting('out')}"
+        )
     if target.is_dir() and any(target.iterdir()) and (why := objection(target)):
-        raise StoreError(f"`{target}` is not replaced: {why}", hint="choose another --out")
+        raise StoreError(
+            f"`{target}` is not replaced: {why}", hint=f"choose another {setting('out')}"
+        )
     make_folder(target.parent)
     fresh, old = temporary(target), temporary(target)
     try:

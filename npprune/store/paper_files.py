@@ -17,13 +17,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from npprune.errors import StoreError
 from npprune.store import atomic
 from npprune.store.path_store import PathTable, ShardData
+from npprune.words import Layout
 
 Neurons = list[list[int]]
 """Per block, the neurons of a path, best first."""
@@ -82,7 +83,7 @@ def write_released(
     path: str | Path,
     images: Iterable[ReleasedImage],
     *,
-    layout: Literal["batch", "image"] = "batch",
+    layout: Layout = "batch",
     batch_size: int | None = None,
 ) -> None:
     """Write images as the released program does.

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import StoreError, plural
+from npprune.errors import StoreError, plural, setting
 from npprune.records import DataInfo, Manifest, Plan, Result
 from npprune.store import atomic
 
@@ -54,7 +54,7 @@ class RunFolder:
         except filelock.Timeout as err:
             raise StoreError(
                 f"`{self.path}` is in use by {self._holder()}",
-                hint="wait for it to end, or choose another --out",
+                hint=f"wait for it to end, or choose another {setting('out')}",
             ) from err
         except OSError as err:
             raise atomic.store_error(err, self.path / _LOCK, "lock") from err
@@ -92,7 +92,9 @@ class RunFolder:
         if self.exists or not self.path.exists():
             return
         if not self.path.is_dir():
-            raise StoreError(f"`{self.path}` is a file, not a folder", hint="choose another --out")
+            raise StoreError(
+                f"`{self.path}` is a file, not a folder", hint=f"choose another {setting('out')}"
+            )
         try:
             names = sorted(p.name for p in self.path.iterdir() if not _is_ours(p))
         except OSError as err:
@@ -101,7 +103,7 @@ class RunFolder:
             raise StoreError(
                 f"`{self.path}` is not empty and holds no run: it has `{names[0]}`, "
                 "and no `manifest.json`",
-                hint="choose another --out, or an empty folder",
+                hint=f"choose another {setting('out')}, or an empty folder",
             )
 
     def read_manifest(self) -> Manifest:
@@ -153,7 +155,7 @@ class RunFolder:
         more = f" (and {len(changes) - 3} more)" if len(changes) > 3 else ""
         raise StoreError(
             f"`{self.path}` belongs to a run of other settings: {shown}{more}",
-            hint="choose another --out, or repeat the settings of the first run",
+            hint=f"choose another {setting('out')}, or repeat the settings of the first run",
         )
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import StoreError
+from npprune.errors import StoreError, setting
 from npprune.store import atomic
 from npprune.store.runs import settings_changes
 
@@ -40,7 +40,9 @@ class TrainingFolder:
         import filelock
 
         if self.path.exists() and not self.path.is_dir():
-            raise StoreError(f"`{self.path}` is a file, not a folder", hint="choose another --out")
+            raise StoreError(
+                f"`{self.path}` is a file, not a folder", hint=f"choose another {setting('out')}"
+            )
         atomic.make_folder(self.path)
         lock = filelock.FileLock(self.path / LOCK)
         try:
@@ -48,7 +50,7 @@ class TrainingFolder:
         except filelock.Timeout as err:
             raise StoreError(
                 f"`{self.path}` is in use by another process",
-                hint="wait for it to end, or choose another --out",
+                hint=f"wait for it to end, or choose another {setting('out')}",
             ) from err
         except OSError as err:
             raise atomic.store_error(err, self.path / LOCK, "lock") from err
@@ -91,7 +93,8 @@ class TrainingFolder:
             changes = "; ".join(settings_changes(about["settings"], settings, *words)[:3])
             raise StoreError(
                 f"`{self.path}` is an interrupted training of other settings: {changes}",
-                hint="repeat those settings, remove the folder, or choose another --out",
+                hint="repeat those settings, remove the folder, or choose another "
+                + setting("out"),
             )
         data = atomic.read_bytes(self.path / about["file"])
         if atomic.sha256_file(self.path / about["file"]) != about["sha256"]:

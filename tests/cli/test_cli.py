@@ -232,6 +232,8 @@ def test_report_loads_no_torch(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- errors
 
 
+DISCOVER = ["discover", "vit_test", "--data", "digits"]
+PRUNE = ["prune", "vit_test", "--out", "x"]
 ERRORS = [
     (errors.NpPruneError, 2),
     (errors.UsageError, 2),
@@ -259,6 +261,46 @@ def test_error_table(
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "a library prints\nerror: the [thing] is `1.5`\nhint: try `0.5`\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "module", "function", "message", "hint"),
+    [
+        (PRUNE, "prune", "prune", "`--topk` is not `--topk 5`", "`--no-protect-paths`, `--axes`"),
+        (DISCOVER, "discover", "discover", "`--topk` is not `--topk 5`", "`--no-protect-paths`"),
+        (
+            ["run", "RECIPE", "--set", "prune.axes=[mlp]"],
+            "run",
+            "run_recipe",
+            "`prune.topk` (RECIPE:3) is not `prune.topk: 5` (RECIPE:3)",
+            "`prune.protect_paths: false`, `prune.axes` (--set prune.axes=[mlp])",
+        ),
+    ],
+)
+def test_errors_name_settings_as_the_user_wrote_them(
+    args: list[str], module: str, function: str, message: str, hint: str, stage: Any,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text("name: x\nmodel: {name: vit}\nprune: {topk: 5}\n")
+    error = errors.UsageError(
+        f"{errors.setting('prune.topk')} is not {errors.setting('prune.topk', 5)}",
+        hint=f"{errors.setting('prune.protect_paths', False)}, {errors.setting('prune.axes')}",
+    )
+    assert (error.message, error.settings()) == ("`topk` is not `topk=5`", ["prune.topk"] * 2)
+    stage(module, function, error)
+    assert app.run_app([str(recipe) if arg == "RECIPE" else arg for arg in args]) == 2
+    err = capsys.readouterr().err.replace(str(recipe), "RECIPE")
+    assert f"error: {message}\nhint: {hint}" in err
+
+
+def test_each_command_names_its_images(
+    stage: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = errors.DataError(f"give others with {errors.setting('data.val')}")
+    stage("evaluate", "evaluate", error)
+    assert app.run_app(["eval", str(checkpoint), "--data", "digits"]) == 2
+    assert "error: give others with `--data`\n" in capsys.readouterr().err
 
 
 def test_interrupt(stage: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,10 +351,6 @@ def test_ranks_above_0_say_only_errors(
     assert "[rank 3] error: no images\n" in capsys.readouterr().err
 
 
-DISCOVER = ["discover", "vit_test", "--data", "digits"]
-PRUNE = ["prune", "vit_test", "--out", "x"]
-
-
 @pytest.mark.parametrize(
     ("args", "message", "hint"),
     [
@@ -360,7 +398,7 @@ PRUNE = ["prune", "vit_test", "--out", "x"]
             "`--method` must be one of `neuron-path`, `activation`",
             "did you mean `neuron-path`?",
         ),
-        ([*DISCOVER, "--device", "gpu"], "`--device` must be `auto`", "npprune env"),
+        ([*DISCOVER, "--device", "gpu"], "`--device` must be one of `auto`", "npprune env"),
         ([*DISCOVER, "--device", "cuda:x"], "got `cuda:x`", "npprune env"),
         ([*DISCOVER, "--seed", "-1"], "`--seed` must be in [0, 4294967295], got `-1`", ""),
         ([*DISCOVER, "--points", "257"], "`--points` must be in [1, 256], got `257`", "4 points"),
@@ -496,6 +534,7 @@ def test_prune_a_run(stage: Any, run_folder: Path, capsys: pytest.CaptureFixture
     source, data, settings, out = called.args
     assert source == run_folder
     assert data == DataSection(calibration="folder:b")
+    assert data.model_fields_set == {"calibration"}
     assert settings == PruneSection(topk=5, keep=0.5, protect_paths=False, keep_head=False)
     assert out == Path("ckpt/half")
     shown, talk = capsys.readouterr()
@@ -649,7 +688,7 @@ def test_env_says_what_auto_takes(capsys: pytest.CaptureFixture[str]) -> None:
         (DISCOVER, "discover", "discover", a_result, "result"),
         (PRUNE, "prune", "prune", a_variant, "variant"),
         (["eval", "CKPT", "--data", "x"], "evaluate", "evaluate", an_evaluation, "evaluation"),
-        (["export", "CKPT"], "export", "export_checkpoint", an_export, "export"),
+        (["export", "CKPT", "--out", "m.onnx"], "export", "export_checkpoint", an_export, "export"),
         (["demo"], "demo", "run_demo", a_result, "result"),
     ],
 )

@@ -13,6 +13,7 @@ from npprune.core.attribution.editing import (
     path_factors,
     stack,
 )
+from npprune.errors import UsageError
 from npprune.models.surgery import apply_plan
 from npprune.models.view import make_view
 from npprune.records import Plan
@@ -127,5 +128,5 @@ def test_what_does_not_fit_is_refused() -> None:
         edited_logits(view, images, three, scope="cls")
     with pytest.raises(ValueError, match=r"`fraction` must be in 0\.\.1, got 1\.5"):
         keep_factors(members(PATH, view.widths), 1.5)
-    with pytest.raises(ValueError, match="`edit` must be one of remove, enhance, keep"):
+    with pytest.raises(UsageError, match="`edit` must be one of `remove`, `enhance`, `keep`"):
         path_factors(members(PATH, view.widths), "double")  # type: ignore[arg-type]

@@ -317,7 +317,7 @@ def test_auto_says_what_and_why(exported):
 @pytest.mark.parametrize(
     ("provider", "threads", "message"),
     [
-        ("gpu", None, "`provider` must be one of auto, cpu"),
+        ("gpu", None, "`provider` must be one of `auto`, `cpu`"),
         ("cpu", 0, "`threads` must be at least"),
     ],
 )

@@ -147,7 +147,7 @@ def test_auto_needs_the_heads_unless_the_width_is_usual(tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / "w.pth")
     with pytest.raises(ModelError, match="heads is not in the file, and the width 24") as err:
         load("auto", checkpoint=tmp_path / "w.pth")
-    assert "--num-heads" in str(err.value.hint)
+    assert "`num_heads=N`" in str(err.value.hint)
     with pytest.raises(ModelError, match="must divide the width 24, got 7"):
         load("auto", checkpoint=tmp_path / "w.pth", num_heads=7)
     torch.save(tiny(embed_dim=192, depth=1).state_dict(), tmp_path / "ti.pth")
@@ -221,7 +221,7 @@ def test_a_file_of_another_grid_is_never_read_as_a_square(tmp_path: Path) -> Non
         size = (grid[0] * 8, grid[1] * 8)
         with pytest.raises(ModelError, match="the image size is not in the file") as err:
             load("auto", checkpoint=path, num_heads=3)
-        assert f"`--img-size {size[0]}x{size[1]}`" in str(err.value.hint)
+        assert f"`img_size={size[0]}x{size[1]}`" in str(err.value.hint)
         loaded = load("auto", checkpoint=path, num_heads=3, img_size=size)
         assert loaded.info.preprocessing.input_size == (3, *size)
         x = torch.randn(1, 3, *size)
@@ -229,7 +229,7 @@ def test_a_file_of_another_grid_is_never_read_as_a_square(tmp_path: Path) -> Non
     path, model = saved((4, 4), no_embed_class=True)
     with pytest.raises(ModelError, match=r"3x5 or 5x3\) and 1 of other.*4x4\) and none") as err:
         load("auto", checkpoint=path, num_heads=3)
-    assert "`--img-size 32`" in str(err.value.hint)
+    assert "`img_size=32`" in str(err.value.hint)
     again = load("auto", checkpoint=path, num_heads=3, img_size=32).model
     torch.testing.assert_close(again(images()), model(images()))
     path, model = saved((2, 8))  # 16 patches: taken as a square, which is said
@@ -394,7 +394,7 @@ def test_a_name_leads_to_auto_only_where_auto_reads_the_file(tmp_path: Path) -> 
         return str(err.value.hint)
 
     assert "`auto`" in hint(STATE)
-    assert "--img-size 24x40" in hint(tiny(img_size=(24, 40)).state_dict())
+    assert "`img_size=24x40`" in hint(tiny(img_size=(24, 40)).state_dict())
     assert "`auto`" not in hint({**STATE, "blocks.0.attn.rel.weight": torch.ones(2, 2)})
     assert "`auto`" not in hint({k: v for k, v in STATE.items() if "qkv" not in k})
 
@@ -504,7 +504,7 @@ def test_without_a_network_the_error_says_which_file_to_fetch(
     assert "`model.safetensors` of https://huggingface.co/timm/no-such-model-here" in str(
         err.value.hint
     )
-    assert "--checkpoint FILE" in str(err.value.hint)
+    assert "`checkpoint=FILE`" in str(err.value.hint)
     with pytest.raises(ModelError, match="publishes no weights"):
         hub.fetch("vit_x", {})
 
@@ -533,11 +533,11 @@ def test_a_named_network_resamples_from_the_right_grid(tmp_path: Path) -> None:
         ModelError, match=r"`pos_embed` is \[1, 61, 192\].*60 patches are no sq"
     ) as e:
         load(name, checkpoint=path)
-    assert "--img-size HxW" in str(e.value.hint)
+    assert "`img_size=HxW`" in str(e.value.hint)
     loaded = load(name, checkpoint=path, img_size=[96, 160])
     assert torch.equal(loaded.model.pos_embed, model.pos_embed)  # type: ignore[arg-type]
     path, model = saved(96)
-    assert "`--img-size 96x96` keeps them" in load(name, checkpoint=path).notes[0]
+    assert "image size 96x96 keeps them" in load(name, checkpoint=path).notes[0]
 
 
 def test_names_that_timm_has_changed(monkeypatch: pytest.MonkeyPatch, vit_tiny_file: Path) -> None:

@@ -203,14 +203,14 @@ def test_timm_takes_no_uneven_widths(world: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "provider", "flag"),
     [
-        ({"format": "torch", "precision": "int8"}, "auto", "--precision int8"),
-        ({"format": "timm", "with_preprocessing": True}, "auto", "--with-preprocessing"),
+        ({"format": "torch", "precision": "int8"}, "auto", "precision=int8"),
+        ({"format": "timm", "with_preprocessing": True}, "auto", "with_preprocessing"),
         ({"format": "torch"}, "cuda", "--provider cuda"),
-        ({"format": "timm", "batch": 3}, "auto", "--batch 3"),
+        ({"format": "timm", "batch": 3}, "auto", "batch=3"),
     ],
 )
 def test_what_a_format_does_not_have(settings: dict, provider: str, flag: str) -> None:
-    with pytest.raises(UsageError, match=f"`{flag}` does not go with `format="):
+    with pytest.raises(UsageError, match=f"`{flag}` does not go with `(--)?format"):
         export_checkpoint(Path("x"), DataSection(), section(**settings), provider=provider)
 
 

@@ -587,8 +587,8 @@ def test_a_dense_network_has_nothing_to_heal(half_network: Path) -> None:
     [
         ({"epochs": None}, "got none"),
         ({"minutes": 1.0}, "got both"),
-        ({"epochs": None, "minutes": 1.0, "layerwise": True}, "goes by `--epochs`"),
-        ({"layerwise": True, "feature_weight": 1.0}, "`--feature-weight` is for training"),
+        ({"epochs": None, "minutes": 1.0, "layerwise": True}, "needs `epochs`"),
+        ({"layerwise": True, "feature_weight": 1.0}, "`feature_weight` is for training"),
         ({"layerwise": True, "augment": "strong"}, "takes images as they are"),
     ],
     ids=str,

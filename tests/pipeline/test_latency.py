@@ -203,5 +203,5 @@ def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_one_budget() -> None:
-    with pytest.raises(UsageError, match="`--keep` and `--target-latency`"):
+    with pytest.raises(UsageError, match="`keep` and `target_latency`"):
         check(PruneSection(keep=0.5, target_latency=0.5))

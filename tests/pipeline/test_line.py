@@ -296,7 +296,7 @@ def test_targets_are_met_for_the_whole_network(run: Path, target: str) -> None:
 @pytest.mark.parametrize(("settings", "message"), [
     (PruneSection(), "a budget is needed"),
     (half(topk=4000), "`--topk` must be at most 128"),
-    (half(target_latency=0.5), "got `--keep` and `--target-latency`"),
+    (half(target_latency=0.5), "got `keep` and `target_latency`"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(run: Path, settings: PruneSection, message: str) -> None:
     with pytest.raises(UsageError) as caught:

@@ -15,11 +15,12 @@ from npprune.recipe import (
     ModelSection,
     PruneSection,
     Recipe,
-    bounds,
     load_recipe,
     recipe_yaml,
     shipped_recipes,
 )
+from npprune.recipe.sections import StudySection
+from npprune.recipe.settings import bounds
 
 GOOD = """\
 name: x
@@ -60,7 +61,7 @@ MESSAGES = [  # the changed line of GOOD, the new text, the message without the 
         "keep: 1.5",
         "`prune.keep` must be in (0, 1], got `1.5`",
         7,
-        "`0.5` keeps half of the neurons",
+        "`0.5` keeps half of the hidden units",
     ),
     ("keep: 0.5", "keep: half", "`prune.keep` must be a number in (0, 1], got `half`", 7, None),
     ("keep: 0.5", "keep: .nan", "`prune.keep` must be in (0, 1], got `NaN`", 7, None),
@@ -128,7 +129,7 @@ MESSAGES = [  # the changed line of GOOD, the new text, the message without the 
     ("name: x", "name: 7", "`name` must be text, got `7`", 1, None),
     ("  name: vit", "  checkpoint: w", "`model.name` is missing", 2, None),
     ("name: x", "name: x\ndevice: gpu", "`device` must be one of `auto`, `cpu`", 2, None),
-    ("name: x", "name: x\nseed: -1", "`seed` must be in [0, 4294967296), got `-1`", 2, None),
+    ("name: x", "name: x\nseed: -1", "`seed` must be in [0, 4294967295], got `-1`", 2, None),
     (
         "train: folder:a",
         "classes: {a: 1}",
@@ -139,11 +140,12 @@ MESSAGES = [  # the changed line of GOOD, the new text, the message without the 
     (
         "train: folder:a",
         "classes: [3, [4]]",
-        "`data.classes.1` must be a list of indices, synsets or names, or a file's path, got `[4]`",
+        "`data.classes` must be a list of indices, synsets or names, or a file's path, got "
+        "`[3, [4]]`",
         5,
         None,
     ),
-    ("train: folder:a", "mean: [a, 1, 2]", "`data.mean.0` must be a list of numbers", 5, None),
+    ("train: folder:a", "mean: [a, 1, 2]", "`data.mean.0` must be a number, got `a`", 5, None),
     (
         "train: folder:a",
         "batch_size: true",
@@ -222,7 +224,7 @@ def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
 def test_two_budgets_contradict_each_other(tmp_path: Path, other: str) -> None:
     err = _refused(tmp_path, GOOD + f"  {other}: 0.7\n")
     assert err.message == (
-        "a budget is one of `prune.keep`, `prune.target_params`, `prune.target_macs`, "
+        "a budget is one of `prune.keep`, `prune.target_params`, `prune.target_macs` and "
         f"`prune.target_latency`, got `prune.keep` and `prune.{other}` ({tmp_path / 'x.yaml'}:8)"
     )
     assert f"`prune.{other}` (--set" in _refused(tmp_path, GOOD, f"prune.{other}=0.7").message
@@ -394,10 +396,12 @@ def test_a_missing_file_gets_the_nearest_name(
 
 
 def test_bounds_in_words() -> None:
-    assert bounds(PruneSection, "keep") == "in (0, 1]"
-    assert bounds(PruneSection, "round_to") == "at least 1"
-    assert bounds(PruneSection, "target_macs") == "greater than 0"
-    assert bounds(PruneSection, "criterion") == ""
+    fields = PruneSection.model_fields
+    assert bounds(fields["keep"]) == "in (0, 1]"
+    assert bounds(fields["round_to"]) == "at least 1"
+    assert bounds(fields["target_macs"]) == "greater than 0"
+    assert bounds(fields["criterion"]) == ""
+    assert bounds(StudySection.model_fields["keep"], item=True) == "in (0, 1]"
 
 
 # ---------------------------------------------------------------- words and contradictions
@@ -411,7 +415,11 @@ def test_bounds_in_words() -> None:
         ("compensation: sequental", "`prune.compensation` must be one of `none`, ", "sequential"),
         ("target_params: .inf", "`prune.target_params` must be a finite number greater", None),
         ("shrinkage: .nan", "`prune.shrinkage` must be a finite number greater than 0", None),
-        ("axes: [mlp, qk]", "`prune.keep` is a share of the hidden units, and `prune.axes", None),
+        (
+            "axes: [mlp, qk]",
+            "`prune.keep` is a share of the hidden units, and with `prune",
+            None,
+        ),
         ("max_drop: 101", "`prune.max_drop` must be in (0, 100], got `101`", None),
     ],
 )
@@ -434,9 +442,12 @@ def test_what_would_fail_after_minutes_is_refused_at_once(
         ("heal: {lr: 1e-4}", "one of `heal.epochs` and `heal.minutes` says how long, got none"),
         ("heal: {epochs: 1, minutes: 1}", "one of `heal.epochs` and `heal.minutes` says how long"),
         ("heal: {minutes: .inf}", "`heal.minutes` must be a finite number greater than 0"),
-        ("heal: {minutes: 1, layerwise: true}", "`heal.layerwise` goes by `heal.epochs`"),
+        ("heal: {minutes: 1, layerwise: true}", "`heal.layerwise` needs `heal.epochs`"),
         ("heal: {epochs: 1, precision: fp16}", "`heal.precision` must be one of `fp32`, `bf16`"),
-        ("export: {format: timm, precision: int8}", "`export.precision: int8` does not go with"),
+        (
+            "export: {format: timm, precision: int8}",
+            "`export.precision: int8` does not go with",
+        ),
         ("export: {precision: int4}", "`export.precision` must be one of `fp32`, `fp16`, `int8`"),
         ("discover: {precision: fp16}", "`discover.precision` must be one of `fp32`, `tf32`"),
         ("discover: {method: activations}", "`discover.method` must be one of `neuron-path`"),
@@ -458,7 +469,7 @@ def test_what_reads_paths_needs_discovery(tmp_path: Path, line: str) -> None:
 
 def test_a_standard_deviation_is_positive(tmp_path: Path) -> None:
     err = _refused(tmp_path, GOOD.replace("train: folder:a", "std: [0.5, 0, 0.5]"))
-    assert err.message.startswith("`data.std.1` must be a list of numbers above 0")
+    assert err.message.startswith("`data.std.1` must be greater than 0, got `0`")
 
 
 def test_recipes_load_without_torch() -> None:

@@ -80,7 +80,7 @@ def test_other_folders_are_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StoreError, match="not a checkpoint of npprune") as caught:
         write_checkpoint(tmp_path, CONFIG, _tensors())
-    assert caught.value.hint == "choose another --out"
+    assert caught.value.hint == "choose another `out`"
     assert _names(tmp_path) == ["thesis.tex"]
 
     write_checkpoint(tmp_path / "a", CONFIG, _tensors())

@@ -56,7 +56,7 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert caught.value.message == (
         f"`{run.path}` belongs to a run of other settings: `discover.topk`: 1 -> 5; `seed`: 0 -> 1"
     )
-    assert "another --out" in (caught.value.hint or "")
+    assert "another `out`" in (caught.value.hint or "")
     assert run.manifest_path.read_bytes() == before
     assert not run.recipe_path.exists()
 

@@ -12,15 +12,12 @@ Letters: b images, t tokens, h hidden units, K neurons per block, L blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from npprune.core.view import HiddenEdit, Scope, VitView
-
-Edit = Literal["remove", "enhance", "keep"]
-EDITS: tuple[str, ...] = get_args(Edit)
+from npprune.words import EDITS, Edit, check_word
 
 Factors = list[Tensor]
 """Per block, a factor for each image and unit [b, h]; [1, h] where all images share it."""
@@ -85,8 +82,7 @@ def path_factors(masks: Sequence[Tensor], edit: Edit, factor: float = 2.0) -> Fa
 
     masks: bool [h] per block, the path's neurons.
     """
-    if edit not in EDITS:
-        raise ValueError(f"`edit` must be one of {', '.join(EDITS)}, got {edit!r}")
+    check_word("edit", edit, EDITS)
     inside, outside = {"remove": (0.0, 1.0), "enhance": (factor, 1.0), "keep": (1.0, 0.0)}[edit]
     return [torch.where(m, inside, outside)[None] for m in masks]
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npprune.budget import SETTINGS as BUDGETS
 from npprune.core import metrics
 from npprune.core.compression.attention import smaller_qkv
 from npprune.core.compression.harm import Replacement
@@ -57,7 +58,7 @@ from npprune.pipeline.prune.calibration import (
 from npprune.pipeline.prune.latency import LatencyTarget
 from npprune.pipeline.prune.planning import Chosen, Planner, check_criterion
 from npprune.pipeline.prune.statistics import Shelf, identity, statistics_home
-from npprune.recipe import BUDGETS, DataSection, ModelSection, PruneSection, check
+from npprune.recipe import DataSection, ModelSection, PruneSection, check
 from npprune.records import (
     CheckpointConfig,
     ClassInfo,
