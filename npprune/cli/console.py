@@ -136,7 +136,7 @@ class Output:
         with redirect_stdout(sys.stderr), Progress(_console(stderr=True), self.quiet) as progress:
             yield progress.emit
 
-    def result(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    def result(self, work: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """What the work gives. Where that could not be stored at its end, it is given all the
         same, to be shown before `finish` says so."""
         try:

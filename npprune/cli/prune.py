@@ -11,6 +11,7 @@ from npprune import words
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import IMAGES, RUN, argument, choice, option, required
+from npprune.criteria import CRITERIA
 from npprune.errors import UsageError
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def command(
         option(CHOICE, "--topk", "K", "path neurons per block of each class \\[default: all]"),
     ] = None,
     criterion: Annotated[
-        str, choice(CHOICE, "--criterion", "ranks the neurons that no path names", *words.CRITERIA)
+        str, choice(CHOICE, "--criterion", "ranks the neurons that no path names", *CRITERIA)
     ] = "curvature-obs",
     selection: Annotated[
         str,
@@ -212,6 +213,7 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration)
     chosen, seed_value = flags.device(device), flags.seed(seed)
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.prune.stage import prune
 
     if heal is not None:
@@ -227,11 +229,8 @@ def command(
             images,
             settings,
             folder,
-            device=chosen,
-            seed=seed_value,
-            emit=emit,
+            work=Work(device=chosen, seed=seed_value, emit=emit, command=flags.command_line(ctx)),
             dry_run=dry_run,
-            command=flags.command_line(ctx),
         )
     healing = heal is not None and not dry_run and output.unstored is None
     if not (healing and as_json):  # one document: the healed network's tells of the pruning, too

@@ -146,6 +146,7 @@ def command(
     images = flags.data_section(ctx.params, calibration=calibration, val=val)
     chosen = flags.device(device)
 
+    from npprune.pipeline.common.work import Work
     from npprune.pipeline.study.stage import study
 
     output = Output(as_json=as_json)
@@ -156,10 +157,8 @@ def command(
             images,
             settings,
             folder,
-            device=chosen,
-            emit=emit,
+            work=Work(device=chosen, emit=emit, command=flags.command_line(ctx)),
             dry_run=dry_run,
-            command=flags.command_line(ctx),
         )
     _show(output, result, folder, dry_run=dry_run)
     output.finish()

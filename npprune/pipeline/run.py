@@ -9,12 +9,14 @@ from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.outputs import check_checkpoint, check_run, reads_of
 from npprune.pipeline.common.processes import processes
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo import network as digits_network
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.export.stage import export_checkpoint
 from npprune.pipeline.heal.stage import heal_pruned, healed_folder
-from npprune.pipeline.prune.stage import check_budget, prune
+from npprune.pipeline.prune.measuring import check_budget
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import ModelSection, Recipe
 from npprune.records import Result
 from npprune.store.runs import RunFolder
@@ -81,7 +83,8 @@ def run_recipe(
     def prune_and_measure() -> None:
         assert recipe.prune is not None
         emit(Event("prune", f"recipe {recipe.name}"))
-        prune(source, recipe.data, recipe.prune, checkpoint, command=command, **common)  # type: ignore[arg-type]
+        work = Work(device=recipe.device, seed=recipe.seed, emit=emit, command=command)
+        prune(source, recipe.data, recipe.prune, checkpoint, work=work)
         evaluate(checkpoint, recipe.data, recipe.evaluate, device=recipe.device, emit=emit)
 
     def ship() -> None:

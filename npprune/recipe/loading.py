@@ -10,12 +10,12 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from npprune.criteria import CRITERIA
 from npprune.errors import RecipeError
 from npprune.recipe.messages import place_of, recipe_error
 from npprune.recipe.rules import conflict, key
 from npprune.recipe.sections import Recipe
 from npprune.recipe.tree import Dumper, Place, override, parse
-from npprune.words import PATH_CRITERIA
 
 _FOLDER_NAME = re.compile(r"^[^./\\\s][^/\\\n]*\Z")
 
@@ -70,7 +70,7 @@ def _check(recipe: Recipe, places: dict[Place, str]) -> None:
     if recipe.discover is None and recipe.prune is not None:
         for field, value, reads in (
             ("topk", recipe.prune.topk, recipe.prune.topk is not None),
-            ("criterion", recipe.prune.criterion, recipe.prune.criterion in PATH_CRITERIA),
+            ("criterion", recipe.prune.criterion, CRITERIA[recipe.prune.criterion].paths),
         ):
             if reads:
                 raise RecipeError(

@@ -6,6 +6,7 @@ import re
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -17,10 +18,23 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from npprune import words
+from npprune.criteria import CRITERIA
 
 BUDGETS = ("keep", "target_params", "target_macs", "target_latency")
 """Fields of the prune section of which one says how much stays."""
 IMG_SIZE = "one side or height x width in pixels, such as `224` or `192x256`"
+
+
+def _criterion(name: str) -> str:
+    """One of the criteria registered now, refused as a word of a Literal would be."""
+    if name not in CRITERIA:
+        raise PydanticCustomError(
+            "literal_error", "unknown", {"expected": ", ".join(f"'{c}'" for c in CRITERIA)}
+        )
+    return name
+
+
+CriterionName = Annotated[str, AfterValidator(_criterion)]
 
 
 class Section(BaseModel):
@@ -120,7 +134,7 @@ class PruneSection(Section):
     target_latency: float | None = Field(None, gt=0)  # <= 1: share of dense; else milliseconds
     latency_batch: int = Field(1, ge=1)  # images at once while timing
     latency_threads: int | None = Field(None, ge=1)  # None: as many as PyTorch uses
-    criterion: words.Criterion = "curvature-obs"
+    criterion: CriterionName = "curvature-obs"
     selection: words.Selection = "measured"
     compensation: words.Compensation = "sequential"
     shrinkage: float | None = Field(None, gt=0)  # of the refit; None: chosen on held-out images
@@ -140,7 +154,7 @@ class StudySection(Section):
     a run with paths.
     """
 
-    criteria: list[words.Criterion] | None = Field(None, min_length=1)  # None: all
+    criteria: list[CriterionName] | None = Field(None, min_length=1)  # None: all
     compensations: list[words.Compensation] = Field(["least-squares"], min_length=1)
     selections: list[words.Selection] = Field(["uniform"], min_length=1)
     keep: list[Annotated[float, Field(gt=0, le=1)]] = Field([0.5], min_length=1)

@@ -145,7 +145,7 @@ def choose_shrinkage(
 ) -> tuple[float, dict[float, float]]:
     """The shrinkage whose refit on `fit` loses least on `held_out`, and every candidate's loss.
 
-    `fit` and `held_out` are moments of disjoint images, with the errors to make up for beside
+    `fit` and `held_out` are moments of disjoint images, with the errors to make up for next to
     them where there are any. The loss is the mean squared error of W h + e, less the spread of e,
     which no candidate changes.
     """

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from npprune.models.info import weights_sha256
-from npprune.pipeline.common.events import Emit
 from npprune.pipeline.common.processes import Processes
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.heal.distillation import Distillation
 from npprune.pipeline.heal.image_cache import Memory, to_bytes
 from npprune.pipeline.heal.images import every_tenth, to_outputs
 from npprune.pipeline.heal.teacher import Held, Teacher, logits_of
+from npprune.pipeline.prune.opening import ImagesInMemory, Opened
 from npprune.recipe import HealSection
-from npprune.records import Preprocessing
 from npprune.store.training import TrainingFolder
 
 
@@ -30,37 +29,27 @@ class Healer:
     """
 
     def __init__(
-        self,
-        dense: nn.Module,
-        fit: Sequence[tuple[Tensor, Tensor]],
-        held: Sequence[tuple[Tensor, Tensor]],
-        preprocessing: Preprocessing,
-        epochs: int,
-        *,
-        classes: list[int] | None,
-        spec: str,
-        device: torch.device,
-        emit: Emit,
+        self, opened: Opened, fit: ImagesInMemory, held: ImagesInMemory, epochs: int, work: Work
     ) -> None:
-        """fit, held: decoded images [b, c, h, w] with labels [b]; spec: what they are called."""
+        """fit, held: the calibration images that rows are fitted on, and the others."""
+        classes, preprocessing = opened.classes, opened.images.preprocessing
         self.settings = HealSection(epochs=epochs)
-        self.device, self.emit = device, emit
-        self.teacher = Teacher(dense, columns=classes)
-        images = [x for part in (fit, held) for x, _ in part]
-        pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x in images])
-        labels = to_outputs(torch.cat([y for part in (fit, held) for _, y in part]), classes)
-        n, first = len(labels), sum(len(y) for _, y in fit)
+        self.work = work
+        self.teacher = Teacher(opened.network.model, columns=classes)
+        pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x in fit.images + held.images])
+        labels = to_outputs(torch.cat(fit.labels + held.labels), classes)
+        n, first = len(labels), len(fit)
         train, other = list(range(first)), list(range(first, n))
         if not other:
-            train, other = every_tenth(n, n, spec)
+            train, other = every_tenth(n, n, opened.images.source.spec)
         self.parts = [
             Memory(pixels[rows], labels[rows], preprocessing, flips=flips, seed=0)
             for rows, flips in ((train, True), (other, False))
         ]
-        self.held = Held(self.parts[1], logits_of(self.teacher, self.parts[1], device))
+        self.held = Held(self.parts[1], logits_of(self.teacher, self.parts[1], work.where))
 
     def heal(self, student: nn.Module, row: Path, seed: int) -> float:
-        """Train in place; the state is beside the row's file. Returns seconds."""
+        """Train in place; the state lies next to the row's file. Returns seconds."""
         started = time.perf_counter()
         pool, _ = self.parts
         identity: dict[str, Any] = {
@@ -73,8 +62,8 @@ class Healer:
         with folder.lock():
             Distillation(
                 student, self.teacher, pool, self.held, self.settings, mixing=True,
-                folder=folder, identity=identity, device=self.device, processes=Processes(),
-                seed=seed, emit=self.emit, started=started,
+                folder=folder, identity=identity, device=self.work.where, processes=Processes(),
+                seed=seed, emit=self.work.emit, started=started,
             ).run()  # fmt: skip
             folder.remove()
         return time.perf_counter() - started
