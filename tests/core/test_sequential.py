@@ -10,7 +10,7 @@ from npprune.core.compression.compensation import choose_shrinkage, compensate
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement
 from npprune.core.compression.sequential import PRIOR_IMAGES, Fit, compensate_in_sequence
-from npprune.core.compression.statistics import Moments, collect_statistics
+from npprune.core.compression.statistics import collect_statistics
 from npprune.models.view import TimmView
 from tests.core.test_harm import changed
 from tests.core.test_statistics import data, in_batches, tiny_view
@@ -160,19 +160,3 @@ def test_held_out_images_choose_the_shrinkage_and_nothing_else() -> None:
         without.second[0].weight,
         compensate(dense, fc2.weight, fc2.bias, KEEP[0], shrinkage=SHRINKAGE).weight,
     )
-
-
-def test_neurons_may_be_chosen_on_the_way() -> None:
-    view, (images, _) = tiny_view(), data(12)
-    asked: list[int] = []
-
-    def choose(l: int, moments: Moments) -> list[int]:
-        asked.append(l)
-        return sorted(moments.variance.topk(6).indices.tolist())
-
-    got = compensate_in_sequence(view, [images], choose, fit=Fit(beta=0.0)).second
-    assert asked == [0, 1, 2]
-    stats = collect_statistics(
-        changed(view, {0: got[0]}), in_batches(images, 12), needs=["moments"]
-    )
-    assert got[1].keep == choose(1, stats.moments(1))

@@ -105,8 +105,8 @@ def test_path_criteria_and_protection_come_with_a_run() -> None:
     ("asked", "said"),
     [
         ({"criteria": ["path-votes"]}, "criterion `path-votes` reads paths"),
-        ({"protect": ["on"]}, "`--protect on` reads paths"),
-        ({"topk": 1}, "`--topk` reads paths"),
+        ({"protect": ["on"]}, "`protect=on` reads paths"),
+        ({"topk": 1}, "`topk` reads paths"),
     ],
 )
 def test_what_needs_a_run_is_refused_without(asked: dict[str, object], said: str) -> None:

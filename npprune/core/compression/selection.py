@@ -4,7 +4,7 @@ A block's own scores say in which order its neurons go; a budget says how many s
 
     uniform     the same share of every block
     global      the shares that remove the least total score
-    measured    the shares that do the least measured harm, in nats (see `core.harm`)
+    measured    the shares that do the least measured harm, in nats (see `harm`)
 
 The last two are one problem: each block takes one of a few widths, every width has a harm and a
 price, harms and prices add up. `solver` finds the exact optimum. The price is one-dimensional and

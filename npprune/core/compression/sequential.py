@@ -1,8 +1,8 @@
 """Compensation in sequence: each block refitted on the network pruned so far.
 
 Block by block, the calibration images run through what is already pruned. The block's full hidden
-layer is recollected there (h, its moments), neurons are chosen or given, and `fc2` is refitted on
-the inputs that it will really see. The target of the regression is
+layer is recollected there (h, its moments), and `fc2` is refitted on the inputs that it will really
+see. The target of the regression is
 
     y = W h + b + beta (x - x')        x  the dense network's stream after the block
                                        x' the pruned network's, with this block unpruned
@@ -41,9 +41,6 @@ BETA = 0.5
 PRIOR_IMAGES = 1000.0
 """As many images, of a mean feature's variance, say that the classifier stays as it was."""
 
-Choose = Callable[[int, Moments], Sequence[int]]
-"""The neurons of block l that stay, given its moments on the network pruned so far."""
-
 
 @dataclass
 class Refitted:
@@ -81,7 +78,7 @@ class Fit:
 def compensate_in_sequence(
     view: VitView,
     batches: Sequence[Tensor],
-    keep: Sequence[Sequence[int]] | Choose,
+    keep: Sequence[Sequence[int]],
     *,
     fit: Fit | None = None,
     changed: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
@@ -92,7 +89,7 @@ def compensate_in_sequence(
     Args:
         view: the dense network.
         batches: calibration images, held in memory (their streams too: images x tokens x width).
-        keep: the neurons that stay, per block, or a function that chooses them.
+        keep: the neurons that stay, per block.
         changed: per block, layers that stand in for those of its attention, in the pruned
             network alone: what they lose is an error of the stream like that of earlier blocks.
             A `proj` among them says which of its inputs stay; it is refitted.
@@ -127,9 +124,8 @@ def compensate_in_sequence(
             with recorded([fc2]) as seen:
                 after = view.tail(l, x, a)
             sums.add(seen[fc2][0], dense[i] - after if beta else None, weight)
-        kept = keep(l, sums.finish(beta)[0]) if callable(keep) else keep[l]
-        found = sums.refit(fc2, kept, beta, shrinkage)
-        out.second.append(Replacement(list(kept), found.weight, found.bias))
+        found = sums.refit(fc2, keep[l], beta, shrinkage)
+        out.second.append(Replacement(list(keep[l]), found.weight, found.bias))
         if on_block is not None:
             on_block(l, found)
         with replaced(view, {l: out.second[-1]}):
@@ -233,6 +229,7 @@ class _Part(Sums):
             self.add(error=_sum((w * error).flatten(0, 1)), cross=cross)
 
     def finish(self, beta: float) -> tuple[Moments, Cross | None]:
+        """Moments of h; and beta times what e says of it, if there were errors."""
         moments = self.moments()
         if "error" not in self.parts:
             return moments, None
@@ -253,10 +250,6 @@ class _Sums:
         part.add_batch(h, error, weights)
         self.left -= 1
 
-    def finish(self, beta: float) -> tuple[Moments, Cross | None]:
-        """What the layer is fitted on."""
-        return self.fit.finish(beta)
-
     def refit(
         self,
         layer: nn.Linear,
@@ -267,7 +260,7 @@ class _Sums:
         diagnose: bool = True,
     ) -> Compensated:
         """The layer for the kept inputs; the shrinkage from the held-out part, if there is one."""
-        moments, cross = self.finish(beta)
+        moments, cross = self.fit.finish(beta)
         if self.held.weight:
             held_out, held_cross = self.held.finish(beta)
             shrinkage, _ = choose_shrinkage(

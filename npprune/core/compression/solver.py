@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npprune.errors import GateError
+from npprune.errors import GateError, setting
 
 STATES = 200_000
 """Partial solutions that `solve` holds before it rounds prices."""
@@ -223,5 +223,5 @@ def too_small(least: float, budget: float) -> GateError:
     """What is refused where even the cheapest options exceed a budget."""
     return GateError(
         f"the smallest widths allowed cost {least:.6g}, and the budget is {budget:.6g}",
-        hint="raise the budget, or lower min_keep",
+        hint=f"raise the budget, or lower {setting('prune.min_keep')}",
     )

@@ -73,8 +73,6 @@ class Paths:
 
     union: list[list[int]]
     votes: list[Tensor]
-    classes: int
-    topk: int
     attribution: list[Tensor] = field(default_factory=list)
     alone: bool = False
 

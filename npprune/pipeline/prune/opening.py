@@ -155,7 +155,7 @@ def _vote(table: PathTable, wanted: Sequence[int], view: VitView, topk: int | No
         own = table.where(c)
         for l, v in enumerate(attribution(own.neurons, own.scores, view.widths)):
             scores[l] += torch.from_numpy(v) / images
-    return Paths([sorted(u) for u in union], votes, len(wanted), count, scores, topk is not None)
+    return Paths([sorted(u) for u in union], votes, scores, alone=topk is not None)
 
 
 @dataclass
