@@ -27,14 +27,6 @@ RuleOrAuto = Literal["auto", Rule]
 Accumulation = Literal["sum", "last"]
 ACCUMULATIONS: tuple[Accumulation, ...] = get_args(Accumulation)
 
-Criterion = Literal[
-    "random", "magnitude", "activation", "variance", "variance-weight", "wanda", "taylor",
-    "fisher", "path-votes", "path-attribution", "obs", "curvature-obs",
-]  # fmt: skip
-CRITERIA: tuple[Criterion, ...] = get_args(Criterion)
-PATH_CRITERIA: tuple[Criterion, ...] = ("path-votes", "path-attribution")
-"""Those that read a run's paths."""
-
 Selection = Literal["uniform", "global", "measured"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 

@@ -74,11 +74,8 @@ def command(
             images,
             settings,
             folder,
-            device=run.device,
-            seed=run.seed,
-            emit=emit,
+            work=run.work(emit),
             dry_run=run.dry_run,
-            command=run.command,
         )
     healing = heal is not None and not run.dry_run and output.unstored is None
     if not (healing and run.as_json):  # one document: the healed network's tells of the pruning

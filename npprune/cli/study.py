@@ -61,10 +61,8 @@ def command(
             images,
             settings,
             folder,
-            device=run.device,
-            emit=emit,
+            work=run.work(emit),
             dry_run=run.dry_run,
-            command=run.command,
         )
     _show(output, result, folder, dry_run=run.dry_run)
     output.finish()

@@ -14,7 +14,8 @@ from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.export.stage import export_checkpoint
 from npprune.pipeline.heal.stage import heal_pruned, healed_folder
-from npprune.pipeline.prune.stage import check_budget, prune
+from npprune.pipeline.prune.measuring import check_budget
+from npprune.pipeline.prune.stage import prune
 from npprune.recipe import ModelSection, Recipe, load_recipe
 from npprune.records import Result
 from npprune.store.runs import RunFolder
@@ -85,10 +86,7 @@ def run_recipe(
     def prune_and_measure() -> None:
         assert recipe.prune is not None
         work.on("prune").say(f"recipe {recipe.name}")
-        prune(
-            source, recipe.data, recipe.prune, checkpoint, device=work.device, seed=work.seed,
-            emit=work.emit, command=work.command,
-        )  # fmt: skip
+        prune(source, recipe.data, recipe.prune, checkpoint, work=work)
         evaluate(checkpoint, recipe.data, recipe.evaluate, work=quietly)
 
     def ship() -> None:

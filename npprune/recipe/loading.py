@@ -8,11 +8,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from npprune.criteria import CRITERIA
 from npprune.errors import RecipeError, setting
 from npprune.recipe.messages import Place, place_of, recipe_error, recipe_name
 from npprune.recipe.rules import Conflict, check
 from npprune.recipe.sections import Recipe
-from npprune.words import PATH_CRITERIA, nearest
+from npprune.words import nearest
 
 _FOLDER_NAME = re.compile(r"^[^./\\\s][^/\\\n]*\Z")
 
@@ -77,7 +78,7 @@ def _check(recipe: Recipe) -> None:
     if recipe.discover is None and recipe.prune is not None:
         for field, value, reads in (
             ("topk", recipe.prune.topk, recipe.prune.topk is not None),
-            ("criterion", recipe.prune.criterion, recipe.prune.criterion in PATH_CRITERIA),
+            ("criterion", recipe.prune.criterion, CRITERIA[recipe.prune.criterion].paths),
         ):
             if reads:
                 raise Conflict(

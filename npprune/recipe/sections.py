@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from pydantic_core import PydanticCustomError
 
 from npprune import words
+from npprune.criteria import CRITERIA
 from npprune.recipe.settings import OneOf, Rule, setting
 
 # Panels of a command's help.
@@ -50,7 +51,7 @@ class Section(BaseModel):
         return field if section == "recipe" else f"{section}.{field}"
 
 
-CriterionName = Annotated[str, OneOf(lambda: words.CRITERIA)]
+CriterionName = Annotated[str, OneOf(lambda: CRITERIA)]
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -183,11 +183,11 @@ def test_only_a_run_of_known_weights_is_pruned(world: World, named: bool) -> Non
     data = DataSection(calibration=f"folder:{world.images}")
     settings, out = PruneSection(keep=0.5, criterion="variance"), world.root / "ckpt"
     if named:
-        variant = prune(run, data, settings, out, device="cpu")
+        variant = prune(run, data, settings, out, work=Work(device="cpu"))
         assert variant.prune.protected == [1, 1, 1]
     else:
         with pytest.raises(StoreError, match="nothing says of which weights its paths are"):
-            prune(run, data, settings, out, device="cpu")
+            prune(run, data, settings, out, work=Work(device="cpu"))
     assert out.exists() is named
 
 

@@ -16,7 +16,7 @@ from npprune.core.compression.attention import (
 )
 from npprune.core.compression.compensation import compensate, error
 from npprune.core.compression.elimination import eliminate_groups
-from npprune.core.compression.harm import layers_replaced, measure_attention_harm, predict
+from npprune.core.compression.harm import layers_replaced, measure_harm, predict
 from npprune.core.metrics import divergence
 from npprune.errors import UsageError
 from npprune.models.view import TimmView
@@ -163,7 +163,7 @@ def test_harm_is_measured_on_the_network_with_one_attention_changed() -> None:
         }
         for l, m in enumerate(found)
     ]
-    table = measure_attention_harm(view, images.split(3), options)
+    table = measure_harm(view, images.split(3), options)
     dense = predict(view, [images])
     for l, row in enumerate(options):
         for option, layers in row.items():

@@ -44,17 +44,15 @@ def test_the_place_is_named(where: str, kind: type[NpPruneError], message: str) 
         with pytest.raises(kind, match=message):
             find_paths(view, images, labels, method=method, integral=Integral.of("cls", points=2))  # type: ignore[arg-type]
     with pytest.raises(kind, match=message):
-        collect_statistics(view, [(images, labels)], needs=["moments"])
+        collect_statistics(view, [images], needs=["moments"])
 
 
 def test_calibration_images_are_counted_over_the_batches() -> None:
-    images, labels = tiny_batch(3)
+    images, _ = tiny_batch(3)
     bad = images.clone()
     bad[1] = NAN
     with pytest.raises(DataError, match="image 4 must hold finite values"):
-        collect_statistics(
-            make_view(tiny_vit()), [(images, labels), (bad, labels)], needs=["moments"]
-        )
+        collect_statistics(make_view(tiny_vit()), [images, bad], needs=["moments"])
 
 
 def test_one_output_has_no_paths() -> None:

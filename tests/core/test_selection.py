@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from npprune.core.compression import selection
+from npprune.core.compression import selection, solver
+from npprune.core.compression.solver import fixed
 from npprune.errors import GateError, UsageError
 
 
@@ -22,6 +25,16 @@ def brute_force(
     return best
 
 
+def solve_tables(harm: Any, prices: Any, budget: float) -> list[Any]:
+    return solver.solve([fixed(h, p) for h, p in zip(harm, prices, strict=True)], budget)
+
+
+def chosen(scores: list[Tensor], budget: float, **more: Any) -> selection.Selection:
+    names = ("protected", "votes", "round_to", "min_keep")
+    ranking = selection.Ranking(scores, **{k: more.pop(k) for k in names if k in more})
+    return selection.select(ranking, budget, **more)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_solve_is_exact_for_any_price(seed: int) -> None:
     g = torch.Generator().manual_seed(seed)
@@ -33,34 +46,34 @@ def test_solve_is_exact_for_any_price(seed: int) -> None:
         # latencies: no common unit, not even monotone
         price.append(dict(zip(widths, (torch.rand(5, generator=g) + 0.1).tolist(), strict=True)))
     budget = 2.0
-    chosen = selection.solve(harm, price, budget)
-    assert sum(p[w] for p, w in zip(price, chosen, strict=True)) <= budget
-    got = sum(h[w] for h, w in zip(harm, chosen, strict=True))
+    taken = solve_tables(harm, price, budget)
+    assert sum(p[w] for p, w in zip(price, taken, strict=True)) <= budget
+    got = sum(h[w] for h, w in zip(harm, taken, strict=True))
     assert got == pytest.approx(brute_force(harm, price, budget), abs=1e-12)
 
 
 def test_solve_with_rounded_prices_stays_within_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "STATES", 10)
+    monkeypatch.setattr(solver, "STATES", 10)
     g = torch.Generator().manual_seed(3)
     harm = [dict(enumerate(torch.rand(4, generator=g).sort(descending=True).values.tolist()))] * 6
     price = [
         dict(enumerate((torch.rand(4, generator=g).cumsum(0) + 0.1).tolist())) for _ in range(6)
     ]
-    chosen = selection.solve(harm, price, 5.0)
-    assert sum(p[w] for p, w in zip(price, chosen, strict=True)) <= 5.0
-    got = sum(h[w] for h, w in zip(harm, chosen, strict=True))
+    taken = solve_tables(harm, price, 5.0)
+    assert sum(p[w] for p, w in zip(price, taken, strict=True)) <= 5.0
+    got = sum(h[w] for h, w in zip(harm, taken, strict=True))
     assert got == pytest.approx(brute_force(harm, price, 5.0), abs=1e-3)
 
 
 def test_solve_refuses_an_impossible_budget() -> None:
     with pytest.raises(GateError, match="the smallest widths allowed cost 32, and the budget is 8"):
-        selection.solve([{16: 1.0, 32: 0.0}] * 2, [{16: 16.0, 32: 32.0}] * 2, 8)
+        solve_tables([{16: 1.0, 32: 0.0}] * 2, [{16: 16.0, 32: 32.0}] * 2, 8)
 
 
 def test_uniform_keeps_the_best_in_every_block() -> None:
     g = torch.Generator().manual_seed(0)
     scores = [torch.randn(64, generator=g), torch.randn(96, generator=g)]
-    got = selection.select(scores, 80, round_to=16, min_keep=16)
+    got = chosen(scores, 80, round_to=16, min_keep=16)
     assert got.widths == [32, 48]
     assert got.achieved == 80
     assert got.total == 160
@@ -71,7 +84,7 @@ def test_uniform_keeps_the_best_in_every_block() -> None:
 
 
 def test_widths_round_up_never_above_the_width_and_say_so() -> None:
-    got = selection.select([torch.arange(40.0)], 33, round_to=16)
+    got = chosen([torch.arange(40.0)], 33, round_to=16)
     assert got.widths == [40]
     assert "+21.2%" in got.warnings[0]
     assert selection.widths_for(40, 16, 17) == [32, 40]
@@ -82,13 +95,13 @@ def test_widths_round_up_never_above_the_width_and_say_so() -> None:
 def test_global_minimises_the_removed_score_exactly() -> None:
     g = torch.Generator().manual_seed(1)
     scores = [torch.rand(12, generator=g), 3 * torch.rand(12, generator=g)]
-    got = selection.select(scores, 12, method="global", round_to=1, min_keep=1)
+    got = chosen(scores, 12, method="global", round_to=1, min_keep=1)
     pooled = torch.cat(scores).topk(12).indices.tolist()
     assert got.keep == [
         sorted(i for i in pooled if i < 12),
         sorted(i - 12 for i in pooled if i >= 12),
     ]
-    dear = selection.select(scores, 24, method="global", round_to=1, min_keep=1, prices=[1, 4])
+    dear = chosen(scores, 24, method="global", round_to=1, min_keep=1, prices=[1, 4])
     assert dear.achieved <= 24
     assert dear.widths[1] < got.widths[1]
 
@@ -96,7 +109,7 @@ def test_global_minimises_the_removed_score_exactly() -> None:
 def test_measured_follows_the_table_and_interpolates() -> None:
     scores = [torch.arange(64.0)] * 3
     harm = [{16: 1.0, 64: 0.01}, {16: 0.02, 64: 0.01}, {16: 1.0, 64: 0.01}]
-    got = selection.select(scores, 96, method="measured", harm=harm, round_to=16)
+    got = chosen(scores, 96, method="measured", harm=harm, round_to=16)
     assert got.widths in ([32, 16, 48], [48, 16, 32])
     rows = [selection.interpolate(r, [16, 32, 48, 64]) for r in harm]
     price = [{w: float(w) for w in r} for r in rows]
@@ -134,52 +147,50 @@ def test_smoothing_takes_noise_out_and_keeps_a_true_parabola() -> None:
 def test_protected_neurons_stay_or_are_trimmed_by_votes_with_a_warning() -> None:
     scores = [torch.arange(64.0), torch.arange(64.0)]
     protected = [[0, 1, 2], []]
-    got = selection.select(scores, 64, protected=protected)
+    got = chosen(scores, 64, protected=protected)
     assert got.keep[0] == [0, 1, 2, *range(35, 64)]
     votes = [torch.arange(64.0, 0, -1), torch.zeros(64)]
-    many = selection.select(scores, 32, protected=[list(range(40)), []], votes=votes)
+    many = chosen(scores, 32, protected=[list(range(40)), []], votes=votes)
     assert many.keep[0] == list(range(16))
     assert many.warnings == [
         "block 0: 40 protected neurons exceed its width of 16; the 24 with the fewest votes go"
     ]
-    spared = selection.select(
-        scores, 64, method="global", protected=[list(range(40)), []], votes=votes
-    )
+    spared = chosen(scores, 64, method="global", protected=[list(range(40)), []], votes=votes)
     assert spared.widths == [48, 16]  # the budget can hold them, so the block gets the room
     assert set(range(40)) <= set(spared.keep[0])
 
 
 def test_ties_are_broken_by_index() -> None:
-    assert selection.select([torch.zeros(32)], 16).keep == [list(range(16))]
+    assert chosen([torch.zeros(32)], 16).keep == [list(range(16))]
 
 
 def test_refusals() -> None:
     scores = [torch.arange(32.0)]
     with pytest.raises(UsageError, match="got `best`"):
-        selection.select(scores, 16, method="best")  # type: ignore[arg-type]
+        chosen(scores, 16, method="best")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="harm table"):
-        selection.select(scores, 16, method="measured")
+        chosen(scores, 16, method="measured")
     with pytest.raises(UsageError, match=r"in \(0, 32\], got 33"):
-        selection.select(scores, 33)
+        chosen(scores, 33)
     with pytest.raises(UsageError, match="NaN"):
-        selection.select([torch.full((32,), math.nan)], 16)
+        chosen([torch.full((32,), math.nan)], 16)
     with pytest.raises(UsageError, match=r"block 0 must lie in 0\.\.31"):
-        selection.select(scores, 16, protected=[[32]])
+        chosen(scores, 16, protected=[[32]])
     with pytest.raises(UsageError, match="lack width 16"):
-        selection.select(scores, 16, prices=[{32: 1.0}])
+        chosen(scores, 16, prices=[{32: 1.0}])
     with pytest.raises(GateError, match="cost 16, and the budget is 8"):
-        selection.select(scores, 8, method="global")
+        chosen(scores, 8, method="global")
 
 
 def test_harm_that_tells_nothing_apart_leaves_the_budget_spent_evenly() -> None:
     scores = [torch.arange(64.0)] * 3
     flat = [{16: 0.0, 32: 0.0, 64: 0.0}] * 3
-    found = selection.select(scores, 96, method="measured", harm=flat)
+    found = chosen(scores, 96, method="measured", harm=flat)
     assert found.widths == [32, 32, 32]
     half = [flat[0], {16: 1.0, 32: 0.5, 64: 0.0}, flat[2]]
-    found = selection.select(scores, 128, method="measured", harm=half)
+    found = chosen(scores, 128, method="measured", harm=half)
     assert found.widths == [32, 64, 32]
     options = [{1: 0.0, 2: 0.0}], [{1: 10.0, 2: 20.0}]
-    others = selection.Others(*options)
-    found = selection.select(scores, 116, method="measured", harm=flat, others=others)
-    assert (found.widths, found.others) == ([32, 32, 32], [2])
+    others = [[fixed(h, p) for h, p in zip(*options, strict=True)]]
+    found = chosen(scores, 116, method="measured", harm=flat, others=others)
+    assert (found.widths, found.others) == ([32, 32, 32], [[2]])

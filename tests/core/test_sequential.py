@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from npprune.core.compression.compensation import choose_shrinkage, compensate
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement
-from npprune.core.compression.sequential import PRIOR_IMAGES, compensate_in_sequence
-from npprune.core.compression.statistics import Moments, collect_statistics
+from npprune.core.compression.sequential import PRIOR_IMAGES, Fit, compensate_in_sequence
+from npprune.core.compression.statistics import collect_statistics
 from npprune.models.view import TimmView
 from tests.core.test_harm import changed
 from tests.core.test_statistics import data, in_batches, tiny_view
@@ -20,14 +20,14 @@ KEEP = [[0, 3, 4, 9, 20], [1, 2, 5, 11, 12, 13], [0, 7, 8, 9, 23]]
 
 def test_each_block_is_fitted_on_the_network_pruned_so_far() -> None:
     view, (images, _) = tiny_view(), data(30)
-    all_of_it = compensate_in_sequence(view, images.split(7), KEEP, beta=0.0)
+    all_of_it = compensate_in_sequence(view, images.split(7), KEEP, fit=Fit(beta=0.0))
     assert (all_of_it.projections, all_of_it.classifiers) == ({}, [])
     got = all_of_it.second
     assert [r.keep for r in got] == KEEP
     so_far: dict[int, Replacement] = {}
     for l in range(3):
         pruned = changed(view, so_far)
-        stats = collect_statistics(pruned, in_batches(images, None, 10), needs=["moments"])
+        stats = collect_statistics(pruned, in_batches(images, 10), needs=["moments"])
         fc2 = view.fc2(l)
         expected = compensate(stats.moments(l), fc2.weight, fc2.bias, KEEP[l])
         torch.testing.assert_close(got[l].weight, expected.weight)
@@ -57,7 +57,7 @@ def test_beta_regresses_on_the_dense_stream(beta: float) -> None:
     view, (images, _) = tiny_view(), data(60)
     weight = torch.linspace(0.5, 2, 5, dtype=torch.float64)
     found = compensate_in_sequence(
-        view, images.split(7), KEEP, beta=beta, shrinkage=0.0, weights=[weight] * 3
+        view, images.split(7), KEEP, fit=Fit(beta, [weight] * 3, shrinkage=0.0)
     )
     first = view.attention(0).proj
     torch.testing.assert_close(found.projections[0].weight, first.weight)  # no error yet
@@ -111,7 +111,11 @@ def test_heads_that_went_are_made_up_for_by_those_that_stay() -> None:
     columns = list(range(proj.in_features // 2))
     gone = Replacement(columns, proj.weight[:, columns].detach(), proj.bias.detach())
     found = compensate_in_sequence(
-        view, [images], [list(range(24))] * 3, attention=[{proj: gone}, {}, {}], shrinkage=0.0
+        view,
+        [images],
+        [list(range(24))] * 3,
+        changed=[{proj: gone}, {}, {}],
+        fit=Fit(shrinkage=0.0),
     )
     assert found.projections[0].keep == columns
     a, given = recorded(view, proj, images)
@@ -138,11 +142,11 @@ def test_held_out_images_choose_the_shrinkage_and_nothing_else() -> None:
     fit, held = images[:10], images[10:]
     chosen: list[float] = []
     found = compensate_in_sequence(
-        view, fit.split(4), KEEP, held_out=held.split(9),
+        view, fit.split(4), KEEP, fit=Fit(held_out=held.split(9)),
         on_block=lambda l, c: chosen.append(c.shrinkage),
     )  # fmt: skip
     dense, other = (
-        collect_statistics(view, in_batches(x, None, 10), needs=["moments"]).moments(0)
+        collect_statistics(view, in_batches(x, 10), needs=["moments"]).moments(0)
         for x in (fit, held)
     )
     fc2 = view.fc2(0)
@@ -156,19 +160,3 @@ def test_held_out_images_choose_the_shrinkage_and_nothing_else() -> None:
         without.second[0].weight,
         compensate(dense, fc2.weight, fc2.bias, KEEP[0], shrinkage=SHRINKAGE).weight,
     )
-
-
-def test_neurons_may_be_chosen_on_the_way() -> None:
-    view, (images, _) = tiny_view(), data(12)
-    asked: list[int] = []
-
-    def choose(l: int, moments: Moments) -> list[int]:
-        asked.append(l)
-        return sorted(moments.variance.topk(6).indices.tolist())
-
-    got = compensate_in_sequence(view, [images], choose, beta=0.0).second
-    assert asked == [0, 1, 2]
-    stats = collect_statistics(
-        changed(view, {0: got[0]}), in_batches(images, None, 12), needs=["moments"]
-    )
-    assert got[1].keep == choose(1, stats.moments(1))

@@ -14,8 +14,6 @@ from npprune.core.compression.statistics import Statistics, collect_statistics
 from npprune.errors import UsageError
 from npprune.models.view import TimmView, make_view
 
-Batch = tuple[Tensor, Tensor | None]
-
 
 def tiny_view(seed: int = 0, **args: Any) -> TimmView:
     model = timm.create_model(
@@ -42,9 +40,12 @@ def data(n: int = 10) -> tuple[Tensor, Tensor]:
     return images, torch.randint(6, (n,), generator=g)
 
 
-def in_batches(images: Tensor, labels: Tensor | None, size: int) -> Iterator[Batch]:
-    for i in range(0, len(images), size):
-        yield images[i : i + size], None if labels is None else labels[i : i + size]
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def in_batches(images: Tensor, size: int) -> Iterator[Tensor]:
+    yield from images.split(size)
 
 
 def direct(view: TimmView, image: Tensor, l: int) -> tuple[Tensor, Tensor]:
@@ -69,16 +70,18 @@ def direct(view: TimmView, image: Tensor, l: int) -> tuple[Tensor, Tensor]:
 
 
 def test_sums_match_a_direct_computation() -> None:
-    view, (images, labels) = tiny_view(), data()
-    stats = collect_statistics(view, in_batches(images, labels, 4), target="labels")
+    view, (images, _) = tiny_view(), data()
+    stats = collect_statistics(view, in_batches(images, 4), generator=seeded())
+    g = seeded()
+    signs = torch.cat([torch.randint(0, 2, (n, 6), generator=g) * 2.0 - 1 for n in (4, 4, 2)])
     assert stats.images == 10
     for l in range(3):
         rows, outer, gates, weights, absolute = [], torch.zeros(12, 12).double(), [], [], []
-        for image, label in zip(images, labels, strict=True):
+        for image, sign in zip(images, signs, strict=True):
             h, jacobian = direct(view, image, l)
             p = view.model(image[None])[0].softmax(0)
-            p[label] -= 1
-            g = torch.einsum("c,ctd->td", p, jacobian)
+            drawn = p.sqrt() * sign
+            g = torch.einsum("c,ctd->td", drawn - p * drawn.sum(), jacobian)
             rows.append(h)
             outer += g.T @ g
             gates.append((h * (g @ view.fc2(l).weight)).sum(0))
@@ -106,13 +109,9 @@ def test_sums_match_a_direct_computation() -> None:
         torch.testing.assert_close(half.mean, (found.mean + salient.mean) / 2)
 
 
-@pytest.mark.parametrize("target", ["fisher", "sampled"])
-def test_drawn_targets_estimate_the_exact_fisher(target: Any) -> None:
+def test_drawn_gradients_estimate_the_exact_fisher() -> None:
     view, (images, _) = tiny_view(), data(2)
-    g = torch.Generator().manual_seed(0)
-    stats = collect_statistics(
-        view, in_batches(images, None, 2), target=target, draws=800, generator=g
-    )
+    stats = collect_statistics(view, [images], draws=800, generator=seeded())
     exact, gate = torch.zeros(12, 12).double(), torch.zeros(24).double()
     for image in images:
         h, jacobian = direct(view, image, 1)
@@ -127,44 +126,42 @@ def test_drawn_targets_estimate_the_exact_fisher(target: Any) -> None:
 
 
 def test_last_block_is_salient_at_the_class_token_alone() -> None:
-    view, (images, labels) = tiny_view(), data()
-    stats = collect_statistics(view, in_batches(images, labels, 5), target="labels")
+    view, (images, _) = tiny_view(), data()
+    stats = collect_statistics(view, in_batches(images, 5), generator=seeded())
     h = torch.stack([direct(view, image, 2)[0][0] for image in images])
     w = stats.moments(2, salience=1.0)
     assert float((w.covariance.diagonal() > 0).sum()) > 0
     assert torch.linalg.matrix_rank(w.covariance, rtol=1e-9) <= len(h)
 
 
-def test_batches_merges_resumption_and_subsets_agree() -> None:
-    view, (images, labels) = tiny_view(), data()
-    whole = collect_statistics(view, in_batches(images, labels, 10), target="labels")
-    first = collect_statistics(view, in_batches(images[:4], labels[:4], 4), target="labels")
-    second = collect_statistics(view, in_batches(images[4:], labels[4:], 3), target="labels")
-    saved = Statistics.from_tensors(first.to_tensors())
-    saved.merge(second)
+def test_resumption_and_subsets_have_the_same_bits() -> None:
+    view, (images, _) = tiny_view(), data()
+    g = seeded()
+    first = collect_statistics(view, [images[:4]], generator=g)
     resumed = collect_statistics(
         view,
-        in_batches(images[4:], labels[4:], 3),
+        in_batches(images[4:], 3),
+        generator=g,
         state=Statistics.from_tensors(first.to_tensors()),
     )
-    one = collect_statistics(view, in_batches(images, labels, 10), blocks=[1], target="labels")
-    assert list(one.blocks) == [1]
-    for other in (saved, resumed, one):
-        assert other.images == 10
-        torch.testing.assert_close(other.curvature(1), whole.curvature(1))
-        torch.testing.assert_close(other.moments(1).covariance, whole.moments(1).covariance)
-    cut = [(images[:4], labels[:4]), *in_batches(images[4:], labels[4:], 3)]
-    straight = collect_statistics(view, cut, target="labels").to_tensors()
+    cut = [images[:4], *in_batches(images[4:], 3)]
+    whole = collect_statistics(view, cut, generator=seeded())
+    assert resumed.images == whole.images == 10
+    straight = whole.to_tensors()
     assert all(torch.equal(a, straight[name]) for name, a in resumed.to_tensors().items())
+    one = collect_statistics(view, cut, blocks=[1], generator=seeded())
+    assert list(one.blocks) == [1]
+    assert torch.equal(one.curvature(1), whole.curvature(1))
+    assert torch.equal(one.moments(1).covariance, whole.moments(1).covariance)
 
 
 def test_only_what_is_asked_for_is_kept_and_the_model_is_left_alone() -> None:
-    view, (images, labels) = tiny_view(), data()
+    view, (images, _) = tiny_view(), data()
     before = {k: v.clone() for k, v in view.model.state_dict().items()}
     seen: list[int] = []
     stats = collect_statistics(
         view,
-        in_batches(images, labels, 4),
+        in_batches(images, 4),
         needs=["moments"],
         on_batch=lambda s: seen.append(s.images),
     )
@@ -180,17 +177,12 @@ def test_only_what_is_asked_for_is_kept_and_the_model_is_left_alone() -> None:
 
 
 def test_refusals() -> None:
-    view, (images, labels) = tiny_view(), data(2)
+    view, (images, _) = tiny_view(), data(2)
     with pytest.raises(UsageError, match=r"got \['hessian'\]"):
-        collect_statistics(view, [(images, labels)], needs=["hessian"])  # type: ignore[list-item]
+        collect_statistics(view, [images], needs=["hessian"])  # type: ignore[list-item]
     with pytest.raises(UsageError, match="needs a generator"):
-        collect_statistics(view, [(images, None)])
-    with pytest.raises(UsageError, match="came without"):
-        collect_statistics(view, [(images, None)], target="labels")
-    a = collect_statistics(view, [(images, None)], needs=["moments"])
-    b = collect_statistics(view, [(images, labels)], target="labels")
-    with pytest.raises(UsageError, match="merge only if"):
-        a.merge(b)
+        collect_statistics(view, [images])
+    a = collect_statistics(view, [images], needs=["moments"])
     with pytest.raises(UsageError, match="`header`"):
         Statistics.from_tensors({})
     with pytest.raises(UsageError, match=r"got `0\.what`"):

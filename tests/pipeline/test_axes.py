@@ -20,14 +20,15 @@ from npprune.models.info import count_macs, model_info, model_sizes, state
 from npprune.models.load import create
 from npprune.models.surgery import mask_plan
 from npprune.models.view import make_view
-from npprune.pipeline.common.events import ignore
 from npprune.pipeline.common.results import render_report
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.export.stage import export_checkpoint
 from npprune.pipeline.heal.stage import heal
-from npprune.pipeline.prune.axes import AttentionAxes
-from npprune.pipeline.prune.planning import Planner
+from npprune.pipeline.prune.axes.attention import Attention
+from npprune.pipeline.prune.measuring import Measured, PlanSettings, Subject, measure, prepared
+from npprune.pipeline.prune.planning import amount, choose, refit
 from npprune.pipeline.prune.stage import prune
 from npprune.recipe import (
     DataSection,
@@ -188,24 +189,23 @@ def test_max_drop_searches_over_the_macs(dense: Path) -> None:
     assert variant.prune.widths == [16, 16]
 
 
-def planner_of(model: nn.Module, **more: Any) -> Planner:
-    images, labels = tiny_batch(24)
-    batches = [(images[:12], labels[:12]), (images[12:], labels[12:])]
-    section = settings(**{"round_to": 16, "min_keep": 16, **more})
-    return Planner(
-        make_view(model), batches, None, section, lambda: model_sizes(model),
-        torch.Generator().manual_seed(0), ignore,
-    )  # fmt: skip
+def measured_of(model: nn.Module, **more: Any) -> tuple[Measured, PlanSettings, float]:
+    """What is measured, for which settings, and how much may stay."""
+    images, _ = tiny_batch(24)
+    asked = PlanSettings.of(settings(**{"round_to": 16, "min_keep": 16, **more}))
+    subject = Subject(make_view(model), [images[:12], images[12:]], lambda: model_sizes(model))
+    measured = prepared(measure(subject, asked, Work()), asked, Work())
+    budget = amount(measured, asked)
+    assert budget is not None
+    return measured, asked, budget
 
 
 def test_the_mix_is_the_best_there_is() -> None:
     model = tiny_vit(embed_dim=32, num_heads=2, depth=2, mlp_ratio=1.5)
-    planner = planner_of(model)
-    budget = planner.budget()
-    assert budget is not None
-    found = planner.select(budget)
-    table, attention = planner._harm.table, planner._harm.attention
-    assert table is not None
+    measured, asked, budget = measured_of(model)
+    found = choose(measured, asked, budget)
+    assert measured.harm is not None
+    table, (attention,) = measured.harm.hidden, measured.harm.further
     sizes = model_sizes(model)
     assert [set(row) for row in attention] == [set(product((1, 2), (8, 16)))] * 2
     from npprune.core.compression.selection import smooth
@@ -223,7 +223,7 @@ def test_the_mix_is_the_best_there_is() -> None:
             harm = sum(rows[l][w] for l, w in enumerate(widths))
             harm += sum(attention[l][p] for l, p in enumerate(pairs))
             best = min(best, (harm, float(cost.macs(whole))))
-            if (list(widths), list(pairs)) == (found.widths, found.others):
+            if (list(widths), [list(pairs)]) == (found.widths, found.others):
                 assert cost.macs(whole) - cost.macs(sizes) == pytest.approx(
                     found.achieved - found.total
                 )
@@ -232,10 +232,8 @@ def test_the_mix_is_the_best_there_is() -> None:
 
 def test_hidden_units_are_refitted_on_the_attention_that_stays() -> None:
     model = tiny_vit(embed_dim=32, num_heads=2, depth=2)
-    planner = planner_of(model, axes=["heads", "qk"], target_macs=0.8)
-    budget = planner.budget()
-    assert budget is not None
-    chosen = planner.at(budget)
+    measured, asked, budget = measured_of(model, axes=["heads", "qk"], target_macs=0.8)
+    chosen = refit(measured, asked, choose(measured, asked, budget), Work())
     fc2 = make_view(model).fc2(1)
     assert chosen.keep[1] == list(range(fc2.in_features))
     # makes up for what was lost
@@ -245,12 +243,12 @@ def test_hidden_units_are_refitted_on_the_attention_that_stays() -> None:
 def test_options_are_few_and_regular() -> None:
     view = make_view(tiny_vit(embed_dim=384, num_heads=6, depth=1))
     images, _ = tiny_batch(2)
-    axes = AttentionAxes(view, ALL, [images], torch.Generator().manual_seed(0))
+    axes = Attention.measured(view, ALL, [images], Work().generator(), lambda done: None)
     assert axes.heads(0) == [1, 2, 3, 4, 5, 6]
     assert axes.query_dims(0) == [16, 24, 32, 48, 64]
-    axes.axes = ["heads"]
+    axes.asked = ["heads"]
     assert axes.query_dims(0) == [64]
-    axes.axes = ["qk"]
+    axes.asked = ["qk"]
     assert axes.heads(0) == [6]
 
 

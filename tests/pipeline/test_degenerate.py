@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from npprune.core.compression.criteria import score
+from npprune.core.compression.scores import score
 from npprune.errors import UsageError
-from npprune.pipeline.prune import planning
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.prune import measuring
 from npprune.pipeline.prune.stage import prune
 from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import Variant
@@ -43,7 +44,7 @@ def run(tmp_path: Path) -> Prune:
             DataSection(calibration=f"folder:{tmp_path / 'images'}", **(data or {})),
             PruneSection(**{"keep": 0.5, "round_to": 4, "min_keep": 4, **settings}),
             tmp_path / "out",
-            device="cpu",
+            work=Work(device="cpu"),
         )
 
     return pruned
@@ -113,7 +114,7 @@ def test_magnitude_sees_both_layers(run: Prune, monkeypatch: pytest.MonkeyPatch)
         seen.extend(score(*args))
         return seen
 
-    monkeypatch.setattr(planning, "score", kept)
+    monkeypatch.setattr(measuring, "score", kept)
     run(7, noise(12), criterion="magnitude", selection="uniform")
     for scores, block in zip(seen, tiny_vit().float().blocks, strict=True):  # type: ignore[arg-type]
         first, second = block.mlp.fc1.weight.double(), block.mlp.fc2.weight.double()

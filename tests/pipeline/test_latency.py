@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from npprune.core.compression.selection import select, smooth, widths_for
+from npprune.budget import Budget
+from npprune.core.compression.selection import Ranking, select, smooth, widths_for
 from npprune.errors import GateError, UsageError
 from npprune.export.widths import WidthLatency
 from npprune.models.info import model_info, state
@@ -32,6 +33,14 @@ def pair(dense: float, pruned: float, spread: float = 0.0) -> Latency:
     low, high = pruned / dense * (1 - spread), pruned / dense * (1 + spread)
     return Latency("onnxruntime", "cpu", 1, 2, 10, dense, pruned, spread * dense, spread * pruned,
                    pruned / dense, low, high)  # fmt: skip
+
+
+def ms(amount: float) -> Budget:
+    return Budget("latency", amount)
+
+
+def ranking(scores: list[torch.Tensor]) -> Ranking:
+    return Ranking(scores, round_to=8, min_keep=8)
 
 
 def true_ms(widths: Sequence[int]) -> float:
@@ -59,15 +68,15 @@ def test_the_level_of_the_prices_is_that_of_whole_networks() -> None:
 def test_a_share_up_to_one_and_milliseconds_above() -> None:
     table = a_table()
     dense = table.dense_ms
-    assert table.budget(0.7) == pytest.approx(0.7 * dense - table.fixed_ms)
-    assert table.budget(0.7 * dense) == pytest.approx(table.budget(0.7))
-    assert table.budget(10 * dense) == table.budget(1.0) == table.hidden_ms(WIDTHS)
+    assert table.budget(ms(0.7)) == pytest.approx(0.7 * dense - table.fixed_ms)
+    assert table.budget(ms(0.7 * dense)) == pytest.approx(table.budget(ms(0.7)))
+    assert table.budget(ms(10 * dense)) == table.budget(ms(1.0)) == table.hidden_ms(WIDTHS)
 
 
 def test_a_target_below_what_remains_is_refused() -> None:
     with pytest.raises(GateError, match="every block at its least width") as caught:
-        a_table().budget(0.1)
-    assert "--min-keep" in str(caught.value.hint)
+        a_table().budget(ms(0.1))
+    assert "`min_keep`" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -81,14 +90,14 @@ def test_measured_selection_within_a_latency_is_the_best_there_is(seed: int, tar
         for h in WIDTHS
     ]
     found = select(
-        scores, table.budget(target), method="measured", prices=table.prices, harm=harm,
-        round_to=8, min_keep=8,
+        ranking(scores), table.budget(ms(target)), method="measured", prices=table.prices,
+        harm=harm,
     )  # fmt: skip
     choices = [list(row) for row in table.prices]
     filled = [smooth(row, ws) for row, ws in zip(harm, choices, strict=True)]
     within = [
         widths for widths in itertools.product(*choices)
-        if table.hidden_ms(widths) <= table.budget(target) * (1 + 1e-12)
+        if table.hidden_ms(widths) <= table.budget(ms(target)) * (1 + 1e-12)
     ]  # fmt: skip
     best = min(sum(f[w] for f, w in zip(filled, widths, strict=True)) for widths in within)
     assert found.harm == pytest.approx(best, rel=1e-12)
@@ -98,11 +107,9 @@ def test_measured_selection_within_a_latency_is_the_best_there_is(seed: int, tar
 @pytest.mark.parametrize("target", [0.55, 0.7, 0.9, 1.0])
 def test_uniform_selection_takes_the_largest_share_within_the_latency(target: float) -> None:
     table = a_table()
-    budget = table.budget(target)
+    budget = table.budget(ms(target))
     scores = [torch.rand(h) for h in WIDTHS]
-    found = select(
-        scores, budget, method="uniform", prices=table.prices, round_to=8, min_keep=8
-    ).widths
+    found = select(ranking(scores), budget, method="uniform", prices=table.prices).widths
     assert table.hidden_ms(found) <= budget * (1 + 1e-9)
     share = max(w / h for w, h in zip(found, WIDTHS, strict=True))
     wider = [min(h, -(-(share * h + 1e-6) // 8) * 8) for h in WIDTHS]
@@ -117,7 +124,7 @@ def test_a_wrong_level_is_corrected_at_the_widths_chosen(error: float) -> None:
     scores = [torch.rand(h) for h in WIDTHS]
 
     def widths_at(budget: float) -> list[int]:
-        return select(scores, budget, prices=table.prices, round_to=8, min_keep=8).widths
+        return select(ranking(scores), budget, prices=table.prices).widths
 
     timed = []
 
@@ -125,11 +132,11 @@ def test_a_wrong_level_is_corrected_at_the_widths_chosen(error: float) -> None:
         timed.append(list(widths))
         return pair(true_ms(WIDTHS), true_ms(widths))
 
-    correct(table, 0.75, widths_at, whole)
+    correct(table, ms(0.75), widths_at, whole)
     assert table.level == pytest.approx(LEVEL)
     assert len(timed) == 2
-    assert true_ms(widths_at(table.budget(0.75))) <= 0.75 * true_ms(WIDTHS) * (1 + 1e-3)
-    correct(table, 0.75, widths_at, whole)  # nothing is left to correct
+    assert true_ms(widths_at(table.budget(ms(0.75)))) <= 0.75 * true_ms(WIDTHS) * (1 + 1e-3)
+    correct(table, ms(0.75), widths_at, whole)  # nothing is left to correct
     assert len(timed) == 3
 
 
@@ -149,7 +156,7 @@ def test_within_five_percent_nothing_is_said() -> None:
     table = a_table()
     widths = [32, 24, 24]
     target = (table.fixed_ms + table.hidden_ms(widths)) / table.dense_ms
-    record, warnings = outcome(table, target, widths, pair(10.0, 10.0 * target * 1.03))
+    record, warnings = outcome(table, ms(target), widths, pair(10.0, 10.0 * target * 1.03))
     assert warnings == []
     assert record["achieved_share"] == pytest.approx(target * 1.03)
     assert record["measured"]["dense_ms"] == 10.0
@@ -159,17 +166,17 @@ def test_what_is_missed_by_more_is_explained() -> None:
     table = a_table()
     widths = [32, 24, 24]
     near = (table.fixed_ms + table.hidden_ms(widths)) / table.dense_ms
-    _, (said,) = outcome(table, near * 1.2, widths, pair(10.0, 10.0 * near))
+    _, (said,) = outcome(table, ms(near * 1.2), widths, pair(10.0, 10.0 * near))
     assert "the widths allowed come no nearer than -16.7%" in said
-    _, (said,) = outcome(table, near, widths, pair(10.0, 11.5 * near))
+    _, (said,) = outcome(table, ms(near), widths, pair(10.0, 11.5 * near))
     assert "(+15.0%)" in said
     assert "do not add up" in said
-    _, (said,) = outcome(table, near, widths, pair(10.0, 11.5 * near, spread=0.5))
+    _, (said,) = outcome(table, ms(near), widths, pair(10.0, 11.5 * near, spread=0.5))
     assert "busy or noisy" in said
 
 
 def test_not_faster_than_dense_comes_first() -> None:
-    _, warnings = outcome(a_table(), 0.6, [32, 24, 24], pair(10.0, 10.5))
+    _, warnings = outcome(a_table(), ms(0.6), [32, 24, 24], pair(10.0, 10.5))
     assert warnings[0].startswith("the pruned network is not faster than the dense one")
 
 

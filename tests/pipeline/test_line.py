@@ -14,7 +14,6 @@ from torch import nn
 
 import npprune
 from npprune.core.attribution.votes import class_top
-from npprune.core.view import VitView
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
 from npprune.models.info import model_info, state
 from npprune.models.load import create
@@ -26,7 +25,7 @@ from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.export.stage import export_checkpoint
-from npprune.pipeline.prune.planning import Planner
+from npprune.pipeline.prune.measuring import Measured, Subject, measure
 from npprune.pipeline.prune.stage import prune
 from npprune.pipeline.run import run_recipe
 from npprune.recipe import (
@@ -80,7 +79,9 @@ def half(**more: object) -> PruneSection:
 
 def test_the_whole_line(run: Path) -> None:
     checkpoint = run.parent / "half"
-    variant = prune(run, DataSection(), half(topk=1), checkpoint, command="npprune prune ...")
+    variant = prune(
+        run, DataSection(), half(topk=1), checkpoint, work=Work(command="npprune prune ...")
+    )
     assert variant.prune.widths == [64, 64]
     found = evaluate(checkpoint, DataSection(val="digits:test"), QUICK)
     assert found.dense_model is not None
@@ -219,12 +220,12 @@ def test_what_stays_is_planned_on_the_head_that_stays(
 ) -> None:
     seen = []
 
-    class Seen(Planner):
-        def __init__(self, view: VitView, *args: Any, **kwargs: Any) -> None:
-            seen.append(view.head(view.embed(torch.randn(1, 3, 8, 8))).shape[1])
-            super().__init__(view, *args, **kwargs)
+    def watched(subject: Subject, *args: Any, **kwargs: Any) -> Measured:
+        view = subject.view
+        seen.append(view.head(view.embed(torch.randn(1, 3, 8, 8))).shape[1])
+        return measure(subject, *args, **kwargs)
 
-    monkeypatch.setattr("npprune.pipeline.prune.stage.Planner", Seen)
+    monkeypatch.setattr("npprune.pipeline.prune.stage.measure", watched)
     prune(run, DataSection(classes=[3, 7, 8]), half(keep_head=keep_head), run.parent / "few")
     assert seen == [outputs]
 
@@ -256,7 +257,7 @@ def test_max_drop_refuses_a_budget_that_loses_more(
     prediction = {"images": 30.0, "drop": 0.025}
     monkeypatch.setattr("npprune.pipeline.prune.stage._predict", lambda *args: dict(prediction))
     out = run.parent / "small"
-    with pytest.raises(GateError, match=r"fall by 2\.5 points .* more than `--max-drop` 2 ") as err:
+    with pytest.raises(GateError, match=r"fall by 2\.5 points .* more than `max_drop` 2 ") as err:
         prune(run, DataSection(), half(max_drop=2.0), out)
     assert err.value.exit_code == 1
     assert not out.exists()
@@ -295,7 +296,7 @@ def test_targets_are_met_for_the_whole_network(run: Path, target: str) -> None:
 
 @pytest.mark.parametrize(("settings", "message"), [
     (PruneSection(), "a budget is needed"),
-    (half(topk=4000), "`--topk` must be at most 128"),
+    (half(topk=4000), "`topk` must be at most 128"),
     (half(target_latency=0.5), "got `keep` and `target_latency`"),
 ])  # fmt: skip
 def test_wrong_settings_are_named(run: Path, settings: PruneSection, message: str) -> None:
@@ -363,7 +364,7 @@ def test_other_dense_weights_are_refused(run: Path) -> None:
 
 def test_stages_say_what_they_do(run: Path) -> None:
     events: list[Event] = []
-    prune(run, DataSection(), half(), run.parent / "a", emit=events.append)
+    prune(run, DataSection(), half(), run.parent / "a", work=Work(emit=events.append))
     said = [e.message for e in events if e.level == "info" and e.stage == "prune"]
     assert said[0] == "digits:calibration: 40 images, labels by the digit shown"
     assert said[1].startswith("preprocessing: 8x8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
 from npprune.pipeline.heal.stage import heal_pruned
 from npprune.pipeline.prune import latency as timing
-from npprune.pipeline.prune.calibration import _vote
+from npprune.pipeline.prune.opening import _vote
 from npprune.pipeline.prune.stage import prune
 from npprune.pipeline.study import stage as module
 from npprune.pipeline.study.rows import (
@@ -104,8 +105,8 @@ def test_path_criteria_and_protection_come_with_a_run() -> None:
     ("asked", "said"),
     [
         ({"criteria": ["path-votes"]}, "criterion `path-votes` reads paths"),
-        ({"protect": ["on"]}, "`--protect on` reads paths"),
-        ({"topk": 1}, "`--topk` reads paths"),
+        ({"protect": ["on"]}, "`protect=on` reads paths"),
+        ({"topk": 1}, "`topk` reads paths"),
     ],
 )
 def test_what_needs_a_run_is_refused_without(asked: dict[str, object], said: str) -> None:
@@ -156,7 +157,7 @@ def test_a_row_is_what_prune_and_eval_would_give(
     own = PruneSection(
         keep=0.75, criterion=criterion, selection=selection, compensation=compensation
     )
-    variant = prune(dense_of(world), DATA, own, tmp_path / "own", seed=5)
+    variant = prune(dense_of(world), DATA, own, tmp_path / "own", work=Work(seed=5))
     found = evaluate(tmp_path / "own", DATA, EvaluateSection(latency=False))
     assert row.widths == variant.prune.widths
     assert row.top1 == found.pruned.top1
@@ -181,7 +182,7 @@ def test_a_healed_row_is_what_prune_heal_and_eval_would_give(
         PruneSection(
             keep=0.25, criterion="variance", selection="uniform", compensation="none"
         ),
-        tmp_path / "own", seed=5,
+        tmp_path / "own", work=Work(seed=5),
     )  # fmt: skip
     healed, variant = heal_pruned(tmp_path / "own", HealSection(epochs=3), work=Work(seed=5))
     assert variant.heal is not None
@@ -206,15 +207,15 @@ def test_finished_rows_are_never_computed_again(
     out = tmp_path / "study"
     settings = StudySection(criteria=["variance", "magnitude", "wanda"], keep=[0.5])
     whole = study(dense_of(world), DATA, settings, tmp_path / "whole")
-    real, made = module._row, []
+    real, made = module._Maker.row, []
 
-    def second_is_interrupted(world: object, row: Setting, *rest: object) -> StudyRow:
+    def second_is_interrupted(maker: Any, row: Setting, path: Path) -> StudyRow:
         if len(made) == 1:
             raise KeyboardInterrupt
         made.append(row)
-        return real(world, row, *rest)
+        return real(maker, row, path)
 
-    monkeypatch.setattr(module, "_row", second_is_interrupted)
+    monkeypatch.setattr(module._Maker, "row", second_is_interrupted)
     with pytest.raises(KeyboardInterrupt):
         study(dense_of(world), DATA, settings, out)
     assert len(rows_of(out)) == 1
@@ -223,13 +224,15 @@ def test_finished_rows_are_never_computed_again(
     (file,) = (out / "rows").glob("*.json")
     before = file.stat().st_mtime_ns
 
-    def counted(world: object, row: Setting, *rest: object) -> StudyRow:
+    def counted(maker: Any, row: Setting, path: Path) -> StudyRow:
         made.append(row)
-        return real(world, row, *rest)
+        return real(maker, row, path)
 
-    monkeypatch.setattr(module, "_row", counted)
+    monkeypatch.setattr(module._Maker, "row", counted)
     events: list[Event] = []
-    result = study(dense_of(world), DATA, settings, out, emit=events.append, command="npprune x")
+    result = study(
+        dense_of(world), DATA, settings, out, work=Work(emit=events.append, command="npprune x")
+    )
     assert len(made) == len(set(made)) == 3
     assert file.stat().st_mtime_ns == before
     table, reference = result.analyses["study"], whole.analyses["study"]
@@ -270,7 +273,9 @@ def test_paths_are_compared_and_reported(world: Path, tmp_path: Path) -> None:
     shutil.copytree(world / "run", tmp_path / "run")
     settings = StudySection(criteria=["variance", "path-votes", "path-attribution"], topk=1)
     data = DataSection(val="digits:test", images_per_class=10, batch_size=64)
-    result = study(tmp_path / "run", data, settings, tmp_path / "study", command="npprune study r")
+    result = study(
+        tmp_path / "run", data, settings, tmp_path / "study", work=Work(command="npprune study r")
+    )
     table = result.analyses["study-paths"]
     assert {row[1] for row in table.rows} == {
         "variance + paths", "path-votes", "path-votes + paths", "path-attribution",

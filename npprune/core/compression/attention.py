@@ -22,8 +22,7 @@ compression (DRONE, Chen et al., NeurIPS 2021).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +30,10 @@ from torch import Tensor, nn
 
 from npprune.core.compression.compensation import Mode, compensate
 from npprune.core.compression.harm import Replacement
-from npprune.core.compression.statistics import Moments, cotangent, double, logits_of
+from npprune.core.compression.statistics import Moments, Sums, cotangent, double, logits_of
 from npprune.core.finite import check_logits
 from npprune.core.linear import check_finite
+from npprune.core.recording import recorded
 from npprune.core.view import Projections, VitView
 from npprune.errors import UsageError
 
@@ -89,50 +89,32 @@ def collect_attention(
 
     Args:
         batches: images [b, 3, H, W] on the model's device.
-        generator: source of the random signs in the loss gradient (`statistics`, "fisher").
+        generator: source of the random signs in the loss gradient (see `statistics`).
         on_batch: called with the number of images so far.
     """
     layers = [view.attention(l) for l in range(len(view.widths))]
     sums = [_Sums() for _ in layers]
     count = 0
     for images in batches:
-        with _recorded(layers) as seen, torch.enable_grad():
+        with recorded(m for p in layers for m in (p.qkv, p.proj)) as seen, torch.enable_grad():
             logits = logits_of(view, images, True)
         check_logits(view, images, logits, first=count)
-        v = cotangent(logits.detach(), "fisher", None, generator)
+        v = cotangent(logits.detach(), generator)
         grads = torch.autograd.grad(logits, [seen[p.proj][1] for p in layers], v)
         for p, total, g in zip(layers, sums, grads, strict=True):
-            total.add(p, seen[p.qkv][1].detach(), seen[p.proj][0].detach(), g)
+            total.add_batch(p, seen[p.qkv][1].detach(), seen[p.proj][0].detach(), g)
         count += len(images)
         if on_batch is not None:
             on_batch(count)
     return [total.finish() for total in sums]
 
 
-@contextmanager
-def _recorded(layers: Sequence[Projections]) -> Iterator[dict[nn.Module, tuple[Tensor, Tensor]]]:
-    """Record (input, output) of both layers of each attention as the view runs."""
-    seen: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+class _Sums(Sums):
+    """Sums over tokens, weighted as `AttentionMoments` says."""
 
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen[layer] = (inputs[0], output)
+    tokens = 0.0
 
-    handles = [m.register_forward_hook(record) for p in layers for m in (p.qkv, p.proj)]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Sums:
-    """Sums over tokens, weighted as `AttentionMoments` says, in float64."""
-
-    def __init__(self) -> None:
-        self.weight = self.tokens = 0.0
-        self.parts: dict[str, Tensor] = {}
-
-    def add(self, p: Projections, qkv: Tensor, x: Tensor, g: Tensor) -> None:
+    def add_batch(self, p: Projections, qkv: Tensor, x: Tensor, g: Tensor) -> None:
         """Add qkv's output [b, t, n (2 q + v)], proj's input [b, t, n v] and gradient [b, t, d]."""
         g, x = double(g.flatten(0, 1)), double(x.flatten(0, 1))
         size = g.square().sum(1)
@@ -140,27 +122,24 @@ class _Sums:
         w = (1 - SALIENCE) + SALIENCE * share
         q, k, _ = p.split(qkv.movedim(-1, 0))  # [n, q, b, t]
         q, k = double(q).flatten(2), double(k - k.mean(-1, keepdim=True)).flatten(2)
-        self.weight += float(w.sum())
         self.tokens += float(len(w))
-        for name, value in (
-            ("mean", w @ x),
-            ("absolute", w @ x.abs()),
-            ("second", (w[:, None] * x).T @ x),
-            ("curvature", g.T @ g),
-            ("queries", (q * w) @ q.mT),
-            ("keys", k @ k.mT),
-        ):
-            self.parts[name] = self.parts[name] + value if name in self.parts else value
+        self.add(
+            float(w.sum()),
+            hidden=w @ x,
+            absolute=w @ x.abs(),
+            gram=(w[:, None] * x).T @ x,
+            curvature=g.T @ g,
+            queries=(q * w) @ q.mT,
+            keys=k @ k.mT,
+        )
 
     def finish(self) -> AttentionMoments:
-        found = {
-            name: value / (self.tokens if name in ("keys", "curvature") else self.weight)
-            for name, value in self.parts.items()
-        }
-        mean = found["mean"]
-        covariance = found["second"] - torch.outer(mean, mean)
-        inputs = Moments(mean, (covariance + covariance.T) / 2, found["absolute"], self.weight)
-        return AttentionMoments(inputs, found["curvature"], found["queries"], found["keys"])
+        return AttentionMoments(
+            self.moments(),
+            self.parts["curvature"] / self.tokens,
+            self.parts["queries"] / self.weight,
+            self.parts["keys"] / self.tokens,
+        )
 
 
 def query_factors(queries: Tensor, keys: Tensor, r: int) -> Factors:

@@ -11,7 +11,7 @@ columns: with lambda = 0 it equals W S_:K S_KK^-1, and as lambda grows it become
 curvature of the loss does not enter: weighting the outputs by a matrix of full rank leaves the
 minimiser of a linear least-squares problem where it is.
 
-`core.sequential` solves the same problem from moments collected on the network whose earlier
+`sequential` solves the same problem from moments collected on the network whose earlier
 blocks are pruned already, where the error e they left may be regressed on too: W_:R S_RK gains
 Cov(e, h_K), and b' gains mean e.
 """
@@ -40,7 +40,7 @@ SHRINKAGES: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1
 class Cross:
     """What the output should gain beyond W h + b: e, by its mean [d] and covariance with h [d, h].
 
-    Collected on a network whose earlier blocks are pruned (see `core.sequential`).
+    Collected on a network whose earlier blocks are pruned (see `sequential`).
     """
 
     mean: Tensor
@@ -145,7 +145,7 @@ def choose_shrinkage(
 ) -> tuple[float, dict[float, float]]:
     """The shrinkage whose refit on `fit` loses least on `held_out`, and every candidate's loss.
 
-    `fit` and `held_out` are moments of disjoint images, with the errors to make up for beside
+    `fit` and `held_out` are moments of disjoint images, with the errors to make up for next to
     them where there are any. The loss is the mean squared error of W h + e, less the spread of e,
     which no candidate changes.
     """

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from npprune.budget import Budget
 from npprune.errors import GateError, UsageError
 
 Price = Literal["neurons", "params", "macs"]
@@ -49,7 +50,7 @@ class Sizes:
             value = getattr(self, name)
             if value is not None and len(value) != len(self.hidden):
                 raise UsageError(
-                    f"`{name}` must have one entry a block ({len(self.hidden)}), got {len(value)}"
+                    f"`{name}` must have one entry per block ({len(self.hidden)}), got {len(value)}"
                 )
 
     def with_hidden(self, hidden: Sequence[int]) -> Sizes:
@@ -106,23 +107,22 @@ def attention_price(sizes: Sizes, q: int, v: int, price: Literal["params", "macs
     raise UsageError(f"price must be params or macs, got {price!r}")
 
 
-def hidden_budget(
-    sizes: Sizes, target: float, price: Literal["params", "macs"], *, attention: bool = False
-) -> float:
-    """What the hidden units may cost if the whole network is to cost `target`.
+def hidden_budget(sizes: Sizes, budget: Budget, *, attention: bool = False) -> float:
+    """What the hidden units may cost if the whole network is to cost a budget of parameters or
+    MACs.
 
     Args:
-        target: at most 1, a share of this network's cost; above 1, a count.
         attention: the attention's part is to be shared out, too, and belongs to the answer.
 
     Raises:
-        UsageError: a target that is not positive.
-        GateError: what is not pruned costs more than the target already.
+        UsageError: a budget in other units.
+        GateError: what is not pruned costs more than the budget already.
     """
-    if target <= 0:
-        raise UsageError(f"a target must be positive, got {target}")
+    price = budget.unit
+    if price != "params" and price != "macs":
+        raise UsageError(f"price must be params or macs, got {price!r}")
     whole = params(sizes) if price == "params" else macs(sizes)
-    goal = target * whole if target <= 1 else min(target, whole)
+    goal = budget.absolute(whole)
     hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
     if attention:
         hidden += sum(

@@ -1,8 +1,8 @@
 """The harm of pruning, measured: nats of KL divergence from the dense network's predictions.
 
-For each block and a few widths, that block alone is pruned, with its compensation, and
+For each block and a few options, that block alone is changed, with its compensation, and
 KL(dense || pruned) of the predictions is averaged over a few hundred calibration images. Blocks
-are independent to first order, so the table adds up; `core.selection.solve` spends a budget on it.
+are independent to first order, so the table adds up; `solver.solve` spends a budget on it.
 
 A pruned block is computed on the dense modules by a hook on `fc2` (its own output is replaced by
 W_K h_K + b), so nothing is copied, and any set of blocks may be pruned at once.
@@ -46,21 +46,22 @@ def candidates_for(
     *,
     protected: Sequence[Sequence[int]] | None = None,
     shrinkage: float = SHRINKAGE,
-) -> list[dict[int, Replacement]]:
+) -> list[dict[int, dict[nn.Linear, Replacement]]]:
     """The pruned second layer of every block at each of its `widths`: best scores, least squares.
 
     `moments(l)` are block l's; `scores` [h] per block, higher = keep; `protected` stay first.
     Second layers are held in the model's precision.
     """
     fixed = protected if protected is not None else [()] * len(scores)
-    out: list[dict[int, Replacement]] = []
+    out: list[dict[int, dict[nn.Linear, Replacement]]] = []
     for l, row in enumerate(widths):
         fc2, m = view.fc2(l), moments(l)
         made = {}
         for width in row:
             keep = keep_sets([scores[l]], [width], [fixed[l]])[0][0]
             found = compensate(m, fc2.weight, fc2.bias, keep, shrinkage=shrinkage, diagnose=False)
-            made[width] = Replacement(keep, found.weight.to(fc2.weight), found.bias.to(fc2.weight))
+            values = found.weight.to(fc2.weight), found.bias.to(fc2.weight)
+            made[width] = {fc2: Replacement(keep, *values)}
         out.append(made)
     return out
 
@@ -115,84 +116,40 @@ def predict(
 def measure_harm(
     view: VitView,
     batches: Sequence[Tensor],
-    candidates: Sequence[Mapping[int, Replacement]],
+    candidates: Sequence[Mapping[Option, Mapping[nn.Linear, Replacement]]],
     *,
-    others: Mapping[int, Replacement] | None = None,
-    reference: Tensor | None = None,
-    on_block: Callable[[int, dict[int, float]], None] | None = None,
-) -> list[dict[int, float]]:
-    """KL(dense || pruned) in nats for each block and width, that block alone pruned.
+    on_block: Callable[[int], None] | None = None,
+) -> list[dict[Option, float]]:
+    """KL(dense || changed) in nats for each block and option, that block alone changed.
 
     Args:
         batches: images, held in memory; a hundred or two are enough.
-        candidates: per block, width -> its pruned second layer. The full width needs none: it is
-            0 nats where the others are dense.
-        others: the other blocks' state while one is measured; None: dense. With them given, the
-            harm is that of the whole network at the candidate's width.
-        reference: dense logits [n, c] of the batches, if they are known already.
-        on_block: called with each finished row, e.g. to report progress.
+        candidates: per block, option -> the layers that stand in for the block's own.
+        on_block: called with the number of blocks done.
 
-    Returns: per block, width -> mean KL over the images.
+    Returns: per block, option -> mean KL over the images.
     """
-    depth, base = len(view.widths), dict(others or {})
+    depth = len(view.widths)
     if len(candidates) != depth:
         raise UsageError(f"candidates must be given for {depth} blocks, got {len(candidates)}")
-    dense = predict(view, batches) if reference is None else reference
-    streams = [view.embed(images) for images in batches]
-    table: list[dict[int, float]] = []
-    for l, widths in enumerate(candidates):
-        attention = [view.attention_output(l, x) for x in streams]
-        row = {}
-        for width, candidate in widths.items():
-            logits = []
-            with replaced(view, {**{i: r for i, r in base.items() if i != l}, l: candidate}):
-                for x, a in zip(streams, attention, strict=True):
-                    y = view.tail(l, x, a)
-                    for later in range(l + 1, depth):
-                        y = view.block(later, y)
-                    logits.append(view.head(y))
-            row[width] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
-        if not base:
-            row.setdefault(view.widths[l], 0.0)
-        table.append(row)
-        if on_block is not None:
-            on_block(l, row)
-        with replaced(view, {l: base[l]} if l in base else {}):
-            streams = [view.tail(l, x, a) for x, a in zip(streams, attention, strict=True)]
-    return table
-
-
-@torch.no_grad()
-def measure_attention_harm(
-    view: VitView,
-    batches: Sequence[Tensor],
-    candidates: Sequence[Mapping[Option, Mapping[nn.Linear, Replacement]]],
-    *,
-    on_block: Callable[[int, dict[Option, float]], None] | None = None,
-) -> list[dict[Option, float]]:
-    """KL(dense || changed) in nats for each block and option, that block's attention alone changed.
-
-    Args:
-        batches: images, held in memory.
-        candidates: per block, option -> the layers that stand in for the attention's own.
-        on_block: called with each finished row.
-    """
     dense = predict(view, batches)
     streams = [view.embed(images) for images in batches]
     table: list[dict[Option, float]] = []
     for l, options in enumerate(candidates):
+        attention = [view.attention_output(l, x) for x in streams]
         row = {}
         for option, layers in options.items():
             logits = []
-            for x in streams:
+            for x, a in zip(streams, attention, strict=True):
                 with layers_replaced(layers):
-                    y = view.block(l, x)
-                for later in range(l + 1, len(view.widths)):
+                    changed = a if set(layers) == {view.fc2(l)} else view.attention_output(l, x)
+                    y = view.tail(l, x, changed)
+                for later in range(l + 1, depth):
                     y = view.block(later, y)
                 logits.append(view.head(y))
             row[option] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
         table.append(row)
         if on_block is not None:
-            on_block(l, row)
-        streams = [view.block(l, x) for x in streams]
+            on_block(l + 1)
+        streams = [view.tail(l, x, a) for x, a in zip(streams, attention, strict=True)]
     return table

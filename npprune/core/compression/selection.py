@@ -4,17 +4,17 @@ A block's own scores say in which order its neurons go; a budget says how many s
 
     uniform     the same share of every block
     global      the shares that remove the least total score
-    measured    the shares that do the least measured harm, in nats (see `core.harm`)
+    measured    the shares that do the least measured harm, in nats (see `harm`)
 
 The last two are one problem: each block takes one of a few widths, every width has a harm and a
-price, harms and prices add up. `solve` finds the exact optimum. The price is one-dimensional and
+price, harms and prices add up. `solver` finds the exact optimum. The price is one-dimensional and
 may be anything: neurons, parameters, MACs, measured latency.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,21 +22,48 @@ import torch
 from torch import Tensor
 
 from npprune import words
-from npprune.errors import GateError, UsageError
+from npprune.core.compression.solver import (
+    Item,
+    State,
+    along,
+    fill_up,
+    solve,
+    too_small,
+)
+from npprune.errors import UsageError
 
 Table = Sequence[Mapping[Any, float]]
-"""Per block: width -> harm, or width -> price. Per other item: option -> harm, or price."""
+"""Per block: width -> harm, or width -> price."""
 
-STATES = 200_000
-"""Partial solutions `solve` holds before it rounds prices."""
+
+Rows = Callable[[Any], Mapping[int, float]]
+"""State (see `solver`) -> width -> price."""
+Prices = Mapping[int, float] | float | Rows
+"""Of one block: a table of its widths' prices, the price of one hidden unit, or prices by state."""
 
 
 @dataclass
-class Others:
-    """What else shares the budget: for each item its options' harm (nats) and prices."""
+class Ranking:
+    """Which hidden units of each block go first, and how many may stay.
 
-    harm: Table
-    prices: Table
+    Args:
+        scores: [h] per block, higher = keep.
+        protected: units that stay whatever their score. Where they exceed a block's width, the
+            ones with the fewest `votes` go, and a warning says how many.
+        round_to: widths are multiples of this, or the block's full width.
+        min_keep: the least width of a block.
+    """
+
+    scores: Sequence[Tensor]
+    protected: Sequence[Sequence[int]] | None = None
+    votes: Sequence[Tensor] | None = None
+    round_to: int = 16
+    min_keep: int = 16
+
+    @property
+    def widths(self) -> list[list[int]]:
+        """The widths that each block may take, ascending."""
+        return [widths_for(len(s), self.round_to, self.min_keep) for s in self.scores]
 
 
 @dataclass
@@ -52,7 +79,7 @@ class Selection:
     total: float
     harm: float | None = None  # sum of the table's entries at the chosen widths
     warnings: list[str] = field(default_factory=list)
-    others: list[Any] = field(default_factory=list)  # the option taken of each other item
+    others: list[list[Any]] = field(default_factory=list)  # options taken, [axis][block]
 
     @property
     def widths(self) -> list[int]:
@@ -61,78 +88,91 @@ class Selection:
 
 
 def select(
-    scores: Sequence[Tensor],
+    ranking: Ranking,
     budget: float,
     *,
     method: words.Selection = "uniform",
-    prices: Sequence[Mapping[int, float] | float] | None = None,
+    prices: Sequence[Prices] | None = None,
     harm: Table | None = None,
-    protected: Sequence[Sequence[int]] | None = None,
-    votes: Sequence[Tensor] | None = None,
-    others: Others | None = None,
-    round_to: int = 16,
-    min_keep: int = 16,
+    others: Sequence[Sequence[Item]] = (),
+    start: State = None,
     tolerance: float = 0.01,
 ) -> Selection:
-    """Keep sets from scores [h] per block (higher = keep), within a budget.
+    """Keep sets from a ranking of hidden units, within a budget.
 
     Args:
-        budget: what the kept neurons may cost, in units of the price.
-        prices: the price of one neuron in each block, or a table of each width's price; None:
-            neurons count 1.
+        budget: what the kept units may cost, in units of the price.
+        prices: per block; None: units count 1.
         harm: nats per block and width (`measured` only), read at other widths by `smooth`.
-        protected: neurons that stay whatever their score. Where they exceed a block's width, the
-            ones with the fewest `votes` go, and a warning says how many.
-        others: items beside the blocks' hidden units that the budget is for as well (`measured`
-            only): one option is taken of each.
-        round_to: widths are multiples of this, or the block's full width.
-        min_keep: the least width of a block.
+        others: further axes that the budget is for as well (`measured` only): one item for each
+            block, of which one option is taken.
+        start: the state before the first block, where prices depend on one. Within a block the
+            other axes come first, in their order, then the hidden units.
         tolerance: share of the budget that may be missed without a warning.
 
     Raises:
         UsageError: arguments that do not fit.
         GateError: the floors alone exceed the budget.
     """
-    dense = [len(s) for s in scores]
+    dense = [len(s) for s in ranking.scores]
     words.check_word("selection", method, words.SELECTIONS)
     if (harm is None) == (method == "measured"):
         raise UsageError("a harm table is needed by `measured` selection, and by that alone")
-    if others is not None and harm is None:
+    if others and harm is None:
         raise UsageError("other items than hidden units need a harm table")
-    sets = [sorted(set(p)) for p in protected] if protected is not None else [[] for _ in dense]
+    sets = [sorted(set(p)) for p in ranking.protected or [()] * len(dense)]
     _check_protected(sets, dense)
-    choices = [widths_for(h, round_to, min_keep) for h in dense]
-    price = _price_table(prices, choices)
+    choices = ranking.widths
+    rows = _price_rows(prices, choices)
+    price = [row(start) for row in rows]
+    more = [item.prices(start) for axis in others for item in axis]
     total = sum(row[h] for row, h in zip(price, dense, strict=True))
-    more = others or Others([], [])
-    total += sum(max(row.values()) for row in more.prices)
-    least = sum(min(row.values()) for row in more.prices)
-    floors = _floors(choices, sets, price, budget - least)
+    total += sum(max(row.values()) for row in more)
+    floors = _floors(choices, sets, price, budget - sum(min(row.values()) for row in more))
+    cost = None
+    chosen: list[list[Any]] = []
     if method == "uniform":
-        widths, chosen = _uniform(choices, price, budget, total), []
+        widths = _uniform(choices, price, budget, total)
+        achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
     else:
-        table = removed_score(scores, sets) if harm is None else harm
+        table = removed_score(ranking.scores, sets) if harm is None else harm
         open_ = [[w for w in row if w >= f] for row, f in zip(choices, floors, strict=True)]
         fill = interpolate if harm is None else smooth
         filled = [fill(row, ws) for row, ws in zip(table, open_, strict=True)]
-        harms, costs = [*filled, *more.harm], [*price, *more.prices]
-        taken = fill_up(solve(harms, costs, budget), harms, costs, budget)
-        widths, chosen = taken[: len(dense)], taken[len(dense) :]
-    keep, warnings = keep_sets(scores, widths, sets, votes)
-    achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
-    achieved += sum(row[o] for row, o in zip(more.prices, chosen, strict=True))
+        axes = [[Item(h, row) for h, row in zip(filled, rows, strict=True)], *others]
+        (widths, *chosen), achieved, lost = _solved(axes, budget, start)
+        cost = None if harm is None else lost
+    keep, warnings = keep_sets(ranking.scores, widths, sets, ranking.votes)
     if abs(achieved - budget) > tolerance * budget:
-        what = "the kept neurons cost" if others is None else "what is kept costs"
+        what = "what is kept costs" if others else "the kept neurons cost"
         warnings.append(
             f"{what} {achieved:.6g} of a budget of {budget:.6g} "
-            f"({achieved / budget - 1:+.1%}): widths are multiples of {round_to} "
-            f"and at least {min_keep}"
+            f"({achieved / budget - 1:+.1%}): widths are multiples of {ranking.round_to} "
+            f"and at least {ranking.min_keep}"
         )
-    cost = None
-    if harm is not None:  # `measured` has filled its table in
-        cost = sum(row[w] for row, w in zip(filled, widths, strict=True))
-        cost += sum(row[o] for row, o in zip(more.harm, chosen, strict=True))
     return Selection(keep, float(budget), float(achieved), float(total), cost, warnings, chosen)
+
+
+def _solved(
+    axes: Sequence[Sequence[Item]], budget: float, start: State
+) -> tuple[list[list[Any]], float, float]:
+    """The options taken, [axis][block], what they cost, and their harm. Hidden units come first.
+
+    Without a state the order of the items does not matter; with one it is the network's.
+    """
+    places = [(a, l) for a, axis in enumerate(axes) for l in range(len(axis))]
+    if start is not None:
+        inside = [*range(1, len(axes)), 0]
+        places = sorted(places, key=lambda place: (place[1], inside.index(place[0])))
+    items = [axes[a][l] for a, l in places]
+    taken = fill_up(solve(items, budget, start), items, budget, start)
+    found = dict(zip(places, zip(taken, along(items, taken, start), strict=True), strict=True))
+    options = [[found[a, l][0] for l in range(len(axis))] for a, axis in enumerate(axes)]
+    spent, lost = 0.0, 0.0
+    for a, axis in enumerate(axes):  # axis by axis, whatever the order above
+        spent += sum(found[a, l][1][options[a][l]] for l in range(len(axis)))
+        lost += sum(item.harm[o] for item, o in zip(axis, options[a], strict=True))
+    return options, spent, lost
 
 
 def widths_for(width: int, round_to: int = 16, min_keep: int = 16) -> list[int]:
@@ -142,6 +182,11 @@ def widths_for(width: int, round_to: int = 16, min_keep: int = 16) -> list[int]:
         raise UsageError(f"round_to and min_keep must be >= 1, got {round_to} and {min_keep}")
     floor = round_up(min(min_keep, width), round_to, width)
     return sorted({*range(floor, width, round_to), width})
+
+
+def nearest(allowed: Sequence[int], width: float) -> int:
+    """The width closest to one wanted; of two the lesser."""
+    return min(allowed, key=lambda w: (abs(w - width), w))
 
 
 def round_up(count: float, round_to: int, width: int) -> int:
@@ -180,83 +225,10 @@ def keep_sets(
     return keep, warnings
 
 
-def solve(harm: Table, prices: Table, budget: float) -> list[Any]:
-    """One width per block (one option per item), with the least total harm whose total price is
-    within the budget.
-
-    Dynamic programme over blocks: of all partial choices only those stay that no other beats in
-    both price and harm. Exact; only where more than 200,000 stay (prices without a common unit,
-    many blocks) prices are rounded up to a millionth of the budget. Equal harm: the cheaper.
-
-    Raises:
-        GateError: even the cheapest widths exceed the budget.
-    """
-    least = sum(min(p[w] for w in h) for h, p in zip(harm, prices, strict=True))
-    slack = budget * (1 + 1e-12)
-    if least > slack:
-        raise _too_small(least, budget)
-    price = torch.zeros(1, dtype=torch.float64)
-    total = torch.zeros(1, dtype=torch.float64)
-    steps: list[tuple[list[Any], Tensor]] = []
-    unit = 0.0
-    for row, cost in zip(harm, prices, strict=True):
-        widths = sorted(row)
-        add = torch.tensor([float(cost[w]) for w in widths], dtype=torch.float64)
-        if unit:
-            add = torch.ceil(add / unit) * unit
-        new_price = (price[:, None] + add).flatten()
-        new_total = (
-            total[:, None] + torch.tensor([row[w] for w in widths], dtype=torch.float64)
-        ).flatten()
-        front = _front(new_price, new_total, slack)
-        if len(front) > STATES and not unit:
-            unit = budget * 1e-6
-        price, total = new_price[front], new_total[front]
-        if len(front) > STATES:
-            price = torch.ceil(price / unit) * unit
-        steps.append((widths, front))
-    if not len(price):  # only by rounding: the cheapest choice fits exactly
-        return [min(h, key=lambda w, p=p: p[w]) for h, p in zip(harm, prices, strict=True)]  # type: ignore[misc]
-    at = int(total.argmin())
-    chosen = []
-    for widths, front in reversed(steps):
-        flat = int(front[at])
-        at, pick = divmod(flat, len(widths))
-        chosen.append(widths[pick])
-    return chosen[::-1]
-
-
-def fill_up(chosen: Sequence[Any], harm: Table, prices: Table, budget: float) -> list[Any]:
-    """What `solve` left of the budget, spent where the next dearer option does no more harm: the
-    item with the least share of its own goes first.
-
-    Harm that does not tell options apart would else have the cheapest of each, whatever was asked.
-    """
-    out = list(chosen)
-    spent = sum(p[o] for p, o in zip(prices, out, strict=True))
-    free = [
-        sorted((p[o], o) for o in row if row[o] <= row[now] and p[o] > p[now])
-        for row, p, now in zip(harm, prices, out, strict=True)
-    ]
-    dearest = [max(p[o] for o in row) for row, p in zip(harm, prices, strict=True)]
-    while any(free):
-        i = min(
-            (i for i, options in enumerate(free) if options),
-            key=lambda i: prices[i][out[i]] / dearest[i],
-        )
-        cost, option = free[i].pop(0)
-        rise = cost - prices[i][out[i]]
-        if spent + rise > budget * (1 + 1e-12):
-            free[i] = []
-        elif rise > 0:
-            spent, out[i] = spent + rise, option
-    return out
-
-
 def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
     """Harm at any width from harm at a few: linear in its logarithm, never rising with the width.
 
-    Below the least width measured the first line goes on; above the largest the value stays.
+    Below the least width measured the first line is continued; above the largest the value stays.
     """
     known = sorted(row)
     if all(w in row for w in widths):
@@ -269,7 +241,7 @@ def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, fl
     for w in widths:
         right = min((k for k in known if k >= w), default=known[-1])
         left = max((k for k in known if k < w), default=known[0])
-        if left >= w and len(known) > 1:  # below all that was measured: the first line goes on
+        if left >= w and len(known) > 1:  # below all that was measured: continue the first line
             left, right = known[0], known[1]
         a, b = level[left], level[right]
         share = (w - left) / (right - left) if right > left else 0.0
@@ -333,36 +305,29 @@ def _best(rank: Tensor, count: int) -> Tensor:
     return rank.argsort(descending=True, stable=True)[:count]
 
 
-def _front(price: Tensor, total: Tensor, budget: float) -> Tensor:
-    """Indices of the choices within budget that none beats in price and harm, by price."""
-    inside = (price <= budget).nonzero()[:, 0]
-    by_harm = inside[total[inside].argsort(stable=True)]
-    order = by_harm[price[by_harm].argsort(stable=True)]
-    if not len(order):
-        return order
-    best = total[order].cummin(0).values
-    better = torch.ones(len(order), dtype=torch.bool)
-    better[1:] = total[order][1:] < best[:-1]
-    return order[better]
-
-
-def _price_table(
-    prices: Sequence[Mapping[int, float] | float] | None, choices: Sequence[Sequence[int]]
-) -> list[dict[int, float]]:
+def _price_rows(prices: Sequence[Prices] | None, choices: Sequence[Sequence[int]]) -> list[Rows]:
+    """Each block's prices as a function of the state."""
     if prices is None:
         prices = [1.0] * len(choices)
     if len(prices) != len(choices):
         raise UsageError(f"prices must be given for {len(choices)} blocks, got {len(prices)}")
-    table = []
-    for l, (p, widths) in enumerate(zip(prices, choices, strict=True)):
-        if not isinstance(p, Mapping):
-            table.append({w: float(p) * w for w in widths})
-            continue
-        missing = [w for w in widths if w not in p]
+    return [
+        _price_row(p, l, widths) for l, (p, widths) in enumerate(zip(prices, choices, strict=True))
+    ]
+
+
+def _price_row(prices: Prices, l: int, widths: Sequence[int]) -> Rows:
+    if callable(prices):
+        rows = prices
+        return lambda state: {w: float(rows(state)[w]) for w in widths}
+    if isinstance(prices, Mapping):
+        missing = [w for w in widths if w not in prices]
         if missing:
             raise UsageError(f"prices of block {l} lack width {missing[0]}")
-        table.append({w: float(p[w]) for w in widths})
-    return table
+        row = {w: float(prices[w]) for w in widths}
+    else:
+        row = {w: float(prices) * w for w in widths}
+    return lambda state: row
 
 
 def _floors(
@@ -394,7 +359,7 @@ def _uniform(
         cost = sum(p[w] for p, w in zip(price, widths, strict=True))
         if cost <= budget * (1 + 1e-12):
             return widths
-    raise _too_small(cost, budget)
+    raise too_small(cost, budget)
 
 
 def _at_share(row: Sequence[int], share: float) -> int:
@@ -408,16 +373,9 @@ def _even(price: Mapping[int, float]) -> bool:
     return max(each) - min(each) <= 1e-9 * max(each)
 
 
-def _too_small(least: float, budget: float) -> GateError:
-    return GateError(
-        f"the smallest widths allowed cost {least:.6g}, and the budget is {budget:.6g}",
-        hint="raise the budget, or lower min_keep",
-    )
-
-
 def _check_protected(sets: Sequence[Sequence[int]], dense: Sequence[int]) -> None:
     if len(sets) != len(dense):
-        raise UsageError(f"protected sets must be {len(dense)}, one a block, got {len(sets)}")
+        raise UsageError(f"protected sets must be {len(dense)}, one per block, got {len(sets)}")
     for l, (fixed, h) in enumerate(zip(sets, dense, strict=True)):
         if fixed and (fixed[0] < 0 or fixed[-1] >= h):
             raise UsageError(f"protected neurons of block {l} must lie in 0..{h - 1}, got {fixed}")

@@ -1,8 +1,8 @@
 """Compensation in sequence: each block refitted on the network pruned so far.
 
 Block by block, the calibration images run through what is already pruned. The block's full hidden
-layer is recollected there (h, its moments), neurons are chosen or given, and `fc2` is refitted on
-the inputs that it will really see. The target of the regression is
+layer is recollected there (h, its moments), and `fc2` is refitted on the inputs that it will really
+see. The target of the regression is
 
     y = W h + b + beta (x - x')        x  the dense network's stream after the block
                                        x' the pruned network's, with this block unpruned
@@ -23,7 +23,6 @@ Alistarh, 2023) and He et al. (ICCV 2017), who regress on the dense network's ou
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +31,8 @@ from torch import Tensor, nn
 from npprune.core.compression.compensation import Compensated, Cross, choose_shrinkage, compensate
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement, layers_replaced, replaced
-from npprune.core.compression.statistics import Moments
+from npprune.core.compression.statistics import Moments, Sums
+from npprune.core.recording import recorded
 from npprune.core.view import VitView
 from npprune.errors import ModelError
 
@@ -40,9 +40,6 @@ BETA = 0.5
 """Share of the earlier blocks' error in the target; between the two ends is best."""
 PRIOR_IMAGES = 1000.0
 """As many images, of a mean feature's variance, say that the classifier stays as it was."""
-
-Choose = Callable[[int, Moments], Sequence[int]]
-"""The neurons of block l that stay, given its moments on the network pruned so far."""
 
 
 @dataclass
@@ -59,17 +56,32 @@ class Refitted:
     classifiers: list[Replacement]
 
 
+@dataclass
+class Fit:
+    """How the layers are fitted.
+
+    Args:
+        beta: share of the earlier blocks' error that each block tries to make up for.
+        weights: per block, a positive weight for each token position [t]; None: even.
+        shrinkage: lambda over the mean diagonal of the covariance.
+        held_out: images that nothing is fitted on; where given, each layer's shrinkage is the one
+            that loses least on them.
+    """
+
+    beta: float = BETA
+    weights: Sequence[Tensor] | None = None
+    shrinkage: float = SHRINKAGE
+    held_out: Sequence[Tensor] = ()
+
+
 @torch.no_grad()
 def compensate_in_sequence(
     view: VitView,
     batches: Sequence[Tensor],
-    keep: Sequence[Sequence[int]] | Choose,
+    keep: Sequence[Sequence[int]],
     *,
-    beta: float = BETA,
-    weights: Sequence[Tensor] | None = None,
-    shrinkage: float = SHRINKAGE,
-    held_out: Sequence[Tensor] = (),
-    attention: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
+    fit: Fit | None = None,
+    changed: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
 ) -> Refitted:
     """Refit every block on the network whose earlier blocks are pruned already.
@@ -77,46 +89,43 @@ def compensate_in_sequence(
     Args:
         view: the dense network.
         batches: calibration images, held in memory (their streams too: images x tokens x width).
-        keep: the neurons that stay, per block, or a function that chooses them.
-        beta: share of the earlier blocks' error that each block tries to make up for.
-        weights: per block, a positive weight for each token position [t]; None: even.
-        shrinkage: lambda over the mean diagonal of the covariance.
-        held_out: images that nothing is fitted on; where given, each layer's shrinkage is the one
-            that loses least on them.
-        attention: per block, layers that stand in for those of its attention, in the pruned
+        keep: the neurons that stay, per block.
+        changed: per block, layers that stand in for those of its attention, in the pruned
             network alone: what they lose is an error of the stream like that of earlier blocks.
             A `proj` among them says which of its inputs stay; it is refitted.
+        on_block: called with each block's number and how its second layer was found.
     """
+    fit = fit or Fit()
+    beta, shrinkage = fit.beta, fit.shrinkage
     fitted = len(batches)  # the streams after these are held out
-    pruned = [view.embed(images) for images in (*batches, *held_out)]
+    pruned = [view.embed(images) for images in (*batches, *fit.held_out)]
     dense = [x.clone() for x in pruned] if beta else []
     out = Refitted([], {}, [])
     for l in range(len(view.widths)):
         fc2 = view.fc2(l)
-        weight = None if weights is None else weights[l]
-        changed = dict(attention[l]) if attention is not None else {}
+        weight = None if fit.weights is None else fit.weights[l]
+        layers = dict(changed[l]) if changed is not None else {}
         proj = _projection(view, l) if beta else None
         goals = _advanced(view, l, dense)
         if proj is None:
-            with layers_replaced(changed):
+            with layers_replaced(layers):
                 attended = [view.attention_output(l, x) for x in pruned]
             for _ in goals:  # the dense streams go on all the same
                 pass
         else:
-            sums = _Sums(proj.in_features, proj.out_features, fitted, True)
-            stays, inputs = _projected(view, l, proj, pruned, goals, changed, weight, sums)
+            sums = _Sums(fitted)
+            stays, inputs = _projected(view, l, proj, pruned, goals, layers, weight, sums)
             found = sums.refit(proj, stays, beta, shrinkage, diagnose=False)
             w, b = found.weight.to(proj.weight), found.bias.to(proj.weight)
             out.projections[l] = Replacement(stays, w, b)
             attended = [nn.functional.linear(a, w, b) for a in inputs]
-        sums = _Sums(view.widths[l], fc2.out_features, fitted, bool(beta))
+        sums = _Sums(fitted)
         for i, (x, a) in enumerate(zip(pruned, attended, strict=True)):
-            with _seen(fc2) as seen:
+            with recorded([fc2]) as seen:
                 after = view.tail(l, x, a)
-            sums.add(seen.inputs[0], dense[i] - after if beta else None, weight)
-        kept = keep(l, sums.finish(beta)[0]) if callable(keep) else keep[l]
-        found = sums.refit(fc2, kept, beta, shrinkage)
-        out.second.append(Replacement(list(kept), found.weight, found.bias))
+            sums.add(seen[fc2][0], dense[i] - after if beta else None, weight)
+        found = sums.refit(fc2, keep[l], beta, shrinkage)
+        out.second.append(Replacement(list(keep[l]), found.weight, found.bias))
         if on_block is not None:
             on_block(l, found)
         with replaced(view, {l: out.second[-1]}):
@@ -166,10 +175,11 @@ def _projected(
     others = {layer: r for layer, r in changed.items() if layer is not proj}
     inputs = []
     for x, goal in zip(streams, goals, strict=True):
-        with layers_replaced(others), _seen(proj) as seen:
+        with layers_replaced(others), recorded([proj]) as seen:
             attention = view.attention_output(l, x)
-        sums.add(seen.inputs[0], goal - _attended(view, l, x, attention), weight)
-        inputs.append(seen.inputs[0][..., stays])
+        h, _ = seen[proj]
+        sums.add(h, goal - _attended(view, l, x, attention), weight)
+        inputs.append(h[..., stays])
     return stays, inputs
 
 
@@ -180,15 +190,15 @@ def _refit_classifiers(
     layers = view.classifiers()
     if any(layer.bias is None for layer in layers):
         return []
-    sums = [_Sums(layer.in_features, layer.out_features, len(dense), True) for layer in layers]
+    sums = [_Sums(len(dense)) for _ in layers]
     for x, y in zip(dense, pruned, strict=True):
-        with _seen(*layers) as goal:
+        with recorded(layers) as goal:
             view.head(x)
-        with _seen(*layers) as seen:
+        with recorded(layers) as seen:
             view.head(y)
-        for i, total in enumerate(sums):
-            error = goal.outputs[i] - seen.outputs[i]
-            total.add(seen.inputs[i][:, None], error[:, None], None)
+        for layer, total in zip(layers, sums, strict=True):
+            h, output = seen[layer]
+            total.add(h[:, None], (goal[layer][1] - output)[:, None], None)
     out = []
     for layer, total in zip(layers, sums, strict=True):
         every = list(range(layer.in_features))
@@ -198,60 +208,47 @@ def _refit_classifiers(
     return out
 
 
-class _Part:
-    """Weighted sums of h h^T, h, |h|, e h^T and e over tokens, kept in float64."""
+class _Part(Sums):
+    """Sums over the tokens of some images, of the inputs h of a layer and of an error e."""
 
-    def __init__(self, h: int, d: int, with_error: bool) -> None:
-        self.weight = 0.0
-        self.hidden = torch.zeros(h, dtype=torch.float64)
-        self.absolute = torch.zeros(h, dtype=torch.float64)
-        self.gram = torch.zeros(h, h, dtype=torch.float64)
-        self.error = torch.zeros(d, dtype=torch.float64) if with_error else None
-        self.cross = torch.zeros(d, h, dtype=torch.float64) if with_error else None
-
-    def add(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
+    def add_batch(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
         """Add h [b, t, h] and the error [b, t, d], tokens weighted by position [t]."""
         w = torch.ones(h.shape[1]) if weights is None else weights
         w = w.to(h)[None, :, None]
         rows, scaled = h.flatten(0, 1), (w * h).flatten(0, 1)
-        self.weight += float(w.sum()) * len(h)
-        self.hidden += _sum(scaled)
-        self.absolute += _sum(scaled.abs())
         # products of one batch in the model's precision, sums in float64: half the time, and the
         # ridge is a thousand times the difference
-        self.gram += (rows.T @ scaled).cpu().to(torch.float64)
-        if error is not None and self.error is not None and self.cross is not None:
-            self.error += _sum((w * error).flatten(0, 1))
-            self.cross += (error.flatten(0, 1).T @ scaled).cpu().to(torch.float64)
+        self.add(
+            float(w.sum()) * len(h),
+            hidden=_sum(scaled),
+            absolute=_sum(scaled.abs()),
+            gram=(rows.T @ scaled).cpu().to(torch.float64),
+        )
+        if error is not None:
+            cross = (error.flatten(0, 1).T @ scaled).cpu().to(torch.float64)
+            self.add(error=_sum((w * error).flatten(0, 1)), cross=cross)
 
     def finish(self, beta: float) -> tuple[Moments, Cross | None]:
-        n = self.weight
-        mean = self.hidden / n
-        covariance = self.gram / n - torch.outer(mean, mean)
-        covariance = (covariance + covariance.T) / 2
-        moments = Moments(mean, covariance, self.absolute / n, n)
-        if self.error is None or self.cross is None:
+        """Moments of h; and beta times what e says of it, if there were errors."""
+        moments = self.moments()
+        if "error" not in self.parts:
             return moments, None
-        offset = self.error / n
-        return moments, Cross(beta * offset, beta * (self.cross / n - torch.outer(offset, mean)))
+        offset, cross = self.parts["error"] / self.weight, self.parts["cross"] / self.weight
+        return moments, Cross(beta * offset, beta * (cross - torch.outer(offset, moments.mean)))
 
 
 class _Sums:
     """What a layer is refitted from: the first `fitted` batches, and those held out after them."""
 
-    def __init__(self, h: int, d: int, fitted: int, with_error: bool) -> None:
+    def __init__(self, fitted: int) -> None:
         self.left = fitted
-        self.fit, self.held = _Part(h, d, with_error), _Part(h, d, with_error)
+        self.fit, self.held = _Part(), _Part()
 
     def add(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
         """Add the next batch: h [b, t, h] and the error [b, t, d], tokens weighted [t]."""
         part = self.fit if self.left > 0 else self.held
-        part.add(h, error, weights)
+        part.add_batch(h, error, weights)
         self.left -= 1
-
-    def finish(self, beta: float) -> tuple[Moments, Cross | None]:
-        """What the layer is fitted on."""
-        return self.fit.finish(beta)
 
     def refit(
         self,
@@ -263,11 +260,11 @@ class _Sums:
         diagnose: bool = True,
     ) -> Compensated:
         """The layer for the kept inputs; the shrinkage from the held-out part, if there is one."""
-        moments, cross = self.finish(beta)
+        moments, cross = self.fit.finish(beta)
         if self.held.weight:
-            held_out, beside = self.held.finish(beta)
+            held_out, held_cross = self.held.finish(beta)
             shrinkage, _ = choose_shrinkage(
-                moments, held_out, layer.weight, keep, cross=cross, held_out_cross=beside
+                moments, held_out, layer.weight, keep, cross=cross, held_out_cross=held_cross
             )
         return compensate(
             moments, layer.weight, layer.bias, keep,
@@ -280,26 +277,3 @@ def _sum(x: Tensor) -> Tensor:
     if x.device.type == "mps":
         x = x.cpu()
     return x.sum(0, dtype=torch.float64).cpu()
-
-
-@dataclass
-class _Seen:
-    inputs: list[Tensor]
-    outputs: list[Tensor]
-
-
-@contextmanager
-def _seen(*layers: nn.Linear) -> Iterator[_Seen]:
-    """What goes into and comes out of these layers, in the order in which they run."""
-    seen = _Seen([], [])
-
-    def record(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        seen.inputs.append(inputs[0])
-        seen.outputs.append(output)
-
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,38 +9,32 @@ gradient of the loss at y, one row a token):
                 neuron j: sum a (Taylor), sum a^2 (Fisher)
     curvature   sum g g^T                                   over all tokens
 
-The loss gradient at the logits is one of three (`Target`):
+The loss gradient at the logits is sqrt(p) e - p (sqrt(p) . e) with random signs e: its outer
+product is diag(p) - p p^T on average, the exact curvature of KL(dense || changed) (the Fisher
+matrix), with far less noise than drawn labels where the network is sure of itself. It needs no
+labels.
 
-    labels      p - onehot(label): the gradient of the cross-entropy (empirical Fisher)
-    sampled     p - onehot(y), y drawn from p: the true Fisher, one drawn label a pass
-    fisher      sqrt(p) e - p (sqrt(p) . e), e random signs: its outer product is
-                diag(p) - p p^T on average, the exact curvature of KL(dense || changed), with far
-                less noise than drawn labels where the network is sure of itself
-
-The last two need no labels. Sums merge, and a state saved half-way resumes where it stopped. A
-pass over some of the blocks gives the same bits as one over all of them, if its draws are the same.
+A state saved half-way resumes where it stopped. A pass over some of the blocks gives the same bits
+as one over all of them, if its draws are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from npprune.core.finite import check_logits, check_scores
+from npprune.core.recording import recorded
 from npprune.core.view import VitView
+from npprune.criteria import NEEDS, Need
 from npprune.errors import UsageError
 
-Need = Literal["moments", "salience", "gates", "curvature"]
-Target = Literal["labels", "sampled", "fisher"]
-NEEDS: tuple[Need, ...] = ("moments", "salience", "gates", "curvature")
-TARGETS: tuple[Target, ...] = ("labels", "sampled", "fisher")
 STILL = 1e-6
 """A variance over the squared mean that is rounding, in products of float32."""
+_TARGET = 2.0  # in saved states: the gradient above; 0 and 1 were others
 
 
 @dataclass
@@ -92,6 +86,12 @@ class Moments:
             fixed = still[:, None] | still[None, :]
             self.covariance = self.covariance.masked_fill(fixed, 0.0)
 
+    @classmethod
+    def of(cls, mean: Tensor, second: Tensor, mean_absolute: Tensor, tokens: float) -> Moments:
+        """From the means of h [h], h h^T [h, h] and |h| [h]."""
+        covariance = second - torch.outer(mean, mean)
+        return cls(mean, (covariance + covariance.T) / 2, mean_absolute, tokens)
+
     @property
     def variance(self) -> Tensor:
         """The covariance's diagonal [h]."""
@@ -104,10 +104,33 @@ class Moments:
 
 
 @dataclass
+class Sums:
+    """Weighted sums over rows, by name, float64; `weight` is the sum of the rows' weights."""
+
+    weight: float = 0.0
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, weight: float = 0.0, **parts: Tensor) -> None:
+        """Add a batch's; tensors that came first are the ones added to."""
+        self.weight += weight
+        for name, value in parts.items():
+            if name in self.parts:
+                self.parts[name] += value
+            else:
+                self.parts[name] = value
+
+    def moments(self) -> Moments:
+        """From the sums `hidden` of w h, `absolute` of w |h| and `gram` of w h h^T."""
+        mean, absolute, second = (
+            self.parts[name] / self.weight for name in ("hidden", "absolute", "gram")
+        )
+        return Moments.of(mean, second, absolute, self.weight)
+
+
+@dataclass
 class Statistics:
     """What one pass found. `blocks` maps a block's number to its sums."""
 
-    target: Target = "fisher"
     needs: tuple[Need, ...] = ("moments",)
     images: int = 0
     blocks: dict[int, BlockSums] = field(default_factory=dict)
@@ -130,8 +153,7 @@ class Statistics:
             gram = self._need(s.salient_gram, "salience") / total
             mean = (1 - share) * mean + share * salient
             second = (1 - share) * second + share * gram
-        covariance = second - torch.outer(mean, mean)
-        return Moments(mean, (covariance + covariance.T) / 2, absolute, s.tokens)
+        return Moments.of(mean, second, absolute, s.tokens)
 
     def fisher(self, l: int) -> Tensor:
         """Mean over images of the squared gate gradient, [h]."""
@@ -155,30 +177,10 @@ class Statistics:
         s = self.block(l)
         return self._need(s.curvature, "curvature") / s.tokens
 
-    def merge(self, other: Statistics) -> None:
-        """Add what another pass found on other images (or other blocks), in place.
-
-        Raises:
-            UsageError: the two did not collect the same things.
-        """
-        if (self.target, set(self.needs)) != (other.target, set(other.needs)):
-            raise UsageError(
-                "statistics merge only if they hold the same: "
-                f"{self.target} {sorted(self.needs)} and {other.target} {sorted(other.needs)}"
-            )
-        for l, sums in other.blocks.items():
-            self.blocks.setdefault(l, BlockSums()).add(sums)
-        self.images += other.images
-
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors on the CPU, for any file format."""
         flags = [float(need in self.needs) for need in NEEDS]
-        out = {
-            "header": torch.tensor(
-                [float(self.images), float(TARGETS.index(self.target)), *flags],
-                dtype=torch.float64,
-            )
-        }
+        out = {"header": torch.tensor([float(self.images), _TARGET, *flags], dtype=torch.float64)}
         for l, sums in self.blocks.items():
             for f in fields(sums):
                 value = getattr(sums, f.name)
@@ -195,9 +197,9 @@ class Statistics:
         """
         if "header" not in tensors:
             raise UsageError("saved statistics need a tensor `header`, got none")
-        images, target, *flags = tensors["header"].tolist()
+        images, _, *flags = tensors["header"].tolist()
         needs = tuple(need for need, flag in zip(NEEDS, flags, strict=True) if flag)
-        out = cls(target=TARGETS[int(target)], needs=needs, images=int(images))
+        out = cls(needs=needs, images=int(images))
         known = {f.name: f for f in fields(BlockSums)}
         for name, value in tensors.items():
             if name == "header":
@@ -227,11 +229,10 @@ class Statistics:
 
 def collect_statistics(
     view: VitView,
-    batches: Iterable[tuple[Tensor, Tensor | None]],
+    batches: Iterable[Tensor],
     *,
     needs: Iterable[Need] = NEEDS,
     blocks: Sequence[int] | None = None,
-    target: Target = "fisher",
     draws: int = 1,
     generator: torch.Generator | None = None,
     state: Statistics | None = None,
@@ -240,44 +241,42 @@ def collect_statistics(
     """One forward pass a batch, and `draws` backward passes if a need asks for gradients.
 
     Args:
-        batches: (images [b, 3, H, W], labels [b]) on the model's device; labels are read only
-            for target "labels" and may be None otherwise.
+        batches: images [b, 3, H, W] on the model's device.
         needs: which sums to keep; see the module's text.
         blocks: collect these only, to save memory; None: all.
-        draws: backward passes a batch, for targets that draw; more is less noise.
-        generator: source of the draws, on the CPU; required by "sampled" and "fisher" when a
-            gradient is needed.
-        state: statistics so far, continued in place; its needs and target rule.
+        draws: backward passes a batch; more is less noise.
+        generator: source of the draws, on the CPU; required when a gradient is needed.
+        state: statistics so far, continued in place; its needs rule.
         on_batch: called with the state after every batch, e.g. to save it.
 
     Raises:
-        UsageError: an unknown need or target, or labels or a generator missing.
+        UsageError: an unknown need, or a generator missing.
         DataError, ModelError: an image, the weights or the network's answers are not finite.
     """
-    stats = state if state is not None else Statistics(target, _checked(needs), 0, {})
+    stats = state if state is not None else Statistics(_checked(needs))
     wanted = range(len(view.widths)) if blocks is None else blocks
+    layers = {l: view.fc2(l) for l in wanted}
     gradients = bool({"salience", "gates", "curvature"} & set(stats.needs))
-    draws = 1 if stats.target == "labels" else draws
-    if stats.target not in TARGETS or draws < 1:
-        raise UsageError(f"target must be one of {TARGETS} and draws >= 1, got {stats.target!r}")
-    if gradients and stats.target != "labels" and generator is None:
-        raise UsageError(f"target {stats.target!r} draws at random and needs a generator")
-    for images, labels in batches:
-        with _recorded(view, wanted) as seen, torch.set_grad_enabled(gradients):
+    if draws < 1:
+        raise UsageError(f"draws must be at least 1, got {draws}")
+    for images in batches:
+        with recorded(layers.values()) as seen, torch.set_grad_enabled(gradients):
             logits = logits_of(view, images, gradients)
         check_logits(view, images, logits, first=stats.images)
-        for l in wanted:  # a block at a time: the batch's own sums are as large as the running ones
+        for l, fc2 in layers.items():  # one at a time: a batch's own sums are as large as all
             sums = stats.blocks.setdefault(l, BlockSums())
-            sums.add(_moments(seen[l][0].detach(), stats.needs))
+            sums.add(_moments(seen[fc2][0].detach(), stats.needs))
         for draw in range(draws if gradients else 0):
-            v = cotangent(logits.detach(), stats.target, labels, generator)
-            ys = [seen[l][1] for l in wanted]
+            if generator is None:
+                raise UsageError("the loss gradient is drawn at random and needs a generator")
+            v = cotangent(logits.detach(), generator)
+            ys = [seen[fc2][1] for fc2 in layers.values()]
             gs = torch.autograd.grad(logits, ys, v, retain_graph=draw + 1 < draws)
             sizes = [g.flatten(1).sum(1, dtype=torch.float32) for g in gs]
             check_scores(torch.stack(sizes, 1), what="gradients", dtype=images.dtype)
-            for l, g in zip(wanted, gs, strict=True):
-                h = seen[l][0].detach()
-                _add_gradient(stats.blocks[l], view.fc2(l), h, g, stats.needs, draws)
+            for (l, fc2), g in zip(layers.items(), gs, strict=True):
+                h = seen[fc2][0].detach()
+                _add_gradient(stats.blocks[l], fc2, h, g, stats.needs, draws)
         stats.images += len(images)
         if on_batch is not None:
             on_batch(stats)
@@ -292,25 +291,6 @@ def _checked(needs: Iterable[Need]) -> tuple[Need, ...]:
     return tuple(need for need in NEEDS if need in asked)
 
 
-@contextmanager
-def _recorded(view: VitView, blocks: Iterable[int]) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
-    """Record (input, output) of `fc2` of each block as the view runs."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def record(l: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[l] = (inputs[0], output)
-
-        return hook
-
-    handles = [view.fc2(l).register_forward_hook(record(l)) for l in blocks]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def logits_of(view: VitView, images: Tensor, gradients: bool) -> Tensor:
     """Logits [b, c] of images, with a graph from the first block on if gradients are wanted."""
     with torch.no_grad():
@@ -322,20 +302,12 @@ def logits_of(view: VitView, images: Tensor, gradients: bool) -> Tensor:
     return view.head(x)
 
 
-def cotangent(
-    logits: Tensor, target: Target, labels: Tensor | None, generator: torch.Generator | None
-) -> Tensor:
+def cotangent(logits: Tensor, generator: torch.Generator) -> Tensor:
     """The loss gradient at the logits, [b, c]; see the module's text."""
     p = logits.softmax(dim=1)
-    if target == "fisher":
-        signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-        root = p.sqrt()
-        return root * signs - p * (root * signs).sum(dim=1, keepdim=True)
-    if target == "sampled":
-        labels = torch.multinomial(p.float().cpu(), 1, generator=generator)[:, 0]
-    if labels is None:
-        raise UsageError("target 'labels' needs labels, and a batch came without")
-    return p - nn.functional.one_hot(labels.to(p.device).long(), p.shape[1]).to(p)
+    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
+    root = p.sqrt()
+    return root * signs - p * (root * signs).sum(dim=1, keepdim=True)
 
 
 def double(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def analyze_scores(
     """
     work = (work or Work()).on(STAGE)
     for m in methods or ():
-        check_word("--methods", m, METHODS)
+        check_word("methods", m, METHODS)
     found = open_finished(run, work)
     chosen = list(dict.fromkeys(methods or METHODS))
     tables = {m: paths_of(found, m, work) for m in chosen}

@@ -19,14 +19,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from npprune.core.compression.selection import widths_for
-from npprune.errors import GateError
+from npprune.budget import Budget, budget_of
+from npprune.core.compression.selection import nearest, widths_for
+from npprune.errors import GateError, setting
 from npprune.export.bench import Runner, bench_pair, noise_warning, onnx_runner
 from npprune.export.onnx import export_onnx
 from npprune.export.widths import WidthLatency, measure_width_latency
 from npprune.models.info import model_sizes
 from npprune.models.surgery import apply_plan
-from npprune.pipeline.common.events import Emit, Event
+from npprune.pipeline.common.work import Work
 from npprune.recipe import PruneSection
 from npprune.records import Latency, Plan, Preprocessing, to_dict
 
@@ -34,7 +35,7 @@ STAGE = "latency"
 LATENCY_TOLERANCE = 0.05  # of the latency asked for
 FIRST_SHARE = 0.4  # of all widths, in the network that gives the level first
 CORRECTIONS = 2  # of the level, at most
-CLOSE = 0.02  # foreseen and measured latency need no correction
+CLOSE = 0.02  # predicted and measured latency need no correction
 WIDTHS = 8  # timed between the least and the full one
 WIDTH_SECONDS = 0.5  # for each of them, at least
 PAIR_SECONDS = 3.0  # for two whole networks, at least
@@ -42,7 +43,7 @@ STEPS = 10_000  # prices are multiples of this part of the dense latency: the so
 
 
 class DenseTimer:
-    """The dense network in ONNX Runtime, to time others beside. A context: it holds a file."""
+    """The dense network in ONNX Runtime, to time others against. A context: it holds a file."""
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class DenseTimer:
     ) -> None:
         self._held.close()
 
-    def beside(self, model: nn.Module) -> Latency:
+    def against(self, model: nn.Module) -> Latency:
         """Both in turn, milliseconds per batch."""
         other = self._runner(model, "other")
         return bench_pair(self._dense, other, min_seconds=PAIR_SECONDS)
@@ -113,7 +114,7 @@ class LatencyTable:
         ]
 
     def set_level(self, widths: Sequence[int], pair: Latency) -> None:
-        """The level at which the table foresees what `pair` measured at these widths."""
+        """the level at which the table predicts what `pair` measured at these widths."""
         dense = sum(row[w] for row, w in zip(self.alone, self.dense_widths, strict=True))
         narrow = sum(row[w] for row, w in zip(self.alone, widths, strict=True))
         saved = self.dense_ms * (1 - pair.ratio)
@@ -126,7 +127,7 @@ class LatencyTable:
             "dense latency: on this machine, at this batch size, narrower blocks are not faster"
         )
 
-    def foreseen_ms(self, widths: Sequence[int]) -> float:
+    def predicted_ms(self, widths: Sequence[int]) -> float:
         """The whole network at these widths."""
         return self.fixed_ms + self.hidden_ms(widths)
 
@@ -139,24 +140,21 @@ class LatencyTable:
         """All blocks' MLPs at these widths."""
         return sum(row[w] for row, w in zip(self.prices, widths, strict=True))
 
-    def goal(self, target: float) -> float:
-        """Milliseconds asked for: up to 1 a share of the dense network's, above 1 as they are."""
-        return target * self.dense_ms if target <= 1 else min(target, self.dense_ms)
-
-    def budget(self, target: float) -> float:
+    def budget(self, target: Budget) -> float:
         """Milliseconds that the hidden units may take.
 
         Raises:
             GateError: what is not pruned, or the least widths allowed, take longer already.
         """
-        goal = self.goal(target)
+        goal = target.absolute(self.dense_ms)
         least = self.fixed_ms + self.hidden_ms([min(row) for row in self.prices])
         if goal < least:
             raise GateError(
                 f"a latency of {goal:.4g} ms is below the {least:.4g} ms that the network takes "
                 f"with every block at its least width (dense {self.dense_ms:.4g} ms, batch "
                 f"{self.batch}, {self.provider})",
-                hint="raise the target, or lower `--min-keep`: only MLP neurons are removed",
+                hint=f"raise the target, or lower {setting('prune.min_keep')}: only MLP neurons "
+                "are removed",
             )
         return min(goal - self.fixed_ms, self.hidden_ms(self.dense_widths))
 
@@ -170,18 +168,20 @@ class LatencyTarget:
         preprocessing: Preprocessing,
         widths: Sequence[int],
         settings: PruneSection,
-        emit: Emit,
+        work: Work,
     ) -> None:
         """Time one MLP at several widths, and two whole networks to know the level."""
-        self.model, self.dense_widths, self.emit = model, list(widths), emit
-        self.target = settings.target_latency or 1.0
+        self.model, self.dense_widths, self.work = model, list(widths), work.on(STAGE)
+        target = budget_of(settings)
+        assert target is not None
+        self.target = target
         sizes = model_sizes(model)
         allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
         self.timer = DenseTimer(
             model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
         )
         try:
-            emit(Event(STAGE, f"timing a block's MLP at several widths, batch {self.timer.batch}"))
+            self.work.say(f"timing a block's MLP at several widths, batch {self.timer.batch}")
             alone = measure_width_latency(
                 sizes.width,
                 _grid(sorted({w for row in allowed for w in row})),
@@ -213,24 +213,21 @@ class LatencyTarget:
 
     def check(self, model: nn.Module, widths: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
         """Time what was made; see `outcome`."""
-        measured = self.timer.beside(model)
+        measured = self.timer.against(model)
         record, warnings = outcome(self.table, self.target, widths, measured)
-        self.emit(
-            Event(
-                STAGE,
-                f"{measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
-                f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
-                f"{measured.provider}",
-            )
+        self.work.say(
+            f"{measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
+            f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
+            f"{measured.provider}"
         )
         return record, warnings
 
     def _at(self, widths: Sequence[int]) -> Latency:
         """The network with its blocks at other widths; which neurons stay does not matter."""
-        said = f"timing a network of widths {min(widths)} to {max(widths)} against the dense one"
-        self.emit(Event(STAGE, said))
+        least, most = min(widths), max(widths)
+        self.work.say(f"timing a network of widths {least} to {most} against the dense one")
         plan = Plan(keep=[list(range(w)) for w in widths], widths=self.dense_widths)
-        return self.timer.beside(apply_plan(self.model, plan))
+        return self.timer.against(apply_plan(self.model, plan))
 
 
 def build_table(
@@ -244,7 +241,7 @@ def build_table(
     `whole(widths)` times the dense network and one of other widths in turn.
     """
     rows = [_rising({w: alone.at(w) for w in row}) for row in allowed]
-    narrow = [_nearest(row, FIRST_SHARE * h) for row, h in zip(allowed, widths, strict=True)]
+    narrow = [nearest(row, FIRST_SHARE * h) for row, h in zip(allowed, widths, strict=True)]
     pair = whole(narrow)
     table = LatencyTable(
         rows, pair.dense_ms, list(widths), alone.batch, alone.threads, alone.provider
@@ -258,11 +255,11 @@ def build_table(
 
 def correct(
     table: LatencyTable,
-    target: float,
+    target: Budget,
     widths_at: Callable[[float], list[int]],
     whole: Callable[[Sequence[int]], Latency],
 ) -> None:
-    """Set the level anew from the widths that the budget leads to, until they are as foreseen.
+    """Set the level anew from the widths that the budget leads to, until measured as predicted.
 
     `widths_at(budget)`: the widths that selection takes.
 
@@ -274,28 +271,28 @@ def correct(
         if list(widths) == table.dense_widths:
             return
         pair = whole(widths)
-        foreseen = table.foreseen_ms(widths) / table.dense_ms
-        if abs(pair.ratio / foreseen - 1) <= CLOSE:
+        predicted = table.predicted_ms(widths) / table.dense_ms
+        if abs(pair.ratio / predicted - 1) <= CLOSE:
             return
         table.set_level(widths, pair)
 
 
 def outcome(
-    table: LatencyTable, target: float, widths: Sequence[int], latency: Latency
+    table: LatencyTable, target: Budget, widths: Sequence[int], latency: Latency
 ) -> tuple[dict[str, Any], list[str]]:
-    """What was asked for, foreseen and measured; and why the last is not the first, if it is not.
+    """What was asked for, predicted and measured; and why the last is not the first, if it is not.
 
-    `latency`: the pruned network beside the dense one.
+    `latency`: the pruned network against the dense one.
     """
-    foreseen = table.foreseen_ms(widths)
-    share = target <= 1
-    asked = target if share else target / latency.dense_ms
+    predicted = table.predicted_ms(widths)
+    share = target.amount <= 1
+    asked = target.amount if share else target.amount / latency.dense_ms
     measured = latency.ratio if share else latency.pruned_ms / latency.dense_ms
     record = {
-        "target": target,
+        "target": target.amount,
         "asked_share": asked,
         "achieved_share": measured,
-        "foreseen_ms": foreseen,
+        "foreseen_ms": predicted,
         "fixed_ms": table.fixed_ms,
         "level": table.level,
         "alone_ms": table.alone_ms,
@@ -311,12 +308,12 @@ def outcome(
         )
     off = measured / asked - 1
     if abs(off) > LATENCY_TOLERANCE:
-        planned = foreseen / table.goal(target) - 1
+        planned = predicted / target.absolute(table.dense_ms) - 1
         if abs(planned) > LATENCY_TOLERANCE:
             why = f"the widths allowed come no nearer than {planned:+.1%}"
         else:
             why = noise_warning(latency) or (
-                f"the table foresaw {foreseen / table.dense_ms:.1%}; the times of single blocks "
+                f"the table predicted {predicted / table.dense_ms:.1%}; the times of single blocks "
                 "do not add up here, or the load of the machine has changed"
             )
         warnings.append(
@@ -330,11 +327,7 @@ def _grid(widths: Sequence[int]) -> list[int]:
     """The least and the full width, and those nearest to equal steps between them."""
     least, full = widths[0], widths[-1]
     steps = range(WIDTHS + 1)
-    return sorted({_nearest(widths, least + (full - least) * i / WIDTHS) for i in steps})
-
-
-def _nearest(allowed: Sequence[int], width: float) -> int:
-    return min(allowed, key=lambda w: (abs(w - width), w))
+    return sorted({nearest(widths, least + (full - least) * i / WIDTHS) for i in steps})
 
 
 def _rising(row: dict[int, float]) -> dict[int, float]:

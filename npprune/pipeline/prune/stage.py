@@ -12,52 +12,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from npprune.budget import SETTINGS as BUDGETS
 from npprune.core import metrics
-from npprune.core.compression.attention import smaller_qkv
 from npprune.core.compression.harm import Replacement
-from npprune.errors import GateError, UsageError
+from npprune.errors import GateError, UsageError, setting
 from npprune.files import keeping
 from npprune.models.info import model_info, model_sizes, state
-from npprune.models.surgery import (
-    apply_plan,
-    check_axes,
-    check_prunable,
-    cut_head,
-    set_classifiers,
-    set_fc2,
-    set_proj,
-    set_qkv,
-)
+from npprune.models.surgery import apply_plan, set_classifiers, set_fc2, set_proj
 from npprune.models.view import make_view
-from npprune.pipeline.common.device import environment
-from npprune.pipeline.common.events import Emit, Event, ignore
-from npprune.pipeline.common.inputs import (
-    Images,
-    Network,
-    class_names,
-    is_cut,
-    label_doubt,
-    open_images,
-    open_network,
-    run_names,
-)
+from npprune.pipeline.common.inputs import Images, Network, class_names, is_cut, label_doubt
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.common.results import add_command
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_reference
-from npprune.pipeline.prune.calibration import (
+from npprune.pipeline.prune.latency import LatencyTarget
+from npprune.pipeline.prune.measuring import (
+    Measured,
+    PlanSettings,
+    Subject,
+    check_budget,
+    check_criterion,
+    measure,
+    prepared,
+)
+from npprune.pipeline.prune.opening import (
     HELD_OUT,
-    Held,
+    DecodedImages,
+    Opened,
     calibration_images,
+    open_source,
     origin,
     read_paths,
 )
-from npprune.pipeline.prune.latency import LatencyTarget
-from npprune.pipeline.prune.planning import Chosen, Planner, check_criterion
-from npprune.pipeline.prune.statistics import Shelf, identity, statistics_home
+from npprune.pipeline.prune.planning import Chosen, amount, bounds, choose, refit
+from npprune.pipeline.prune.statistics_cache import StatisticsCache, identity, statistics_home
 from npprune.recipe import DataSection, ModelSection, PruneSection, check
 from npprune.records import (
     CheckpointConfig,
@@ -82,11 +71,8 @@ def prune(
     settings: PruneSection,
     out: Path,
     *,
-    device: str = "auto",
-    seed: int = 0,
-    emit: Emit = ignore,
+    work: Work = Work(),
     dry_run: bool = False,
-    command: str = "",
 ) -> Variant:
     """Make a smaller network and write it as the checkpoint folder `out`.
 
@@ -100,112 +86,47 @@ def prune(
         NpPruneError: what is wrong with source, data, settings or folder.
     """
     started = time.perf_counter()
-    work = Work(device, seed, emit, command).on(STAGE)
-    where, reason = work.where, work.reason
+    work = work.on(STAGE)
+    _ = work.where  # a missing device is refused before all else
     check_checkpoint(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
+    _check(settings, run)
+    recorded = dry_run or run is None or recordable(run, work)
+    opened = open_source(
+        model, data, run, work,
+        axes=settings.axes, topk=settings.topk, keep_head=settings.keep_head,
+    )  # fmt: skip
+    cache = StatisticsCache(
+        statistics_home(run, out), identity(opened.network, opened.outputs),
+        settings.memory, write=recorded and not dry_run,
+    )  # fmt: skip
+    done = _planned(opened, settings, cache, work, dry_run=dry_run)
+    info = model_info(done.model, replace(opened.network.info.source, sha256=""))
+    info.preprocessing = opened.images.preprocessing
+    summary = _summary(settings, done, opened.images, time.perf_counter() - started)
+    variant = Variant(name=out.resolve().name, checkpoint="", model=info, prune=summary)
+    if dry_run:
+        return variant
+    config = _config(opened, model, data, done, variant, out)
+    config.versions = work.environment().versions
+    with keeping(variant):
+        write_checkpoint(out, config, state(done.model), done.plan)
+        if recorded:
+            _record(opened, out, variant, done.plan, work)
+    work.say(f"wrote {out}")
+    return variant
+
+
+def _check(settings: PruneSection, run: RunFolder | None) -> None:
+    """What settings must keep to, before anything is opened."""
     check_budget(settings)
     if run is None and settings.topk is not None:
         raise UsageError(
-            "`--topk` keeps path neurons, and no run folder was given",
+            f"{setting('prune.topk')} keeps path neurons, and no run folder was given",
             hint="`npprune discover` makes one; give it in place of the model's name",
         )
     check(settings)
     check_criterion(settings.criterion, run is not None)
-    recorded = dry_run or run is None or recordable(run, work)
-    network = open_network(model, work)
-    check_prunable(network.model)
-    check_axes(network.model, settings.axes)
-    view = make_view(network.model)
-    if settings.topk is not None and settings.topk > min(view.widths):
-        raise UsageError(
-            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
-            f"block, got {settings.topk}"
-        )
-    names = network.names or (run_names(run.read_result()) if run is not None else None)
-    images = open_images(
-        data.calibration or data.train, data, network.info, work,
-        asked="data.calibration", on_bad="skip", names=names,
-    )  # fmt: skip
-    classes = images.source.selected if data.classes is not None else None
-    outputs = classes if not settings.keep_head else None
-    if outputs is not None:  # what is measured is the network with the head that it will have
-        view = make_view(cut_head(network.model, outputs))
-    paths = read_paths(run, network, classes, view, settings.topk)
-    emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
-    calibration, held_out = calibration_images(images, settings.calibration_images, emit)
-    generator = torch.Generator().manual_seed(seed)
-    doubt = _label_doubt(network, calibration, held_out, images, where)
-    batches = list(calibration)
-    shelf = Shelf(
-        statistics_home(run, out), identity(network, outputs), settings.memory,
-        write=recorded and not dry_run,
-    )  # fmt: skip
-    with ExitStack() as held:
-        latency = None
-        if settings.target_latency is not None:
-            latency = held.enter_context(
-                LatencyTarget(network.model, images.preprocessing, view.widths, settings, emit)
-            )
-        planner = Planner(
-            view, batches, paths, settings, lambda: model_sizes(network.model), generator, emit,
-            held_out=list(held_out), shelf=shelf,
-            latency=latency.table if latency is not None else None,
-        )  # fmt: skip
-        if latency is not None:
-            latency.correct(lambda budget: planner.select(budget).widths)
-
-        def attempt(budget: float) -> Attempt:
-            chosen = planner.at(budget)
-            plan = _plan(network, chosen, planner.settings, classes, run, seed)
-            smaller = carried_out(network, plan, chosen)
-            return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, where))
-
-        done = _within(attempt, planner, settings, emit)
-        done.chosen.details["statistics"] = planner.collected.record
-        if latency is not None and not dry_run:
-            record, warnings = latency.check(done.model, done.plan.kept_widths)
-            done.chosen.details["latency"] = record
-            done.chosen.warnings[:0] = warnings
-    plan, smaller = done.plan, done.model
-    used = len(calibration) + len(held_out)
-    summary = _summary(planner.settings, done, images, used, time.perf_counter() - started)
-    summary.label_doubt = doubt
-    info = model_info(smaller, replace(network.info.source, sha256=""))
-    info.preprocessing = images.preprocessing
-    variant = Variant(name=out.resolve().name, checkpoint="", model=info, prune=summary)
-    cut = network.config is not None and is_cut(network.config)
-    if dry_run:
-        return variant
-    home = run.path if run is not None else out
-    config = CheckpointConfig(
-        source=network.info.source,
-        widths=info.widths,
-        heads=info.heads,
-        num_classes=info.num_classes,
-        preprocessing=images.preprocessing,
-        classes=_labels(class_names(images, network.info.num_classes), plan.classes),
-        weights_sha256="",
-        run=os.path.relpath(home, out),
-        prune=summary,
-        details=_details(model, out, data, images, classes, plan, cut),
-        versions=environment(where, reason, seed).versions,
-    )
-    with keeping(variant):
-        write_checkpoint(out, config, state(smaller), plan)
-        if recorded:
-            _record(run, out, variant, plan, network, images, where, reason, seed, command)
-    emit(Event(STAGE, f"wrote {out}"))
-    return variant
-
-
-def check_budget(settings: PruneSection) -> None:
-    """UsageError where nothing says how much of the network stays."""
-    if all(getattr(settings, name) is None for name in (*BUDGETS, "topk", "max_drop")):
-        raise UsageError(
-            "a budget is needed: how much of the network stays",
-            hint="`--keep 0.5` keeps half of the hidden units; `--topk K` alone keeps the paths'",
-        )
 
 
 @dataclass
@@ -214,8 +135,10 @@ class Attempt:
 
     plan: Plan
     chosen: Chosen
-    model: torch.nn.Module
+    model: nn.Module
     predicted: dict[str, float]
+    images: int = 0  # calibration images, held out or not
+    doubt: str = ""  # why their labels are probably wrong
 
     @property
     def drop(self) -> float:
@@ -223,20 +146,72 @@ class Attempt:
         return 100 * self.predicted["drop"]
 
 
-def _within(
-    attempt: Callable[[float], Attempt], planner: Planner, settings: PruneSection, emit: Emit
+def _planned(
+    opened: Opened,
+    settings: PruneSection,
+    cache: StatisticsCache,
+    work: Work,
+    *,
+    dry_run: bool,
 ) -> Attempt:
-    """The attempt at the budget, or the smallest one whose predicted drop is within `max_drop`.
+    """Measure, then choose, refit and carry out: once, or until the drop is within `max_drop`."""
+    network = opened.network
+    paths = read_paths(opened, settings.topk)
+    work.say(f"{network.info.source.architecture} on {work.where} ({work.reason})")
+    fit, held_out = calibration_images(opened.images, settings.calibration_images, work)
+    doubt = _label_doubt(opened, fit, held_out, work)
+    asked = PlanSettings.of(settings)
+    subject = Subject(
+        opened.view, fit.images, lambda: model_sizes(network.model), held_out.images, paths
+    )
+    with ExitStack() as held:
+        latency = None
+        if settings.target_latency is not None:
+            latency = held.enter_context(
+                LatencyTarget(
+                    network.model, opened.images.preprocessing, opened.view.widths, settings, work
+                )
+            )
+        table = latency.table if latency is not None else None
+        measured = prepared(measure(subject, asked, work, cache=cache), asked, work)
+        if latency is not None:
+            latency.correct(lambda budget: choose(measured, asked, budget, table).widths)
+        settings = settings.model_copy(update={"criterion": measured.criterion})
+        refits = 0.0  # seconds, over all attempts
+
+        def attempt(budget: float) -> Attempt:
+            nonlocal refits
+            chosen = refit(measured, asked, choose(measured, asked, budget, table), work)
+            seconds = chosen.details["seconds"]
+            refits = seconds["compensation"] = round(refits + seconds["compensation"], 3)
+            plan = _plan(opened, chosen, settings, work.seed)
+            smaller = carried_out(network, plan, chosen)
+            return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, work))
+
+        budget = amount(measured, asked, table)
+        if budget is not None:
+            done = attempt(budget)
+            _gate(done, settings)
+        else:
+            done = _smallest(attempt, measured, settings, work)
+        done.images, done.doubt = len(fit) + len(held_out), doubt
+        done.chosen.details["statistics"] = measured.collected.record
+        if latency is not None and not dry_run:
+            record, warnings = latency.check(done.model, done.plan.kept_widths)
+            done.chosen.details["latency"] = record
+            done.chosen.warnings[:0] = warnings
+    return done
+
+
+def _smallest(
+    attempt: Callable[[float], Attempt], measured: Measured, settings: PruneSection, work: Work
+) -> Attempt:
+    """The smallest attempt whose predicted drop is within `max_drop`.
 
     Bisection over the share of hidden units (with other axes: of all they cost) that stays, to
     1/64.
     """
-    budget = planner.budget()
-    if budget is not None:
-        done = attempt(budget)
-        _gate(done, settings)
-        return done
-    least, whole = planner.bounds()
+    least, whole = bounds(measured)
     # the drop at `low` is too large; at `high` all stays
     low, high = int(SEARCH_STEPS * least / whole), SEARCH_STEPS
     best: Attempt | None = None
@@ -249,15 +224,15 @@ def _within(
             continue
         _require_prediction(tried.predicted)
         share = tried.plan.kept_fraction if least == 0 else middle / SEARCH_STEPS
-        emit(Event(STAGE, f"{share:.1%} kept: predicted drop {tried.drop:.2f} points"))
+        work.say(f"{share:.1%} kept: predicted drop {tried.drop:.2f} points")
         if tried.drop <= (settings.max_drop or 0):
             best, high = tried, middle
         else:
             low = middle
     if best is None:
         raise GateError(
-            f"no smaller network is predicted to stay within `--max-drop` {settings.max_drop:g} "
-            "points of top-1",
+            f"no smaller network is predicted to stay within {setting('prune.max_drop')} "
+            f"{settings.max_drop:g} points of top-1",
             hint="allow a larger drop; nothing was written",
         )
     return best
@@ -271,7 +246,7 @@ def _gate(done: Attempt, settings: PruneSection) -> None:
         raise GateError(
             f"top-1 is predicted to fall by {done.drop:.1f} points "
             f"(from {done.predicted['images']:.0f} held-out calibration images), more than "
-            f"`--max-drop` {settings.max_drop:g} allows",
+            f"{setting('prune.max_drop')} {settings.max_drop:g} allows",
             hint="keep more, or leave the budget out: then the smallest network within "
             "the drop is searched for; nothing was written",
         )
@@ -280,34 +255,37 @@ def _gate(done: Attempt, settings: PruneSection) -> None:
 def _require_prediction(predicted: dict[str, float]) -> None:
     if not predicted:
         raise UsageError(
-            f"`--max-drop` needs at least {HELD_OUT} calibration images: one in {HELD_OUT} is held "
-            "out to predict the drop",
-            hint="give more images with `--calibration`",
+            f"{setting('prune.max_drop')} needs at least {HELD_OUT} calibration images: one in "
+            f"{HELD_OUT} is held out to predict the drop",
+            hint=f"give more images with {setting('data.calibration')}",
         )
 
 
-def _plan(
-    network: Network,
-    chosen: Chosen,
-    settings: PruneSection,
-    classes: list[int] | None,
-    run: RunFolder | None,
-    seed: int,
-) -> Plan:
+def _plan(opened: Opened, chosen: Chosen, settings: PruneSection, seed: int) -> Plan:
+    """The plan as a file: what stays, of which weights, and how it was chosen."""
+    source, classes = opened.network.info.source, opened.classes
+    how: dict[str, Any] = settings.model_dump(exclude_none=True, exclude={"memory"})
+    how["seed"] = seed
+    if classes is not None:
+        how["classes"] = classes
+    if opened.run is not None:
+        how["paths"] = opened.run.read_manifest().settings_sha256
+    fields: dict[str, Any] = {}
+    for axis, kept in chosen.further:
+        fields |= axis.plan(kept)
     return Plan(
         keep=chosen.keep,
-        widths=network.info.widths,
-        source_sha256=network.info.source.sha256,
-        architecture=network.info.source.architecture,
-        how=_how(settings, classes, run, seed),
+        widths=opened.network.info.widths,
+        source_sha256=source.sha256,
+        architecture=source.architecture,
+        how=how,
         classes=classes if classes is not None and not settings.keep_head else None,
         notes=chosen.warnings,
-        heads=[a.heads for a in chosen.attention] if "heads" in settings.axes else None,
-        query_dims=[a.query_dims for a in chosen.attention] if "qk" in settings.axes else None,
+        **fields,
     )
 
 
-def carried_out(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module:
+def carried_out(network: Network, plan: Plan, chosen: Chosen) -> nn.Module:
     """The surgery, then the values that compensation found for the layers that remain."""
     smaller = apply_plan(network.model, plan)
     like = next(smaller.parameters())
@@ -315,46 +293,40 @@ def carried_out(network: Network, plan: Plan, chosen: Chosen) -> torch.nn.Module
     def values(layer: Replacement) -> tuple[Tensor, Tensor]:
         return layer.weight.to(like), layer.bias.to(like)
 
-    found = chosen.refitted
-    for l, layer in enumerate(found.second):
+    refitted = chosen.refitted
+    for l, layer in enumerate(refitted.second):
         set_fc2(smaller, l, *values(layer))
-    dense = make_view(network.model)
-    for l, attention in enumerate(chosen.attention):
-        set_qkv(smaller, l, *smaller_qkv(dense.attention(l), attention))
-    for l, layer in found.projections.items():
+    for axis, kept in chosen.further:
+        axis.carry_out(smaller, make_view(network.model), kept)
+    for l, layer in refitted.projections.items():
         set_proj(smaller, l, *values(layer))
-    if found.classifiers:
-        set_classifiers(smaller, [values(layer) for layer in found.classifiers])
+    if refitted.classifiers:
+        set_classifiers(smaller, [values(layer) for layer in refitted.classifiers])
     return smaller.eval()
 
 
 @torch.no_grad()
-def _label_doubt(
-    network: Network, calibration: Held, held_out: Held, images: Images, device: torch.device
-) -> str:
+def _label_doubt(opened: Opened, fit: DecodedImages, held_out: DecodedImages, work: Work) -> str:
     """Whether the labels fit what the dense network predicts, on some of the images."""
-    step = max(1, len(calibration) // DOUBT_IMAGES)
-    some = [(x[::step], y[::step]) for x, y in calibration]
+    model, outputs = opened.network.model, opened.network.info.num_classes
+    step = max(1, len(fit) // DOUBT_IMAGES)
+    some = [(x[::step], y[::step]) for x, y in fit]
     some += list(held_out)[:: max(1, len(held_out) // DOUBT_IMAGES)]
-    predicted = torch.cat([network.model(x.to(device)).argmax(1).cpu() for x, _ in some])
+    predicted = torch.cat([model(x.to(work.where)).argmax(1).cpu() for x, _ in some])
     labels = torch.cat([y for _, y in some])
-    return label_doubt(predicted, labels, network.info.num_classes, images.source)
+    return label_doubt(predicted, labels, outputs, opened.images.source)
 
 
 @torch.no_grad()
 def _predict(
-    network: Network,
-    smaller: torch.nn.Module,
-    held_out: Held,
-    plan: Plan,
-    device: torch.device,
+    network: Network, smaller: nn.Module, held_out: DecodedImages, plan: Plan, work: Work
 ) -> dict[str, float]:
     """The loss of top-1 to expect, from held-out images: all they have decided is how much each
     refit was shrunk."""
     if len(held_out) == 0:
         return {}
-    dense = torch.cat([network.model(x.to(device)).float().cpu() for x, _ in held_out])
-    pruned = torch.cat([smaller(x.to(device)).float().cpu() for x, _ in held_out])
+    dense = torch.cat([network.model(x.to(work.where)).float().cpu() for x, _ in held_out])
+    pruned = torch.cat([smaller(x.to(work.where)).float().cpu() for x, _ in held_out])
     labels = torch.cat([y for _, y in held_out])
     if plan.classes is not None:
         dense = dense[:, plan.classes]
@@ -375,11 +347,9 @@ def _predict(
     }
 
 
-def _summary(
-    settings: PruneSection, done: Attempt, images: Images, used: int, seconds: float
-) -> PruneSummary:
+def _summary(settings: PruneSection, done: Attempt, images: Images, seconds: float) -> PruneSummary:
     return PruneSummary(
-        criterion=settings.criterion,
+        criterion=done.plan.how["criterion"],
         selection=settings.selection,
         compensation=settings.compensation,
         keep=settings.keep,
@@ -388,25 +358,51 @@ def _summary(
         widths=done.plan.kept_widths,
         dense_widths=done.plan.widths,
         protected=done.chosen.protected,
-        calibration=replace(images.info(), images=used),
+        calibration=replace(images.info(), images=done.images),
         seconds=seconds,
         plan_sha256=digest(done.plan),
         warnings=done.chosen.warnings,
         predicted=done.predicted,
         details=done.chosen.details,
+        label_doubt=done.doubt,
     )
 
 
-def _how(
-    settings: PruneSection, classes: list[int] | None, run: RunFolder | None, seed: int
-) -> dict[str, Any]:
-    how: dict[str, Any] = settings.model_dump(exclude_none=True, exclude={"memory"})
-    how["seed"] = seed
-    if classes is not None:
-        how["classes"] = classes
-    if run is not None:
-        how["paths"] = run.read_manifest().settings_sha256
-    return how
+def _config(
+    opened: Opened,
+    model: ModelSection,
+    data: DataSection,
+    done: Attempt,
+    variant: Variant,
+    out: Path,
+) -> CheckpointConfig:
+    """What the checkpoint says of itself."""
+    network, images, outputs = opened.network, opened.images, done.plan.classes
+    details: dict[str, Any] = {
+        "dense": dense_reference(model, out),
+        "data": {
+            **data.model_dump(exclude_none=True, exclude={"val", "train"}),
+            "calibration": images.source.spec,
+        },
+    }
+    if opened.classes is not None:
+        details["classes"] = opened.classes
+    if outputs is not None:
+        details["outputs"] = outputs
+    elif network.config is not None and is_cut(network.config):
+        details["cut"] = True
+    return CheckpointConfig(
+        source=network.info.source,
+        widths=variant.model.widths,
+        heads=variant.model.heads,
+        num_classes=variant.model.num_classes,
+        preprocessing=images.preprocessing,
+        classes=_labels(class_names(images, network.info.num_classes), outputs),
+        weights_sha256="",
+        run=os.path.relpath(opened.run.path if opened.run is not None else out, out),
+        prune=variant.prune,
+        details=details,
+    )
 
 
 def _labels(names: list[ClassInfo], cut: list[int] | None) -> list[ClassInfo]:
@@ -416,44 +412,9 @@ def _labels(names: list[ClassInfo], cut: list[int] | None) -> list[ClassInfo]:
     return [replace(names[c], index=i) for i, c in enumerate(cut)]
 
 
-def _details(
-    model: ModelSection,
-    out: Path,
-    data: DataSection,
-    images: Images,
-    classes: list[int] | None,
-    plan: Plan,
-    cut: bool,
-) -> dict[str, Any]:
-    details: dict[str, Any] = {
-        "dense": dense_reference(model, out),
-        "data": {
-            **data.model_dump(exclude_none=True, exclude={"val", "train"}),
-            "calibration": images.source.spec,
-        },
-    }
-    if classes is not None:
-        details["classes"] = classes
-    if plan.classes is not None:
-        details["outputs"] = plan.classes
-    elif cut:
-        details["cut"] = True
-    return details
-
-
-def _record(
-    run: RunFolder | None,
-    out: Path,
-    variant: Variant,
-    plan: Plan,
-    network: Network,
-    images: Images,
-    device: torch.device,
-    reason: str,
-    seed: int,
-    command: str,
-) -> None:
-    """Put the variant into the run's result, or into one beside the checkpoint."""
+def _record(opened: Opened, out: Path, variant: Variant, plan: Plan, work: Work) -> None:
+    """Put the variant into the run's result, or into one inside the checkpoint."""
+    run, info = opened.run, opened.network.info
     folder = run or RunFolder(out)
     if run is not None:
         result = run.read_result()
@@ -462,11 +423,11 @@ def _record(
         result = Result(
             name=variant.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            environment=environment(device, reason, seed),
-            model=network.info,
-            classes=class_names(images, network.info.num_classes),
+            environment=work.environment(),
+            model=info,
+            classes=class_names(opened.images, info.num_classes),
         )
     variant.checkpoint = os.path.relpath(out, folder.path)
     result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
-    add_command(result, command)
+    add_command(result, work.command)
     folder.write_result(result)

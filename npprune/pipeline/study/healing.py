@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from npprune.models.info import weights_sha256
-from npprune.pipeline.common.events import Emit
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.heal.distillation import Distillation
 from npprune.pipeline.heal.image_cache import ImagesInMemory, to_bytes
 from npprune.pipeline.heal.images import every_tenth, to_outputs
 from npprune.pipeline.heal.teacher import HeldOut, Saved, Teacher, TrainingSet, logits_of
+from npprune.pipeline.prune.opening import DecodedImages, Opened
 from npprune.recipe import HealSection
-from npprune.records import Preprocessing
 from npprune.store.training import TrainingFolder
 
 
@@ -30,37 +29,27 @@ class Healer:
     """
 
     def __init__(
-        self,
-        dense: nn.Module,
-        fit: Sequence[tuple[Tensor, Tensor]],
-        held: Sequence[tuple[Tensor, Tensor]],
-        preprocessing: Preprocessing,
-        epochs: int,
-        *,
-        classes: list[int] | None,
-        spec: str,
-        device: torch.device,
-        emit: Emit,
+        self, opened: Opened, fit: DecodedImages, held: DecodedImages, epochs: int, work: Work
     ) -> None:
-        """fit, held: decoded images [b, c, h, w] with labels [b]; spec: what they are called."""
+        """fit, held: the calibration images that rows are fitted on, and the others."""
+        classes, preprocessing = opened.classes, opened.images.preprocessing
         self.settings = HealSection(epochs=epochs)
-        self.device, self.emit = device, emit
-        self.teacher = Teacher(dense, columns=classes)
-        images = [x for part in (fit, held) for x, _ in part]
-        pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x in images])
-        labels = to_outputs(torch.cat([y for part in (fit, held) for _, y in part]), classes)
-        n, first = len(labels), sum(len(y) for _, y in fit)
+        self.work = work
+        self.teacher = Teacher(opened.network.model, columns=classes)
+        pixels = torch.cat([to_bytes(x.cpu(), preprocessing) for x in fit.images + held.images])
+        labels = to_outputs(torch.cat(fit.labels + held.labels), classes)
+        n, first = len(labels), len(fit)
         train, other = list(range(first)), list(range(first, n))
         if not other:
-            train, other = every_tenth(n, n, spec)
+            train, other = every_tenth(n, n, opened.images.source.spec)
         self.parts = [
             ImagesInMemory(pixels[rows], labels[rows], preprocessing, flips=flips, seed=0)
             for rows, flips in ((train, True), (other, False))
         ]
-        self.held = HeldOut(self.parts[1], logits_of(self.teacher, self.parts[1], device))
+        self.held = HeldOut(self.parts[1], logits_of(self.teacher, self.parts[1], work.where))
 
     def heal(self, student: nn.Module, row: Path, seed: int) -> float:
-        """Train in place; the state is beside the row's file. Returns seconds."""
+        """Train in place; the state lies next to the row's file. Returns seconds."""
         started = time.perf_counter()
         pool, _ = self.parts
         identity: dict[str, Any] = {
@@ -73,8 +62,7 @@ class Healer:
         with folder.lock():
             Distillation(
                 student, self.teacher, TrainingSet(pool, self.held), self.settings, mixing=True,
-                saved=Saved(folder, identity), started=started,
-                work=Work(str(self.device), seed, self.emit),
+                saved=Saved(folder, identity), started=started, work=replace(self.work, seed=seed),
             ).run()  # fmt: skip
             folder.remove()
         return time.perf_counter() - started

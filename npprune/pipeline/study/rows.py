@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from npprune.core.compression.criteria import CRITERIA
-from npprune.errors import UsageError
-from npprune.pipeline.prune.planning import check_criterion, draws, needs_of
+from npprune.criteria import CRITERIA
+from npprune.errors import UsageError, setting
+from npprune.pipeline.prune.measuring import check_criterion, draws, needs_of
 from npprune.recipe import StudySection
 from npprune.records import Document, Latency, Mean, Rate
 from npprune.store import atomic
@@ -126,8 +126,8 @@ def settings_of(study: StudySection, with_paths: bool) -> list[Setting]:
     """
     if not with_paths and (study.topk is not None or "on" in (study.protect or [])):
         raise UsageError(
-            f"`{'--topk' if study.topk is not None else '--protect on'}` reads paths, "
-            "and no run folder was given",
+            f"{setting('study.topk') if study.topk is not None else setting('study.protect', 'on')}"
+            " reads paths, and no run folder was given",
             hint="`npprune discover` makes one; give it in place of the model's name",
         )
     names: list[str] = list(study.criteria or ()) or [

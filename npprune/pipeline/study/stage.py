@@ -18,38 +18,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from npprune.budget import Budget
 from npprune.core import metrics
-from npprune.core.view import VitView
 from npprune.data.labels import RANKED, KnownNames
-from npprune.errors import DataError, GateError, UsageError, plural
+from npprune.errors import DataError, GateError, UsageError, plural, setting
 from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
-from npprune.models.surgery import check_prunable, cut_head
-from npprune.models.view import make_view
-from npprune.pipeline.common.device import environment
-from npprune.pipeline.common.events import Emit, Event, ignore
-from npprune.pipeline.common.inputs import (
-    Images,
-    Network,
-    class_names,
-    label_doubt,
-    open_images,
-    open_network,
-    run_names,
-)
+from npprune.pipeline.common.inputs import Images, class_names, label_doubt, open_images
 from npprune.pipeline.common.outputs import check_run, reads_of, recordable
 from npprune.pipeline.common.results import add_command, render_report
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.prune.calibration import (
+from npprune.pipeline.prune.latency import DenseTimer
+from npprune.pipeline.prune.measuring import (
+    Measured,
+    Paths,
+    PlanSettings,
+    Subject,
+    measure,
+    needs_of,
+    prepared,
+)
+from npprune.pipeline.prune.opening import (
     CALIBRATION_IMAGES,
+    DecodedImages,
+    Opened,
     calibration_images,
+    open_source,
     origin,
     read_paths,
 )
-from npprune.pipeline.prune.latency import DenseTimer
-from npprune.pipeline.prune.planning import Batches, Paths, Planner, needs_of
+from npprune.pipeline.prune.planning import amount, choose, refit
 from npprune.pipeline.prune.stage import carried_out
-from npprune.pipeline.prune.statistics import Shelf, identity, statistics_home
+from npprune.pipeline.prune.statistics_cache import StatisticsCache, identity, statistics_home
 from npprune.pipeline.study.healing import Healer
 from npprune.pipeline.study.rows import (
     Setting,
@@ -64,7 +64,7 @@ from npprune.pipeline.study.rows import (
     settings_of,
 )
 from npprune.pipeline.study.tables import analyses
-from npprune.recipe import DataSection, ModelSection, PruneSection, StudySection
+from npprune.recipe import DataSection, ModelSection, StudySection
 from npprune.records import Manifest, Plan, Result, digest, to_dict
 from npprune.store import atomic
 from npprune.store.runs import RunFolder, images_in_words
@@ -79,10 +79,8 @@ def study(
     settings: StudySection,
     out: Path,
     *,
-    device: str = "auto",
-    emit: Emit = ignore,
+    work: Work = Work(),
     dry_run: bool = False,
-    command: str = "",
 ) -> Result:
     """Compare ways to prune, row by row, in the folder `out`.
 
@@ -98,50 +96,32 @@ def study(
     Raises:
         NpPruneError: what is wrong with source, data, settings or folder.
     """
-    work = Work(device, settings.seeds[0], emit, command).on(STAGE)
-    where, reason = work.where, work.reason
+    work = work.on(STAGE)
+    work.seed = settings.seeds[0]
+    _ = work.where  # a missing device is refused before all else
     check_run(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
     rows = settings_of(settings, run is not None)
-    network = open_network(model, work)
-    check_prunable(network.model)
-    view = make_view(network.model)
-    if settings.topk is not None and settings.topk > min(view.widths):
-        raise UsageError(
-            f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
-            f"block, got {settings.topk}"
-        )
-    names = network.names or (run_names(run.read_result()) if run is not None else None)
-    calibration = open_images(
-        data.calibration or data.train, data, network.info, work,
-        asked="data.calibration", on_bad="skip", names=names,
-    )  # fmt: skip
-    if names is None and calibration.source.label_rule == RANKED:
-        names = KnownNames(calibration.source.classes, ranked=True)
-    val = open_images(
-        data.val, data, network.info, work, asked="data.val", on_bad="error", names=names,
-    )  # fmt: skip
-    classes = calibration.source.selected if data.classes is not None else None
-    if classes is not None:  # as `prune` does: planned on the head that the network will have
-        view = make_view(cut_head(network.model, classes))
-    paths = read_paths(run, network, classes, view, settings.topk)
-    emit(Event(STAGE, f"{network.info.source.architecture} on {where} ({reason})"))
-    manifest = _manifest(out.name, network, calibration, val, settings, classes, run, where, reason)
-    world = _World(network, view, calibration, val, paths, settings, classes, where, emit)
+    opened = open_source(model, data, run, work, topk=settings.topk)
+    val = _evaluation_images(opened, data, work)
+    paths = read_paths(opened, settings.topk)
+    network = opened.network
+    work.say(f"{network.info.source.architecture} on {work.where} ({work.reason})")
+    manifest = _manifest(out.name, opened, val, settings, work)
     folder = RunFolder(out)
-    world.shelf = Shelf(
-        statistics_home(run or folder, out), identity(network, classes),
+    cache = StatisticsCache(
+        statistics_home(run or folder, out), identity(network, opened.outputs),
         write=run is None or recordable(run, work),
     )  # fmt: skip
+    world = _World(opened, val, paths, settings, cache, work)
 
     def result() -> Result:
         earlier = folder.read_result().commands if folder.result_path.is_file() else []
-        return _result(
-            manifest, world, read_dense(folder), read_rows(folder), rows, [*earlier, command]
-        )
+        return _result(manifest, world, folder, rows, [*earlier, work.command])
 
     if dry_run:
-        _refuse_other_settings(folder, manifest)
+        if folder.exists:  # what a real start would refuse
+            folder.refuse_other_settings(manifest)
         return result()
     with folder.lock():
         folder.create_or_resume(manifest)
@@ -155,6 +135,16 @@ def study(
     return found
 
 
+def _evaluation_images(opened: Opened, data: DataSection, work: Work) -> Images:
+    """What all rows are measured on, its classes named as the calibration images' are."""
+    names, source = opened.names, opened.images.source
+    if names is None and source.label_rule == RANKED:
+        names = KnownNames(source.classes, ranked=True)
+    return open_images(
+        data.val, data, opened.network.info, work, asked="data.val", on_bad="error", names=names,
+    )  # fmt: skip
+
+
 # ---------------------------------------------------------------- the work
 
 
@@ -162,55 +152,59 @@ def study(
 class _World:
     """What all rows share. Images are decoded when the first row needs them."""
 
-    network: Network
-    view: VitView
-    calibration: Images
+    opened: Opened
     val: Images
     paths: Paths | None
     settings: StudySection
-    classes: list[int] | None
-    device: torch.device
-    emit: Emit
-    shelf: Shelf = field(default_factory=Shelf)
-    fit: Batches = field(default_factory=list)
-    held: Batches = field(default_factory=list)  # calibration images that no row is fitted on
-    images: list[Tensor] = field(default_factory=list)
-    labels: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    cache: StatisticsCache
+    work: Work
+    fit: DecodedImages = field(default_factory=lambda: DecodedImages([], []))
+    held: DecodedImages = field(default_factory=lambda: DecodedImages([], []))  # no row's
+    seen: DecodedImages = field(default_factory=lambda: DecodedImages([], []))  # evaluation
     dense: Tensor | None = None  # logits [n, c]
+
+    @property
+    def labels(self) -> Tensor:
+        """Of the evaluation images, [n]."""
+        return torch.cat(self.seen.labels)
 
     def load(self) -> None:
         """Decode both sets, and predict with the dense network."""
         limit = self.settings.calibration_images or CALIBRATION_IMAGES
         self._refuse_too_many(limit)
-        parts = calibration_images(self.calibration, limit, self.emit)
-        self.fit, self.held = (list(part) for part in parts)
-        labels, total = [], self.val.source.length
+        self.fit, self.held = calibration_images(self.opened.images, limit, self.work)
         for batch in self.val.batches():
-            self.images.append(batch.images)
-            labels.append(batch.labels)
-            done = sum(len(y) for y in labels)
-            self.emit(Event("decoding", level="progress", done=done, total=total))
-        if not labels:
+            self.seen.images.append(batch.images)
+            self.seen.labels.append(batch.labels)
+            self.work.progress(len(self.seen), self.val.source.length, stage="decoding")
+        if not len(self.seen):
             raise DataError(f"no image of `{self.val.source.spec}` could be read")
-        self.labels = torch.cat(labels)
-        self.dense = self.predict(self.network.model)
+        self.dense = self.predict(self.opened.network.model)
+
+    def subject(self) -> Subject:
+        """What every row is planned for."""
+        model = self.opened.network.model
+        return Subject(
+            self.opened.view, self.fit.images, lambda: model_sizes(model), self.held.images,
+            self.paths,
+        )  # fmt: skip
 
     @torch.no_grad()
     def predict(self, model: torch.nn.Module) -> Tensor:
         """Logits [n, c] of the evaluation images, on the CPU."""
-        return torch.cat([model(x.to(self.device)).float().cpu() for x in self.images])
+        return torch.cat([model(x.to(self.work.where)).float().cpu() for x in self.seen.images])
 
     def scored(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and labels among the chosen classes: [n, c'], [n]."""
-        if self.classes is None:
+        if self.opened.classes is None:
             return logits, self.labels
-        index = torch.tensor(self.classes)
+        index = torch.tensor(self.opened.classes)
         return logits[:, index], torch.searchsorted(index, self.labels)
 
     def _refuse_too_many(self, limit: int) -> None:
         import psutil
 
-        counts = [self.calibration.source.length, self.val.source.length]
+        counts = [self.opened.images.source.length, self.val.source.length]
         total = min(counts[0] or limit, limit) + (counts[1] or 0)
         channels, height, width = self.val.preprocessing.input_size
         needed, free = total * channels * height * width * 4, psutil.virtual_memory().available
@@ -218,7 +212,8 @@ class _World:
             raise UsageError(
                 f"a study holds its images decoded: {total} need {needed / 2**30:.1f} GiB, "
                 f"and {free / 2**30:.1f} GiB of memory are free",
-                hint="take fewer with `--images-per-class` or `--calibration-images`",
+                hint=f"take fewer with {setting('data.images_per_class')} or "
+                f"{setting('study.calibration_images')}",
             )
 
 
@@ -230,93 +225,104 @@ def _compute(
     on_row: Callable[[], None],
 ) -> None:
     """Every row that is not there yet, each written as soon as it is done."""
-    emit = world.emit
+    work = world.work
     finished = {row.setting for row in read_rows(folder)}
     missing = [row for row in grouped(rows) if row not in finished]
     done = len(rows) - len(missing)
     if done:
-        emit(Event(STAGE, f"{done} of {plural(len(rows), 'row')} found, computed before"))
+        work.say(f"{done} of {plural(len(rows), 'row')} found, computed before")
     if not missing:
         return
     world.load()
     dense = _dense_row(world)
     if dense.label_doubt:
-        emit(Event(STAGE, dense.label_doubt, level="warning"))
+        work.warn(dense.label_doubt)
     atomic.write_json(dense_path(folder), dense)
-    timer, healer = _timer(world, held), _healer(world)
-    last: tuple[Setting, Planner] | None = None
+    maker = _Maker(world, _timer(world, held), _healer(world))
     for row in missing:
-        emit(Event(STAGE, level="progress", done=done, total=len(rows), unit="rows"))
-        planner = _planner(world, row, last)
-        last = row, planner
-        made = _row(world, row, planner, timer, healer, row_path(folder, row))
+        work.progress(done, len(rows), "rows")
+        made = maker.row(row, row_path(folder, row))
         atomic.write_json(row_path(folder, row), made)
         on_row()
         done += 1
         top1 = f"top-1 {made.top1.value:.1%}" if made.top1 is not None else made.refused
         if made.healed is not None:
             top1 += f", healed {made.healed.value:.1%}"
-        emit(Event(STAGE, f"{row.name}: {top1} ({made.seconds:.1f} s)"))
-    emit(Event(STAGE, level="progress", done=done, total=len(rows), unit="rows"))
+        work.say(f"{row.name}: {top1} ({made.seconds:.1f} s)")
+    work.progress(done, len(rows), "rows")
 
 
-def _planner(world: _World, row: Setting, last: tuple[Setting, Planner] | None) -> Planner:
-    """Statistics and scores of a row; from the last row's planner what it shares with this one.
+@dataclass
+class _Maker:
+    """Makes one row after the other; what neighbours share is measured once."""
 
-    Its seconds are those of a run of its own, whatever was shared.
-    """
-    settings, like = _prune_settings(world.settings, row), None
-    if last is not None:
-        before, planner = last
-        if before.scores == row.scores:
-            return planner.retuned(settings)
-        if before.seed == row.seed or needs_of(row.criterion) == {"moments"}:
-            like = planner
-    return Planner(
-        world.view, world.fit, world.paths, settings, lambda: model_sizes(world.network.model),
-        torch.Generator().manual_seed(row.seed), world.emit, held_out=world.held, like=like,
-        shelf=world.shelf,
-    )  # fmt: skip
+    world: _World
+    timer: DenseTimer | None
+    healer: Healer | None
+    last: tuple[Setting, Measured] | None = None
+
+    def measured(self, row: Setting, settings: PlanSettings, work: Work) -> Measured:
+        """What calibration says for a row. Its seconds are those of a run of its own."""
+        like = None
+        if self.last is not None:
+            before, found = self.last
+            if before.scores == row.scores:
+                return prepared(found, settings, work)
+            if before.seed == row.seed or needs_of(row.criterion) == {"moments"}:
+                like = found.collected
+        found = measure(self.world.subject(), settings, work, cache=self.world.cache, like=like)
+        return prepared(found, settings, work)
+
+    def row(self, row: Setting, path: Path) -> StudyRow:
+        """Prune as the row says, and measure; then heal, and measure again."""
+        world, network = self.world, self.world.opened.network
+        work = world.work.on(STAGE)
+        work.seed = row.seed
+        settings = _plan_settings(world.settings, row)
+        measured = self.measured(row, settings, work)
+        self.last = row, measured
+        budget = amount(measured, settings)
+        assert budget is not None
+        try:
+            chosen = refit(measured, settings, choose(measured, settings, budget), work)
+        except GateError as err:
+            spent = sum(measured.spent(settings).values())
+            return StudyRow(setting=row, refused=err.message, seconds=spent)
+        start = time.perf_counter()
+        plan = Plan(keep=chosen.keep, widths=network.info.widths, classes=world.opened.classes)
+        smaller = carried_out(network, plan, chosen)
+        surgery = round(time.perf_counter() - start, 3)
+        made = _measured_row(world, row, smaller)
+        made.widths, made.protected = plan.kept_widths, chosen.protected
+        made.parts = {**chosen.details["seconds"], "surgery": surgery}
+        made.seconds, made.warnings = sum(made.parts.values()), chosen.warnings
+        if self.timer is not None:
+            made.latency = self.timer.against(smaller)
+        if self.healer is not None:
+            made.healing_seconds = self.healer.heal(smaller, path.with_suffix(""), row.seed)
+            _measure_healed(world, made, smaller)
+        return made
 
 
-def _prune_settings(study: StudySection, row: Setting) -> PruneSection:
-    return PruneSection(
-        keep=row.keep,
-        topk=study.topk,
+def _plan_settings(study: StudySection, row: Setting) -> PlanSettings:
+    return PlanSettings(
+        Budget("neurons", row.keep),
         criterion=row.criterion,
-        selection=row.selection,
+        selection=row.selection,  # type: ignore[arg-type]
         compensation=row.compensation,  # type: ignore[arg-type]
         protect_paths=row.protect,
         round_to=study.round_to,
         min_keep=study.min_keep,
-        calibration_images=study.calibration_images,
     )
 
 
-def _row(
-    world: _World,
-    row: Setting,
-    planner: Planner,
-    timer: DenseTimer | None,
-    healer: Healer | None,
-    path: Path,
-) -> StudyRow:
-    """Prune as the row says, and measure; then heal, and measure again."""
-    budget = planner.budget()
-    assert budget is not None
-    try:
-        chosen = planner.at(budget)
-    except GateError as err:
-        return StudyRow(setting=row, refused=err.message, seconds=sum(planner.seconds.values()))
-    start = time.perf_counter()
-    plan = Plan(keep=chosen.keep, widths=world.network.info.widths, classes=world.classes)
-    smaller = carried_out(world.network, plan, chosen)
-    parts = {**planner.seconds, "surgery": round(time.perf_counter() - start, 3)}
+def _measured_row(world: _World, row: Setting, smaller: torch.nn.Module) -> StudyRow:
+    """What the evaluation images say of a pruned network."""
     assert world.dense is not None
     after = world.predict(smaller)
     before, labels = world.scored(world.dense)
     accuracy = metrics.accuracy(after, labels)
-    made = StudyRow(
+    return StudyRow(
         setting=row,
         top1=accuracy.top1,
         top5=accuracy.top5,
@@ -326,20 +332,17 @@ def _row(
         correct=bits(after.argmax(1) == labels),
         params=sum(p.numel() for p in smaller.parameters()),
         macs=count_macs(smaller, world.val.preprocessing.input_size),
-        widths=plan.kept_widths,
-        protected=chosen.protected,
-        seconds=sum(parts.values()),
-        parts=parts,
-        latency=timer.beside(smaller) if timer is not None else None,
-        warnings=chosen.warnings,
     )
-    if healer is not None:
-        made.healing_seconds = healer.heal(smaller, path.with_suffix(""), row.seed)
-        healed = world.predict(smaller)
-        made.healed = metrics.accuracy(healed, labels).top1
-        made.healed_correct = bits(healed.argmax(1) == labels)
-        made.healed_divergence = metrics.mean_interval(metrics.divergence(before, healed))
-    return made
+
+
+def _measure_healed(world: _World, made: StudyRow, healed: torch.nn.Module) -> None:
+    """The same of the healed network, into its row."""
+    assert world.dense is not None
+    before, labels = world.scored(world.dense)
+    after = world.predict(healed)
+    made.healed = metrics.accuracy(after, labels).top1
+    made.healed_correct = bits(after.argmax(1) == labels)
+    made.healed_divergence = metrics.mean_interval(metrics.divergence(before, after))
 
 
 def _dense_row(world: _World) -> StudyDense:
@@ -350,9 +353,9 @@ def _dense_row(world: _World) -> StudyDense:
         top1=found.top1,
         top1_all=metrics.accuracy(world.dense, world.labels).top1,
         correct=bits(logits.argmax(1) == labels),
-        params=world.network.info.params,
-        macs=world.network.info.macs,
-        calibration=sum(len(y) for _, y in world.fit),
+        params=world.opened.network.info.params,
+        macs=world.opened.network.info.macs,
+        calibration=len(world.fit),
         label_doubt=label_doubt(
             world.dense.argmax(1), world.labels, world.dense.shape[1], world.val.source
         ),
@@ -362,11 +365,7 @@ def _dense_row(world: _World) -> StudyDense:
 def _healer(world: _World) -> Healer | None:
     if world.settings.heal is None:
         return None
-    return Healer(
-        world.network.model, world.fit, world.held, world.calibration.preprocessing,
-        world.settings.heal, classes=world.classes, spec=world.calibration.source.spec,
-        device=world.device, emit=world.emit,
-    )  # fmt: skip
+    return Healer(world.opened, world.fit, world.held, world.settings.heal, world.work)
 
 
 def _timer(world: _World, held: ExitStack) -> DenseTimer | None:
@@ -374,7 +373,7 @@ def _timer(world: _World, held: ExitStack) -> DenseTimer | None:
         return None
     return held.enter_context(
         DenseTimer(
-            world.network.model, world.val.preprocessing,
+            world.opened.network.model, world.val.preprocessing,
             batch=world.settings.latency_batch, threads=world.settings.latency_threads,
         )
     )  # fmt: skip
@@ -383,35 +382,22 @@ def _timer(world: _World, held: ExitStack) -> DenseTimer | None:
 # ---------------------------------------------------------------- the folder
 
 
-def _refuse_other_settings(folder: RunFolder, manifest: Manifest) -> None:
-    """What a real start would refuse."""
-    if folder.exists:
-        folder.refuse_other_settings(manifest)
-
-
 def _manifest(
-    name: str,
-    network: Network,
-    calibration: Images,
-    val: Images,
-    settings: StudySection,
-    classes: list[int] | None,
-    run: RunFolder | None,
-    where: torch.device,
-    reason: str,
+    name: str, opened: Opened, val: Images, settings: StudySection, work: Work
 ) -> Manifest:
     """The manifest; its settings are what all rows share, and so must never change."""
+    run, info = opened.run, opened.network.info
     shared: dict[str, Any] = settings.model_dump(include={"topk", "round_to", "min_keep"})
     shared |= {
         "what": STAGE,
-        "model": network.info.source.sha256,
-        "calibration": _identity(calibration),
+        "model": info.source.sha256,
+        "calibration": _identity(opened.images),
         "calibration_images": settings.calibration_images or CALIBRATION_IMAGES,
         "val": _identity(val),
         "preprocessing": to_dict(val.preprocessing),
-        "classes": classes,
+        "classes": opened.classes,
         "paths": run.read_manifest().settings_sha256 if run is not None else None,
-        "device": where.type,
+        "device": work.where.type,
         "latency": None,
     }
     if settings.heal is not None:
@@ -422,13 +408,13 @@ def _manifest(
     return Manifest(
         name=name,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        environment=environment(where, reason, settings.seeds[0]),
-        model=network.info,
+        environment=work.environment(),
+        model=info,
         data=val.source.info(),
         settings=shared,
         settings_sha256=digest(shared),
         said={
-            "calibration.sha256": images_in_words(calibration.source.info()),
+            "calibration.sha256": images_in_words(opened.images.source.info()),
             "paths": "no run" if run is None else f"run {run.path}",
         },
     )
@@ -445,24 +431,24 @@ def _identity(images: Images) -> dict[str, Any]:
 def _result(
     manifest: Manifest,
     world: _World,
-    dense: StudyDense | None,
-    found: Sequence[StudyRow],
+    folder: RunFolder,
     asked: Sequence[Setting],
     commands: Sequence[str],
 ) -> Result:
     """The result of all rows in the folder, those asked for now first."""
+    found, dense, opened = read_rows(folder), read_dense(folder), world.opened
     order = {row: i for i, row in enumerate(asked)}
     ordered = sorted(found, key=lambda row: order.get(row.setting, len(order)))
     result = Result(
         name=manifest.name,
         created=manifest.created,
         environment=manifest.environment,
-        model=world.network.info,
-        classes=class_names(world.val, world.network.info.num_classes),
+        model=opened.network.info,
+        classes=class_names(world.val, opened.network.info.num_classes),
         analyses=analyses(
             ordered, [row for row in asked if row not in {r.setting for r in found}], dense,
-            calibration=world.calibration.source.spec, val=world.val.source.spec,
-            classes=world.classes, paths=world.paths is not None,
+            calibration=opened.images.source.spec, val=world.val.source.spec,
+            classes=opened.classes, paths=world.paths is not None,
         ),
     )  # fmt: skip
     for command in commands:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npprune.core.compression.criteria import CRITERIA
 from npprune.core.metrics import mean_interval
+from npprune.criteria import CRITERIA
 from npprune.errors import plural
 from npprune.pipeline.study.rows import Setting, StudyDense, StudyRow
 from npprune.records import Analysis, Mean, Rate
@@ -219,7 +219,7 @@ def _latency(lines: list[_Line], dense: StudyDense) -> Analysis:
 
 
 def _paths(lines: list[_Line]) -> Analysis | None:
-    """What neuron paths are worth: each use of them beside the best of the others."""
+    """What neuron paths are worth: each use of them compared with the best of the others."""
     others: dict[Any, _Line] = {}
     for line in lines:  # the best first
         s = line.setting
@@ -233,7 +233,7 @@ def _paths(lines: list[_Line]) -> Analysis | None:
         if not s.protect and not CRITERIA[s.criterion].paths:
             continue
         place = (s.keep, s.selection, s.compensation)
-        # path neurons first: beside the same criterion without; as the criterion: beside the best
+        # path neurons first: against the same criterion without; as the criterion: against the best
         other = others.get((*place, s.criterion)) or others.get(place)
         if other is None:
             continue

@@ -17,15 +17,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from npprune.core.compression.criteria import Context, score
-from npprune.core.compression.statistics import Need, Statistics, collect_statistics
+from npprune.budget import Budget
+from npprune.core.compression.scores import Context, score
+from npprune.core.compression.statistics import Statistics, collect_statistics
+from npprune.criteria import Need
 from npprune.errors import StoreError
 from npprune.models.view import TimmView, make_view
 from npprune.pipeline.common.events import Event, ignore
-from npprune.pipeline.prune import statistics as module
-from npprune.pipeline.prune.planning import Planner
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.prune import statistics_cache as module
+from npprune.pipeline.prune.measuring import PlanSettings, Subject, measure
+from npprune.pipeline.prune.planning import amount, choose
 from npprune.pipeline.prune.stage import prune
-from npprune.pipeline.prune.statistics import SavedStatistics, Shelf, collect
+from npprune.pipeline.prune.statistics_cache import SavedStatistics, StatisticsCache, collect
 from npprune.pipeline.study.stage import study
 from npprune.recipe import DataSection, ModelSection, PruneSection, StudySection
 from npprune.store import atomic
@@ -44,9 +48,9 @@ def view(seed: int = 0) -> TimmView:
     return make_view(tiny_vit(seed, depth=4))
 
 
-def batches(n: int = 30, size: int = 6) -> list[tuple[Tensor, Tensor]]:
-    x, y = tiny_batch(n)
-    return list(zip(x.split(size), y.split(size), strict=True))
+def batches(n: int = 30, size: int = 6) -> list[Tensor]:
+    x, _ = tiny_batch(n)
+    return list(x.split(size))
 
 
 def seeded(seed: int = 3) -> torch.Generator:
@@ -60,7 +64,7 @@ def straight(needs: set[Need] = ALL, seed: int = 3) -> dict[str, Tensor]:
 
 def tensors(stats: Statistics) -> dict[str, Tensor]:
     """All sums, wherever they lie, in the order of the blocks."""
-    whole = Statistics(stats.target, stats.needs, stats.images)
+    whole = Statistics(stats.needs, stats.images)
     whole.blocks = {l: stats.block(l) for l in range(4)}
     return whole.to_tensors()
 
@@ -73,8 +77,8 @@ def gather(
     home: Path | None, *, memory: float | None = None, emit: Callable[[Event], None] = ignore,
     needs: set[Need] = ALL, seed: int = 3, write: bool = True, **network: Any,
 ) -> module.Collected:  # fmt: skip
-    shelf = Shelf(home, network or {"sha256": "abc"}, memory, write)
-    return collect(view(), batches(), needs, seeded(seed), shelf, emit)
+    cache = StatisticsCache(home, network or {"sha256": "abc"}, memory, write)
+    return collect(view(), batches(), needs, seeded(seed), cache, Work(emit=emit))
 
 
 def sidecar(home: Path) -> Path:
@@ -133,15 +137,15 @@ def test_other_settings_never_find_them(tmp_path: Path, other: dict[str, Any]) -
 def test_other_images_batches_threads_and_versions_never_find_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def passes(found: list[tuple[Tensor, Tensor]]) -> int:
-        shelf = Shelf(tmp_path, {"sha256": "abc"})
-        return int(collect(view(), found, ALL, seeded(), shelf, ignore).record["passes"])
+    def passes(found: list[Tensor]) -> int:
+        cache = StatisticsCache(tmp_path, {"sha256": "abc"})
+        return int(collect(view(), found, ALL, seeded(), cache, Work()).record["passes"])
 
     usual = batches()
     assert passes(usual) == 1
     assert passes(batches(size=10)) == 1
-    changed = [(x.clone(), y) for x, y in usual]
-    changed[-1][0][-1, 0, 0, 0] += 1e-9
+    changed = [x.clone() for x in usual]
+    changed[-1][-1, 0, 0, 0] += 1e-9
     assert passes(changed) == 1
     assert passes(usual) == 0
     monkeypatch.setattr(module, "VERSION", module.VERSION + 1)
@@ -154,8 +158,8 @@ def test_without_draws_the_seed_is_another_and_the_statistics_the_same(tmp_path:
     found = {}
     for seed in (0, 1, 0):
         generator = seeded(seed)
-        shelf = Shelf(tmp_path, {"sha256": "abc"})
-        collect(view(), batches(), {"moments"}, generator, shelf, ignore)
+        cache = StatisticsCache(tmp_path, {"sha256": "abc"})
+        collect(view(), batches(), {"moments"}, generator, cache, Work())
         # what comes after them is still drawn from this seed
         found.setdefault(seed, []).append(torch.randint(10**9, (3,), generator=generator).tolist())
     assert found[0][0] == found[0][1] != found[1][0]
@@ -166,7 +170,7 @@ def test_the_generator_is_left_as_after_a_whole_pass(tmp_path: Path) -> None:
     after = []
     for _ in range(2):
         generator = seeded()
-        collect(view(), batches(), ALL, generator, Shelf(tmp_path), ignore)
+        collect(view(), batches(), ALL, generator, StatisticsCache(tmp_path), Work())
         after.append(torch.randint(10**9, (3,), generator=generator).tolist())
     generator = seeded()
     collect_statistics(view(), batches(), generator=generator)
@@ -196,7 +200,7 @@ def test_an_interrupted_pass_ends_with_the_same_bits(
     found = gather(tmp_path, memory=memory, emit=events.append)
     assert same(tensors(found.statistics), straight())
     assert 0 < found.record["found"] < 1
-    assert any("goes on from there" in e.message for e in events)
+    assert any("resumes from there" in e.message for e in events)
     # the batches done before are not done again
     assert [e.done for e in events if e.level == "progress"] == left
 
@@ -236,7 +240,7 @@ def test_a_kill_between_two_files_of_a_state_leaves_the_state_before(
 KILLED = """
 import os, sys
 from pathlib import Path
-from tests.pipeline.test_statistics import gather, module
+from tests.pipeline.test_statistics_cache import gather, module
 module.SAVE_SECONDS, module.SAVE_SHARE = 0.0, 0
 
 def emit(event):
@@ -322,10 +326,10 @@ def test_damaged_files_are_never_used_and_said_once(tmp_path: Path, harm: str) -
 
 def test_a_file_that_vanishes_in_between_is_a_store_error(tmp_path: Path) -> None:
     gather(tmp_path)
-    shelf_store = StatisticsStore(tmp_path, {}, images=1, batches=1)
-    shelf_store.info.blocks[0] = store_module.StatisticsPart("000-0001.safetensors", "", 1, 1)
+    stored = StatisticsStore(tmp_path, {}, images=1, batches=1)
+    stored.info.blocks[0] = store_module.StatisticsPart("000-0001.safetensors", "", 1, 1)
     with pytest.raises(StoreError, match="cannot read"):
-        shelf_store.file(0)
+        stored.file(0)
 
 
 # ---------------------------------------------------------------- groups
@@ -377,11 +381,11 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(module, "_read", read)
     v = view()
-    context = Context(second=[v.fc2(l) for l in range(4)], statistics=stats, salience=0.5)
+    context = Context(second=[v.fc2(l) for l in range(4)], sums=stats, salience=0.5)
     scores = score("curvature-obs", context)
     assert len(alive) == 4
     monkeypatch.setattr(module, "_read", real)
-    context.statistics = Statistics.from_tensors(straight())
+    context.sums = Statistics.from_tensors(straight())
     assert all(
         torch.equal(a, b) for a, b in zip(scores, score("curvature-obs", context), strict=True)
     )
@@ -514,7 +518,13 @@ def test_another_budget_finds_them_and_plans_alike(
     options = {"compensation": compensation, "memory": memory}
     prune(dense, DATA, settings(0.5, **options), tmp_path / "ckpt" / "a")
     events: list[Event] = []
-    prune(dense, DATA, settings(0.6, **options), tmp_path / "ckpt" / "b", emit=events.append)
+    prune(
+        dense,
+        DATA,
+        settings(0.6, **options),
+        tmp_path / "ckpt" / "b",
+        work=Work(emit=events.append),
+    )
     fresh = settings(0.6, compensation=compensation)
     prune(dense, DATA, fresh, tmp_path / "elsewhere" / "b")
     assert any("statistics of 108 images found in" in e.message for e in events)
@@ -533,7 +543,9 @@ def test_seeds_criteria_and_images_of_another_start_are_computed(
 ) -> None:
     def found(name: str, data: DataSection = DATA, seed: int = 0, **more: Any) -> float:
         options = {"selection": "uniform", "compensation": "mean", **more}
-        variant = prune(dense, data, settings(**options), tmp_path / "ckpt" / name, seed=seed)
+        variant = prune(
+            dense, data, settings(**options), tmp_path / "ckpt" / name, work=Work(seed=seed)
+        )
         return float(variant.prune.details["statistics"]["found"])
 
     assert found("a") == 0
@@ -552,7 +564,13 @@ def test_random_orders_keep_their_seed_when_statistics_are_found(
     plans = {}
     for name, home, seed in (("a", "x", 0), ("b", "x", 1), ("c", "y", 1)):
         out = tmp_path / home / name
-        prune(dense, DATA, settings(criterion="random", selection="uniform"), out, seed=seed)
+        prune(
+            dense,
+            DATA,
+            settings(criterion="random", selection="uniform"),
+            out,
+            work=Work(seed=seed),
+        )
         plans[name] = read_plan(out).keep
     assert plans["b"] == plans["c"] != plans["a"]
 
@@ -572,7 +590,7 @@ def test_a_run_keeps_them_in_its_folder_and_its_study_finds_them(
     study(
         tmp_path / "run", DataSection(val="digits:test", images_per_class=3, batch_size=16),
         StudySection(criteria=["curvature-obs"], protect=["off"]), tmp_path / "study",
-        emit=events.append,
+        work=Work(emit=events.append),
     )  # fmt: skip
     assert any("found in" in e.message and e.stage == "statistics" for e in events)
 
@@ -582,15 +600,13 @@ def test_a_stopped_study_finds_its_statistics(dense: ModelSection, tmp_path: Pat
     for keep in (0.5, 0.7):
         events: list[Event] = []
         asked = StudySection(criteria=["fisher"], keep=[keep])
-        study(dense, data, asked, tmp_path / "study", emit=events.append)
+        study(dense, data, asked, tmp_path / "study", work=Work(emit=events.append))
     assert any("statistics of 108 images found" in e.message for e in events)
 
 
-def test_a_planner_without_a_shelf_keeps_nothing(tmp_path: Path) -> None:
-    v, made = view(), batches()
-    planner = Planner(
-        v, made, None, PruneSection(keep=0.5, selection="uniform", min_keep=1, round_to=1),
-        lambda: pytest.fail("no sizes are needed"), seeded(), ignore,
-    )  # fmt: skip
-    assert planner.at(planner.budget() or 0).keep
-    assert "settings_sha256" not in planner.collected.record
+def test_without_a_home_nothing_is_kept(tmp_path: Path) -> None:
+    subject = Subject(view(), batches(), lambda: pytest.fail("no sizes are needed"))
+    settings = PlanSettings(Budget("neurons", 0.5), selection="uniform", min_keep=1, round_to=1)
+    measured = measure(subject, settings, Work())
+    assert choose(measured, settings, amount(measured, settings) or 0).keep
+    assert "settings_sha256" not in measured.collected.record

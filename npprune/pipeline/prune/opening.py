@@ -11,10 +11,20 @@ from torch import Tensor
 
 from npprune.core.attribution.votes import attribution, class_top, class_votes
 from npprune.core.view import VitView
-from npprune.errors import StoreError, UsageError
-from npprune.pipeline.common.events import Emit, Event
-from npprune.pipeline.common.inputs import PREPROCESSING, Images, Network
-from npprune.pipeline.prune.planning import Paths
+from npprune.data.labels import KnownNames
+from npprune.errors import StoreError, UsageError, setting
+from npprune.models.surgery import check_axes, check_prunable, cut_head
+from npprune.models.view import make_view
+from npprune.pipeline.common.inputs import (
+    PREPROCESSING,
+    Images,
+    Network,
+    open_images,
+    open_network,
+    run_names,
+)
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.prune.measuring import Paths
 from npprune.recipe import DataSection, ModelSection, load_recipe
 from npprune.records import UNKNOWN_WEIGHTS
 from npprune.store.path_store import PathStore, PathTable
@@ -47,19 +57,68 @@ def origin(
     return model, DataSection(**{**base, **given}), run
 
 
-def read_paths(
+@dataclass
+class Opened:
+    """What pruning and studying begin with.
+
+    `view` is of the network with the head that it will have; `classes` are those chosen, None: all.
+    """
+
+    network: Network
+    view: VitView
+    images: Images  # to calibrate on
+    names: KnownNames | None  # of the classes, as far as known
+    classes: list[int] | None
+    run: RunFolder | None
+    outputs: list[int] | None  # that `view` has; None: all
+
+
+def open_source(
+    model: ModelSection,
+    data: DataSection,
     run: RunFolder | None,
-    network: Network,
-    classes: list[int] | None,
-    view: VitView,
-    topk: int | None,
-) -> Paths | None:
+    work: Work,
+    *,
+    axes: Sequence[str] = ("mlp",),
+    topk: int | None = None,
+    keep_head: bool = False,
+) -> Opened:
+    """The network, checked to be prunable, and the calibration images.
+
+    Args:
+        axes: what is to be taken from.
+        topk: path neurons per block of each class; must fit the blocks.
+        keep_head: all outputs stay, although classes were chosen.
+    """
+    network = open_network(model, work)
+    check_prunable(network.model)
+    check_axes(network.model, axes)
+    view = make_view(network.model)
+    if topk is not None and topk > min(view.widths):
+        raise UsageError(
+            f"{setting(f'{work.stage}.topk')} must be at most {min(view.widths)}, the hidden units "
+            f"of the narrowest block, got {topk}"
+        )
+    names = network.names or (run_names(run.read_result()) if run is not None else None)
+    images = open_images(
+        data.calibration or data.train, data, network.info, work,
+        asked="data.calibration", on_bad="skip", names=names,
+    )  # fmt: skip
+    classes = images.source.selected if data.classes is not None else None
+    outputs = None if keep_head else classes
+    if outputs is not None:  # what is measured is the network with the head that it will have
+        view = make_view(cut_head(network.model, outputs))
+    return Opened(network, view, images, names, classes, run, outputs)
+
+
+def read_paths(opened: Opened, topk: int | None) -> Paths | None:
     """What the classes' paths say of every neuron; None without a run.
 
     Raises:
         StoreError: the paths are of other weights.
         UsageError: a class has no paths.
     """
+    run, network, classes = opened.run, opened.network, opened.classes
     if run is None:
         return None
     manifest = run.read_manifest()
@@ -78,7 +137,7 @@ def read_paths(
             f"`{run.path}` has no paths of class {(missing or [0])[0]}",
             hint="discover them first, or choose among the classes it holds",
         )
-    return _vote(table, wanted, view, topk)
+    return _vote(table, wanted, opened.view, topk)
 
 
 def _vote(table: PathTable, wanted: Sequence[int], view: VitView, topk: int | None) -> Paths:
@@ -96,12 +155,12 @@ def _vote(table: PathTable, wanted: Sequence[int], view: VitView, topk: int | No
         own = table.where(c)
         for l, v in enumerate(attribution(own.neurons, own.scores, view.widths)):
             scores[l] += torch.from_numpy(v) / images
-    return Paths([sorted(u) for u in union], votes, len(wanted), count, scores)
+    return Paths([sorted(u) for u in union], votes, scores, alone=topk is not None)
 
 
 @dataclass
-class Held:
-    """Images kept in memory, in batches."""
+class DecodedImages:
+    """Images [b, 3, H, W] and labels [b], decoded, in batches."""
 
     images: list[Tensor]
     labels: list[Tensor]
@@ -113,10 +172,12 @@ class Held:
         return sum(len(y) for y in self.labels)
 
 
-def calibration_images(images: Images, limit: int | None, emit: Emit) -> tuple[Held, Held]:
+def calibration_images(
+    images: Images, limit: int | None, work: Work
+) -> tuple[DecodedImages, DecodedImages]:
     """The calibration images and those held out of them, evenly over the source's order."""
     limit = limit or CALIBRATION_IMAGES
-    fit, held = Held([], []), Held([], [])
+    fit, held = DecodedImages([], []), DecodedImages([], [])
     if images.source.items is None:
         batches = images.batches()
         total: int | None = limit
@@ -135,7 +196,7 @@ def calibration_images(images: Images, limit: int | None, emit: Emit) -> tuple[H
                 part.images.append(x[mask])
                 part.labels.append(y[mask])
         seen += len(y)
-        emit(Event("calibration", level="progress", done=seen, total=total))
+        work.progress(seen, total, stage="calibration")
         if seen >= limit:
             break
     if len(fit) == 0:

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npprune import words
-from npprune.core.compression.criteria import CRITERIA, Context, path_prior, score
+from npprune.core.compression.scores import Context, score
 from npprune.core.compression.statistics import Statistics, collect_statistics
+from npprune.criteria import CRITERIA
 from npprune.errors import UsageError
-from tests.core.test_statistics import data, in_batches, tiny_view
+from tests.core.test_statistics import data, in_batches, seeded, tiny_view
 
 NAMES = [
     "random", "magnitude", "activation", "variance", "variance-weight", "wanda", "taylor",
@@ -22,7 +22,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    return collect_statistics(tiny_view(), in_batches(*data(), 5), target="labels")
+    return collect_statistics(tiny_view(), in_batches(data()[0], 5), generator=seeded())
 
 
 def context(statistics: Statistics, **over: Any) -> Context:
@@ -31,18 +31,12 @@ def context(statistics: Statistics, **over: Any) -> Context:
     fields: dict[str, Any] = {
         "second": [view.fc2(l) for l in range(3)],
         "first": [view.first(l) for l in range(3)],
-        "statistics": statistics,
-        "votes": [torch.randint(5, (24,), generator=g) for _ in range(3)],
-        "attribution": [torch.rand(24, generator=g) for _ in range(3)],
+        "sums": statistics,
+        "path_votes": [torch.randint(5, (24,), generator=g) for _ in range(3)],
+        "path_scores": [torch.rand(24, generator=g) for _ in range(3)],
         "generator": torch.Generator().manual_seed(4),
     }
     return Context(**(fields | over))
-
-
-def test_the_registry_is_complete_and_every_entry_has_a_source() -> None:
-    assert list(CRITERIA) == NAMES == list(words.CRITERIA)
-    assert {n for n, c in CRITERIA.items() if c.paths} == set(words.PATH_CRITERIA)
-    assert all(c.source and c.name == name for name, c in CRITERIA.items())
 
 
 def test_scores_match_their_formulas(statistics: Statistics) -> None:
@@ -58,8 +52,8 @@ def test_scores_match_their_formulas(statistics: Statistics) -> None:
         "wanda": (w.abs() * (v + m.mean**2).sqrt()).sum(0),
         "taylor": statistics.taylor(l),
         "fisher": statistics.fisher(l),
-        "path-votes": ctx.votes[l].double(),  # type: ignore[index]
-        "path-attribution": ctx.attribution[l].double(),  # type: ignore[index]
+        "path-votes": ctx.votes(l).double(),  # type: ignore[index]
+        "path-attribution": ctx.attribution(l).double(),  # type: ignore[index]
     }
     for name, values in expected.items():
         torch.testing.assert_close(score(name, ctx)[l], values)
@@ -71,7 +65,7 @@ def test_needs_are_all_it_reads(name: str) -> None:
     stats = None
     if needs:
         stats = collect_statistics(
-            tiny_view(), in_batches(*data(), 5), needs=needs, target="labels"
+            tiny_view(), in_batches(data()[0], 5), needs=needs, generator=seeded()
         )
     scores = score(name, context(stats))  # type: ignore[arg-type]
     assert [s.shape for s in scores] == [(24,)] * 3
@@ -89,12 +83,10 @@ def test_protected_neurons_stand_above_all_others(name: str, statistics: Statist
 
 def test_a_prior_moves_neurons_up(statistics: Statistics) -> None:
     votes = [torch.zeros(24) for _ in range(3)]
-    votes[0][5] = 3
-    prior = path_prior(votes, 1e6)
-    assert prior[0][5] == 1 + 1e6
+    votes[0][5] = 1
+    prior = [1 + 1e6 * v.double() for v in votes]
     for name in ("variance", "curvature-obs"):
         assert int(score(name, context(statistics, prior=prior))[0].argmax()) == 5
-    assert torch.equal(path_prior(votes, 0.0)[0], torch.ones(24, dtype=torch.float64))
 
 
 def test_gated_first_layers_have_two_rows_a_neuron() -> None:
@@ -116,8 +108,8 @@ def test_refusals(statistics: Statistics) -> None:
     with pytest.raises(UsageError, match="none were given"):
         score("variance", context(None))  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="needs a run with paths"):
-        score("path-votes", context(statistics, votes=None))
+        score("path-votes", context(statistics, path_votes=None))
     with pytest.raises(UsageError, match="needs a generator"):
         score("random", context(statistics, generator=None))
-    with pytest.raises(UsageError, match=">= 0, got -1"):
-        path_prior([torch.ones(3)], -1)
+    with pytest.raises(UsageError, match="before the hidden units"):
+        score("magnitude", context(statistics, first=None))

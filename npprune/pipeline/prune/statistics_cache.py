@@ -22,27 +22,23 @@ import torch
 from torch import Tensor
 
 from npprune.core.compression.statistics import (
-    NEEDS,
     BlockSums,
-    Need,
     Statistics,
-    Target,
     collect_statistics,
 )
 from npprune.core.view import VitView
+from npprune.criteria import NEEDS, Need
 from npprune.errors import plural
-from npprune.pipeline.common.events import Emit, Event
 from npprune.pipeline.common.inputs import Network
 from npprune.pipeline.common.memory import allowed_bytes
+from npprune.pipeline.common.work import Work
 from npprune.records import to_dict
 from npprune.store.runs import RunFolder
 from npprune.store.statistics_store import StatisticsStore
 
-Batches = list[tuple[Tensor, Tensor]]
-
 STAGE = "statistics"
 VERSION = 1  # of the sums: one more whenever `collect_statistics` gives other bits
-TARGET: Target = "fisher"
+TARGET = "fisher"  # as saved: the loss gradient of `collect_statistics`
 DRAWS = 1
 SAVE_SECONDS = 30.0  # between two saved states of a pass,
 SAVE_SHARE = 10  # and at least so many times as long as a save takes
@@ -51,7 +47,7 @@ _GENERATOR = "generator"
 
 
 @dataclass
-class Shelf:
+class StatisticsCache:
     """Where a command's statistics are kept, and how much memory they may take.
 
     home: the folder of all sets; None: they are not kept. network: what decides the sums besides
@@ -76,7 +72,7 @@ class Collected:
 
 
 def statistics_home(run: RunFolder | None, out: Path) -> Path:
-    """The run folder's; without a run a hidden folder beside the checkpoint, shared by all that
+    """The run folder's; without a run a hidden folder next to the checkpoint, shared by all that
     stand there: the checkpoint itself is replaced as a whole, and another budget has another."""
     return run.path / "statistics" if run is not None else out.resolve().parent / ".statistics"
 
@@ -99,18 +95,18 @@ def identity(network: Network, outputs: list[int] | None = None) -> dict[str, An
 
 def collect(
     view: VitView,
-    batches: Batches,
+    batches: Sequence[Tensor],
     needs: Iterable[Need],
     generator: torch.Generator,
-    shelf: Shelf,
-    emit: Emit,
+    cache: StatisticsCache,
+    work: Work,
 ) -> Collected:
     """The statistics of the calibration images: found, resumed, or computed.
 
     The generator is left as after one whole pass, whatever was found.
     """
     ordered = tuple(n for n in NEEDS if n in set(needs))
-    return _Collecting(view, batches, ordered, generator, shelf, emit).run()
+    return _Collecting(view, batches, ordered, generator, cache, work).run()
 
 
 class SavedStatistics(Statistics):
@@ -119,7 +115,7 @@ class SavedStatistics(Statistics):
     def __init__(
         self, needs: tuple[Need, ...], images: int, files: dict[int, Any], device: torch.device
     ) -> None:
-        super().__init__(TARGET, needs, images)
+        super().__init__(needs, images)
         self._files, self._device = files, device
         self._last: tuple[int, BlockSums] | None = None
 
@@ -133,7 +129,7 @@ class SavedStatistics(Statistics):
     def position_weights(self, l: int, salience: float) -> Tensor:
         """As in `Statistics`, without reading the block's matrices."""
         sums = _read(self._files[l], self._device, ("position",))
-        return Statistics(TARGET, self.needs, self.images, {l: sums}).position_weights(l, salience)
+        return Statistics(self.needs, self.images, {l: sums}).position_weights(l, salience)
 
 
 class _Collecting:
@@ -142,20 +138,20 @@ class _Collecting:
     def __init__(
         self,
         view: VitView,
-        batches: Batches,
+        batches: Sequence[Tensor],
         needs: tuple[Need, ...],
         generator: torch.Generator,
-        shelf: Shelf,
-        emit: Emit,
+        cache: StatisticsCache,
+        work: Work,
     ) -> None:
         self.view, self.batches, self.needs = view, batches, needs
-        self.generator, self.shelf, self.emit = generator, shelf, emit
+        self.generator, self.cache, self.work = generator, cache, work.on(STAGE)
         self.draws = needs != ("moments",)
         self.blocks = range(len(view.widths))
-        self.images = sum(len(y) for _, y in batches)
+        self.images = sum(map(len, batches))
         self.device = next(view.model.parameters()).device
         self.sizes = [self._bytes(l) for l in self.blocks]
-        self.allowed = allowed_bytes(shelf.memory, self.device)
+        self.allowed = allowed_bytes(cache.memory, self.device)
         self.room = self.allowed - WORK * 8 * max(view.widths) ** 2
         self.fits = sum(self.sizes) <= self.room
         self.first_draw = generator.get_state()
@@ -165,11 +161,11 @@ class _Collecting:
         self.found = 0.0  # share of the work
 
     def run(self) -> Collected:
-        store = self._store() if self.shelf.home is not None else None
+        store = self._store() if self.cache.home is not None else None
         if store is not None:
             self._open(store)
             whole = all(store.done(l) for l in self.blocks)
-            if not whole and (not self.shelf.write or not self._disk_has_room(store)):
+            if not whole and (not self.cache.write or not self._disk_has_room(store)):
                 store = None
         if store is not None:
             if not whole:
@@ -197,19 +193,19 @@ class _Collecting:
     # ------------------------------------------------------------ parts
 
     def _store(self) -> StatisticsStore:
-        assert self.shelf.home is not None
+        assert self.cache.home is not None
         return StatisticsStore(
-            self.shelf.home, self._settings(), images=self.images, batches=len(self.batches)
+            self.cache.home, self._settings(), images=self.images, batches=len(self.batches)
         )
 
     def _settings(self) -> dict[str, Any]:
         """Everything that decides the bits of the sums."""
-        if not self.shelf.images:
-            self.shelf.images = images_sha256(self.batches)
+        if not self.cache.images:
+            self.cache.images = images_sha256(self.batches)
         settings = {
             "version": VERSION,
-            "network": self.shelf.network,
-            "images": self.shelf.images,
+            "network": self.cache.network,
+            "images": self.cache.images,
             "needs": list(self.needs),
             "torch": torch.__version__,
             "hardware": hardware(self.device),
@@ -222,29 +218,21 @@ class _Collecting:
     def _open(self, store: StatisticsStore) -> None:
         bad = store.open()
         if bad:
-            self.emit(
-                Event(
-                    STAGE,
-                    f"`{store.path}`: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''} "
-                    "cannot be used (damaged or changed): computed again",
-                    level="warning",
-                )
+            self.work.warn(
+                f"`{store.path}`: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''} "
+                "cannot be used (damaged or changed): computed again"
             )
         self.seconds = store.info.seconds
 
     def _disk_has_room(self, store: StatisticsStore) -> bool:
-        """Whether two states of the sums fit on the disk: one is written beside the other."""
+        """Whether two states of the sums fit on the disk: the old one is there meanwhile."""
         needed = 2 * sum(self.sizes)
         free = store.free()
         if free >= needed:
             return True
-        self.emit(
-            Event(
-                STAGE,
-                f"statistics are not kept: they take {needed / 2**30:.1f} GiB while they are "
-                f"written, and `{store.home}` has {free / 2**30:.1f} GiB left",
-                level="warning",
-            )
+        self.work.warn(
+            f"statistics are not kept: they take {needed / 2**30:.1f} GiB while they are "
+            f"written, and `{store.home}` has {free / 2**30:.1f} GiB left"
         )
         return False
 
@@ -254,14 +242,11 @@ class _Collecting:
             self._say_found(store)
         passes = self._passes(store)
         if passes and not self.fits:
-            self.emit(
-                Event(
-                    STAGE,
-                    f"the sums of {plural(len(self.blocks), 'block')} take "
-                    f"{sum(self.sizes) / 2**30:.2g} GiB "
-                    f"and {self.allowed / 2**30:.2g} are allowed (`--memory`): "
-                    f"{plural(len(passes), 'pass', 'passes')} over the images, kept on disk",
-                )
+            self.work.say(
+                f"the sums of {plural(len(self.blocks), 'block')} take "
+                f"{sum(self.sizes) / 2**30:.2g} GiB "
+                f"and {self.allowed / 2**30:.2g} are allowed (`--memory`): "
+                f"{plural(len(passes), 'pass', 'passes')} over the images, kept on disk"
             )
         self.passes = len(passes)
         for i, (begun, group) in enumerate(passes):
@@ -287,7 +272,7 @@ class _Collecting:
         self, store: StatisticsStore | None, begun: int, group: list[int], number: int
     ) -> None:
         """One pass over the batches from `begun` on, for some blocks."""
-        state = Statistics(TARGET, self.needs)
+        state = Statistics(self.needs)
         self.generator.set_state(self.first_draw)
         if begun and store is not None:
             files = {l: store.file(l) for l in group}
@@ -314,18 +299,11 @@ class _Collecting:
             done += 1
             if done < len(self.batches) and time.perf_counter() - saved >= pause:
                 save()
-            self.emit(
-                Event(
-                    STAGE,
-                    level="progress",
-                    done=number * self.images + stats.images,
-                    total=self.passes * self.images,
-                )
-            )
+            self.work.progress(number * self.images + stats.images, self.passes * self.images)
 
         collect_statistics(
             self.view,
-            ((x.to(self.device), y.to(self.device)) for x, y in self.batches[begun:]),
+            (x.to(self.device) for x in self.batches[begun:]),
             blocks=group,
             draws=DRAWS,
             generator=self.generator,
@@ -343,7 +321,7 @@ class _Collecting:
     ) -> Iterable[tuple[int, dict[str, Tensor]]]:
         """One block's at a time: a copy of all of them would take as much memory again."""
         for l in group:
-            one = Statistics(TARGET, self.needs, state.images, {l: state.blocks[l]})
+            one = Statistics(self.needs, state.images, {l: state.blocks[l]})
             named = one.to_tensors()
             if self.draws:
                 named[_GENERATOR] = self.generator.get_state()
@@ -353,7 +331,7 @@ class _Collecting:
         record: dict[str, Any] = {
             "images": self.images, "found": round(self.found, 3), "passes": self.passes,
         }  # fmt: skip
-        stats = Statistics(TARGET, self.needs, self.images, self.sums)
+        stats = Statistics(self.needs, self.images, self.sums)
         if store is not None:
             record["settings_sha256"] = store.info.settings_sha256
             files = {l: store.file(l) for l in self.blocks if l not in self.sums}
@@ -378,19 +356,16 @@ class _Collecting:
         words = f"statistics of {plural(self.images, 'image')} found in {store.path}"
         if self.found < 1:
             words = f"{self.found:.0%} of the statistics found in {store.path}: resumes from there"
-        self.emit(Event(STAGE, words))
+        self.work.say(words)
 
     def _say_waiting(self) -> None:
-        self.emit(Event(STAGE, "another process computes the same statistics: waiting for them"))
+        self.work.say("another process computes the same statistics: waiting for them")
 
 
-def images_sha256(batches: Batches) -> str:
-    """Of the decoded images, batch by batch: what was read, chosen and prepared, and how.
-
-    Without the labels: `TARGET` does not read them.
-    """
+def images_sha256(batches: Sequence[Tensor]) -> str:
+    """Of the decoded images, batch by batch: what was read, chosen and prepared, and how."""
     total = hashlib.sha256()
-    for x, _ in batches:
+    for x in batches:
         total.update(f"{x.dtype} {list(x.shape)}".encode())
         total.update(x.contiguous().view(torch.uint8).numpy().data)
     return total.hexdigest()

@@ -1,0 +1,108 @@
+"""What a budget may take from, one file per axis: hidden units, attention, ...
+
+An axis offers options in every block, measures what each does to the predictions, and says what it
+costs. The planner takes one option per block and axis within the budget; the axis then says how
+the rest of the network sees the choice, what goes into the plan, and carries it out.
+
+Hidden units are the base of every plan (`HiddenUnits`); `Axis` is what further axes implement. A
+new one is its file, a line in `further_axes`, a field of `records.Plan` and its surgery.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from npprune.core.compression.compensation import Mode
+from npprune.core.compression.cost import Sizes
+from npprune.core.compression.harm import Replacement
+from npprune.core.view import VitView
+
+Option = Any
+Kept = Any
+"""What stays of one block, refitted: each axis has its own type."""
+Tell = Callable[[int], None]
+"""Called with how much is done."""
+
+
+class Axis(ABC):
+    """One way to make blocks cheaper, measured on calibration images.
+
+    `name` is the entry of the summary's details and of its seconds; `words` are what a user may
+    write in `axes`.
+    """
+
+    name: ClassVar[str]
+    words: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    @abstractmethod
+    def measured(
+        cls,
+        view: VitView,
+        words: Collection[str],
+        batches: Sequence[Tensor],
+        generator: torch.Generator,
+        tell: Tell,
+    ) -> Axis:
+        """What the calibration images say. `tell` gets the number of images done."""
+
+    @abstractmethod
+    def options(self, l: int) -> list[Option]:
+        """What may stay of block l, ascending; the last one: all of it."""
+
+    @abstractmethod
+    def harm(self, images: Sequence[Tensor], tell: Tell) -> list[dict[Option, float]]:
+        """Nats of each block's options, that block alone changed. `tell` gets blocks done."""
+
+    @abstractmethod
+    def prices(self, l: int, sizes: Sizes, unit: str) -> dict[Option, float]:
+        """What block l's options cost in params or MACs, exactly, with `sizes.tokens` reaching
+        the block."""
+
+    def tokens_after(self, l: int, option: Option, tokens: int) -> int:
+        """How many of the tokens that reach block l reach what comes after."""
+        return tokens
+
+    changes_tokens: ClassVar[bool] = False
+    """Whether `tokens_after` ever gives another number."""
+
+    @abstractmethod
+    def kept(self, l: int, option: Option, mode: Mode) -> Kept:
+        """What stays of block l, refitted by itself."""
+
+    @abstractmethod
+    def stand_ins(self, kept: Sequence[Kept]) -> list[dict[nn.Linear, Replacement]]:
+        """Per block, layers of the dense sizes by which the rest of the network sees the choice."""
+
+    def projections(self, kept: Sequence[Kept]) -> dict[int, Replacement]:
+        """Block -> the attention's last layer, where the axis refits it."""
+        return {}
+
+    @abstractmethod
+    def plan(self, kept: Sequence[Kept]) -> dict[str, Any]:
+        """Its fields of `records.Plan`."""
+
+    @abstractmethod
+    def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[Kept]) -> None:
+        """Give the pruned network the values that calibration found; the plan is applied."""
+
+    @abstractmethod
+    def described(self, kept: Sequence[Kept]) -> Mapping[str, Any]:
+        """What stays and what there was, per block, for summary and report."""
+
+
+def further_axes() -> list[type[Axis]]:
+    """The axes besides hidden units, in the order in which a block runs them."""
+    from npprune.pipeline.prune.axes.attention import Attention
+
+    return [Attention]
+
+
+def beyond_hidden(words: Collection[str]) -> list[type[Axis]]:
+    """The further axes that `axes` names."""
+    return [axis for axis in further_axes() if set(axis.words) & set(words)]

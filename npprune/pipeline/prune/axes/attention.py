@@ -1,0 +1,146 @@
+"""Attention heads, and query/key dimensions.
+
+The attention of a block is one item of the budget, since heads and query/key dimensions multiply
+in its price; its options are pairs of both. Each is measured alone, in nats, on the network with
+that one change; the harm of a pair is the sum of its two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from npprune.core.compression.attention import (
+    AttentionMoments,
+    SmallerAttention,
+    collect_attention,
+    shrink,
+    smaller_qkv,
+    stand_ins,
+)
+from npprune.core.compression.compensation import Mode
+from npprune.core.compression.cost import Sizes, attention_price
+from npprune.core.compression.elimination import Elimination, eliminate_groups
+from npprune.core.compression.harm import Replacement, measure_harm
+from npprune.core.view import Projections, VitView
+from npprune.models.surgery import set_qkv
+from npprune.pipeline.prune.axes import Axis, Tell
+
+Pair = tuple[int, int]
+"""Heads that stay, and query/key dimensions of each."""
+
+HEAD_STEPS = 6  # numbers of heads tried: about every sixth of them
+QUERY_SHARES = (0.75, 0.5, 0.375, 0.25)  # of the query/key dimensions
+QUERY_MULTIPLE = 8
+
+
+@dataclass
+class Attention(Axis):
+    """Every block's attention: its layers, what calibration says of it, which heads go first."""
+
+    name = "attention"
+    words = ("heads", "qk")
+
+    view: VitView
+    asked: Collection[str]  # of `words`
+    parts: list[Projections]
+    moments: list[AttentionMoments]
+    orders: list[Elimination]
+
+    @classmethod
+    def measured(
+        cls,
+        view: VitView,
+        words: Collection[str],
+        batches: Sequence[Tensor],
+        generator: torch.Generator,
+        tell: Tell,
+    ) -> Attention:
+        parts = [view.attention(l) for l in range(len(view.widths))]
+        moments = collect_attention(view, batches, generator=generator, on_batch=tell)
+        orders = [
+            eliminate_groups(m.inputs.covariance, p.proj.weight, p.heads, m.curvature)
+            for p, m in zip(parts, moments, strict=True)
+        ]
+        return cls(view, words, parts, moments, orders)
+
+    def heads(self, l: int) -> list[int]:
+        """How many heads may stay in block l, ascending."""
+        n = self.parts[l].heads
+        steps = range(1, HEAD_STEPS + 1) if "heads" in self.asked else [HEAD_STEPS]
+        return sorted({max(1, round(n * i / HEAD_STEPS)) for i in steps})
+
+    def query_dims(self, l: int) -> list[int]:
+        """How many query/key dimensions a head of block l may keep, ascending."""
+        full = self.parts[l].query_dims
+        shares = QUERY_SHARES if "qk" in self.asked else ()
+        steps = {-(-round(full * s) // QUERY_MULTIPLE) * QUERY_MULTIPLE for s in shares}
+        return sorted({s for s in steps if s < full} | {full})
+
+    def options(self, l: int) -> list[Pair]:
+        return [(n, r) for n in self.heads(l) for r in self.query_dims(l)]
+
+    def harm(self, images: Sequence[Tensor], tell: Tell) -> list[dict[Pair, float]]:
+        """Less left is never less harm: what says otherwise is noise."""
+        singles: list[dict[Pair, dict[nn.Linear, Replacement]]] = []
+        for l, p in enumerate(self.parts):
+            options = [(n, p.query_dims) for n in self.heads(l)[:-1]]
+            options += [(p.heads, r) for r in self.query_dims(l)[:-1]]
+            singles.append({o: stand_ins(p, self.kept(l, o, "least-squares")) for o in options})
+        table: list[dict[Pair, float]] = []
+        measured = measure_harm(self.view, images, singles, on_block=tell)
+        for l, (p, row) in enumerate(zip(self.parts, measured, strict=True)):
+            by_heads = _never_rising({n: row.get((n, p.query_dims), 0.0) for n in self.heads(l)})
+            by_dims = _never_rising({r: row.get((p.heads, r), 0.0) for r in self.query_dims(l)})
+            table.append({(n, r): by_heads[n] + by_dims[r] for n, r in self.options(l)})
+        return table
+
+    def prices(self, l: int, sizes: Sizes, unit: str) -> dict[Pair, float]:
+        p = self.parts[l]
+        return {
+            (n, r): float(attention_price(sizes, n * r, n * p.value_dims, unit))  # type: ignore[arg-type]
+            for n, r in self.options(l)
+        }
+
+    def kept(self, l: int, option: Pair, mode: Mode) -> SmallerAttention:
+        heads, query_dims = option
+        return shrink(
+            self.parts[l], self.moments[l], self.orders[l].keep(heads), query_dims, mode=mode
+        )
+
+    def stand_ins(self, kept: Sequence[SmallerAttention]) -> list[dict[nn.Linear, Replacement]]:
+        return [stand_ins(p, s) for p, s in zip(self.parts, kept, strict=True)]
+
+    def projections(self, kept: Sequence[SmallerAttention]) -> dict[int, Replacement]:
+        return {l: s.proj for l, s in enumerate(kept) if s.proj is not None}
+
+    def plan(self, kept: Sequence[SmallerAttention]) -> dict[str, Any]:
+        return {
+            "heads": [s.heads for s in kept] if "heads" in self.asked else None,
+            "query_dims": [s.query_dims for s in kept] if "qk" in self.asked else None,
+        }
+
+    def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[SmallerAttention]) -> None:
+        for l, smaller in enumerate(kept):
+            set_qkv(model, l, *smaller_qkv(dense.attention(l), smaller))
+
+    def described(self, kept: Sequence[SmallerAttention]) -> dict[str, list[int]]:
+        """Heads, and query/key dimensions of a head."""
+        return {
+            "heads": [len(s.heads) for s in kept],
+            "dense_heads": [p.heads for p in self.parts],
+            "query_dims": [s.query_dims for s in kept],
+            "dense_query_dims": [p.query_dims for p in self.parts],
+        }
+
+
+def _never_rising(row: dict[int, float]) -> dict[int, float]:
+    worst, out = 0.0, {}
+    for size in sorted(row, reverse=True):
+        worst = max(worst, row[size])
+        out[size] = worst
+    return out

@@ -1,0 +1,333 @@
+"""What calibration images say of a network, once for any budget.
+
+measure   statistics -> scores of hidden units; what further axes need -> `Measured`
+prepared  the same with what settings need besides: measured harm, held-out statistics
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from npprune import words
+from npprune.budget import Budget, budget_of
+from npprune.core.compression.cost import Sizes
+from npprune.core.compression.scores import Context, score
+from npprune.core.compression.selection import Ranking
+from npprune.core.compression.statistics import Statistics, collect_statistics
+from npprune.core.view import VitView
+from npprune.criteria import CRITERIA, Need
+from npprune.errors import UsageError, setting
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.prune.axes import Axis, Option, beyond_hidden
+from npprune.pipeline.prune.axes.hidden import HiddenUnits
+from npprune.pipeline.prune.statistics_cache import Collected, StatisticsCache, collect
+from npprune.recipe import PruneSection
+
+HARM_IMAGES = 100
+RECONSTRUCTION = "obs"  # stands in where predictions cannot tell neurons apart
+SALIENCE = 0.5  # share of the token weighting by the squared loss gradient
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """What planning is asked for; fields as in `PruneSection`.
+
+    `budget` None: the paths' hidden units, or what `max_drop` allows.
+    """
+
+    budget: Budget | None = None
+    axes: tuple[words.Axis, ...] = ("mlp",)
+    criterion: str = "curvature-obs"
+    selection: words.Selection = "measured"
+    compensation: words.Compensation = "sequential"
+    shrinkage: float | None = None
+    protect_paths: bool = True
+    round_to: int = 16
+    min_keep: int = 16
+    max_drop: float | None = None
+
+    @classmethod
+    def of(cls, s: PruneSection) -> PlanSettings:
+        """Those of a recipe's section."""
+        return cls(
+            budget_of(s), tuple(s.axes), s.criterion, s.selection, s.compensation, s.shrinkage,
+            s.protect_paths, s.round_to, s.min_keep, s.max_drop,
+        )  # fmt: skip
+
+
+@dataclass
+class Paths:
+    """What the paths of the chosen classes say.
+
+    union: per block, the neurons of every class's K most frequent, ascending.
+    votes: per block [h], votes by rank, every class counting the same.
+    attribution: per block [h], summed scores of the paths through a neuron, likewise.
+    alone: they are the budget, where nothing else is.
+    """
+
+    union: list[list[int]]
+    votes: list[Tensor]
+    attribution: list[Tensor] = field(default_factory=list)
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned for: a network, its calibration images [b, 3, H, W], a run's paths.
+
+    `held_out`: images that nothing is fitted on; unless the settings name a shrinkage, each refit
+    takes the one that loses least on them.
+    """
+
+    view: VitView
+    fit: list[Tensor]
+    sizes: Callable[[], Sizes]
+    held_out: list[Tensor] = field(default_factory=list)
+    paths: Paths | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.view.model.parameters()).device
+
+    def placed(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images on the network's device."""
+        return [x.to(self.device) for x in images]
+
+    def few(self, count: int) -> list[Tensor]:
+        """About `count` images, evenly over the calibration set, in batches."""
+        everything = torch.cat(self.fit)
+        step = max(1, len(everything) // count)
+        return self.placed(everything[::step][:count].split(50))
+
+
+@dataclass(frozen=True)
+class Harm:
+    """Nats per block and option: of the hidden units, and of each further axis."""
+
+    hidden: list[dict[int, float]]
+    further: list[list[dict[Option, float]]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All that calibration says and no budget changes. `seconds`: what each part took."""
+
+    subject: Subject
+    criterion: str
+    collected: Collected
+    hidden: HiddenUnits
+    further: list[Axis]
+    notes: list[str]
+    seconds: dict[str, float]
+    harm: Harm | None = None
+    held_out: Statistics | None = None
+
+    def spent(self, settings: PlanSettings) -> dict[str, float]:
+        """Seconds of the parts that a run of these settings alone would have had."""
+        parts = dict(self.seconds)
+        if settings.selection != "measured":
+            parts.pop("harm", None)
+        if not needs_held_out(self, settings):
+            parts.pop("held-out", None)
+        return parts
+
+
+# ---------------------------------------------------------------- measure
+
+
+def measure(
+    subject: Subject,
+    settings: PlanSettings,
+    work: Work,
+    *,
+    cache: StatisticsCache | None = None,
+    like: Collected | None = None,
+) -> Measured:
+    """Statistics, scores, and what further axes need.
+
+    Args:
+        cache: where statistics are kept and found again; None: nowhere.
+        like: statistics of the same network, images and seed, taken where they hold what is
+            needed.
+    """
+    view, paths = subject.view, subject.paths
+    criterion, notes = told_apart(settings, view)
+    notes += scarce(subject)
+    generator, seconds = work.generator(), {}
+    needs = needs_of(criterion)
+    salience = SALIENCE if "salience" in needs else 0.0
+    if like is not None and set(like.statistics.needs) == needs:
+        collected = like
+    else:
+        collected = collect(view, subject.fit, needs, generator, cache or StatisticsCache(), work)
+    seconds["statistics"] = collected.seconds
+    protected = paths.union if paths is not None and settings.protect_paths else None
+    blocks = range(len(view.widths))
+    with timed(seconds, "scores"):
+        context = Context(
+            first=[view.first(l) for l in blocks],
+            second=[view.fc2(l) for l in blocks],
+            sums=collected.statistics,
+            path_votes=paths.votes if paths is not None else None,
+            path_scores=paths.attribution if paths is not None else None,
+            protected=protected,
+            salience=salience,
+            generator=generator,
+        )
+        scores = score(criterion, context)
+    ranking = Ranking(
+        scores,
+        protected,
+        paths.votes if paths is not None else None,
+        settings.round_to,
+        settings.min_keep if "mlp" in settings.axes else max(view.widths),
+    )
+    further: list[Axis] = []
+    for axis in beyond_hidden(settings.axes):
+        with timed(seconds, axis.name):
+            told = tell(work, axis.name, sum(map(len, subject.fit)), "images")
+            fit = subject.placed(subject.fit)
+            further.append(axis.measured(view, settings.axes, fit, generator, told))
+    hidden = HiddenUnits(view, collected.statistics, ranking, salience)
+    return Measured(subject, criterion, collected, hidden, further, notes, seconds)
+
+
+def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured:
+    """The same with the harm of options and the held-out statistics, where settings read them."""
+    seconds = dict(measured.seconds)
+    subject, blocks = measured.subject, len(measured.subject.view.widths)
+    if settings.selection == "measured" and measured.harm is None:
+        with timed(seconds, "harm"):
+            few = subject.few(HARM_IMAGES)
+            further = [
+                axis.harm(few, tell(work, axis.name, blocks, "blocks")) for axis in measured.further
+            ]
+            hidden = measured.hidden.harm(few, tell(work, "harm", blocks, "blocks"))
+        measured = replace(measured, harm=Harm(hidden, further), seconds=seconds)
+    if needs_held_out(measured, settings) and measured.held_out is None:
+        with timed(seconds, "held-out"):
+            statistics = collect_statistics(
+                subject.view,
+                subject.placed(subject.held_out),
+                needs={"moments", "salience"} if measured.hidden.salience else {"moments"},
+                generator=torch.Generator().manual_seed(0),
+            )
+        measured = replace(measured, held_out=statistics, seconds=seconds)
+    return measured
+
+
+def needs_held_out(measured: Measured, settings: PlanSettings) -> bool:
+    """Whether the shrinkage of a refit in one go is chosen on the held-out images' moments."""
+    chosen = settings.compensation == "least-squares" and settings.shrinkage is None
+    return chosen and bool(measured.subject.held_out)
+
+
+# ---------------------------------------------------------------- settings
+
+
+def check_budget(settings: PruneSection) -> None:
+    """UsageError where nothing says how much of the network stays."""
+    if budget_of(settings) is None and settings.topk is None and settings.max_drop is None:
+        raise UsageError(
+            "a budget is needed: how much of the network stays",
+            hint=f"{setting('prune.keep', 0.5)} keeps half of the hidden units; "
+            f"{setting('prune.topk')} alone keeps the paths'",
+        )
+
+
+def check_criterion(name: str, paths: bool) -> None:
+    """UsageError for a criterion that reads paths where there are none."""
+    words.check_word("criterion", name, CRITERIA)
+    if CRITERIA[name].paths and not paths:
+        raise UsageError(
+            f"criterion `{name}` reads paths, and no run folder was given",
+            hint="give the run folder of `npprune discover` in place of the model's name",
+        )
+
+
+def needs_of(criterion: str) -> set[Need]:
+    """The statistics that planning by a criterion reads."""
+    needs: set[Need] = {*CRITERIA[criterion].needs, "moments"}
+    return needs | {"salience"} if "curvature" in needs else needs
+
+
+def draws(criterion: str) -> bool:
+    """Whether the seed matters: a random order, or gradients in random directions."""
+    return CRITERIA[criterion].draws or needs_of(criterion) != {"moments"}
+
+
+def told_apart(settings: PlanSettings, view: VitView) -> tuple[str, list[str]]:
+    """The criterion, and warnings. Where a network has one output, its predictions never change:
+    another criterion stands in for one that asks how they do.
+
+    Raises:
+        UsageError: what is asked for is measured on the predictions alone.
+    """
+    criterion = settings.criterion
+    if view.classifiers()[0].out_features > 1:
+        return criterion, []
+    hint = (
+        f"keep more outputs ({setting('prune.keep_head')} or more {setting('data.classes')}), "
+        "or leave it out"
+    )
+    if settings.max_drop is not None:
+        raise UsageError(
+            f"{setting('prune.max_drop')} is predicted from how predictions change, and those of "
+            "one output never do",
+            hint=hint,
+        )
+    if beyond_hidden(settings.axes):
+        raise UsageError(
+            f"{setting('prune.axes', ','.join(settings.axes))} compares harm to the predictions, "
+            "and those of one output never change",
+            hint=hint,
+        )
+    notes = [
+        "the network has one output: its predictions never change, so accuracy and divergence say "
+        "nothing of what was lost"
+    ]
+    if {"gates", "curvature"} & set(CRITERIA[criterion].needs):
+        notes.append(
+            f"criterion `{criterion}` reads the gradient of the predictions, which is 0: "
+            f"`{RECONSTRUCTION}` decides, by the error of each block's output"
+        )
+        criterion = RECONSTRUCTION
+    return criterion, notes
+
+
+def scarce(subject: Subject) -> list[str]:
+    """Warnings where calibration images say too little: too few of them, or all the same."""
+    view, images, first = subject.view, sum(map(len, subject.fit)), subject.fit[0][0]
+    if images > 1 and all(bool((x == first).all()) for x in subject.fit):
+        return [
+            f"the {images} calibration images are all the same: what stays is chosen and refitted "
+            "for that one image (others: `--calibration`)"
+        ]
+    with torch.no_grad():
+        tokens = images * view.embed(first[None].to(subject.device)).shape[1]
+    if tokens >= max(view.widths):
+        return []
+    return [
+        f"too few calibration images: {images} of {tokens} tokens in all, for up to "
+        f"{max(view.widths)} hidden units per block (more: `--calibration`)"
+    ]
+
+
+def tell(work: Work, stage: str, total: int, unit: str) -> Callable[[int], None]:
+    return lambda done: work.progress(done, total, unit, stage)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Adds the seconds of a block to an entry."""
+    start = time.perf_counter()
+    yield
+    spent = time.perf_counter() - start
+    seconds[name] = round(seconds.get(name, 0.0) + spent, 3)
