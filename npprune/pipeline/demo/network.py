@@ -13,10 +13,10 @@ from npprune.store.checkpoints import is_checkpoint, read_config, write_checkpoi
 NAME = "digits"
 
 
-def digits_network(root: Path, work: Work) -> ModelSection:
+def digits_network(root: Path, work: Work | None = None) -> ModelSection:
     """The checkpoint folder `ckpt/demo_dense` below `root`, trained if it is not there."""
     folder = root / "ckpt" / "demo_dense"
-    work = work.on("train")
+    work = (work or Work()).on("train")
     if is_checkpoint(folder) and _seed(folder) == work.seed:
         work.say(f"{folder} is there already: not trained again")
     else:
