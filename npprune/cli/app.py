@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,7 @@ from npprune.cli import (
 from npprune.cli.console import drop, rank, say, show_error
 from npprune.cli.options import flag_name
 from npprune.errors import NpPruneError, PeerError
+from npprune.words import did_you_mean
 
 BUG = 70
 INTERRUPTED = 130
@@ -150,12 +151,20 @@ def _usage_error(error: Exception, args: list[str]) -> int:
     if message and parameter is not None:
         name = parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
         message = f"`{name}` {_rule(message)}{_given(args, parameter.opts)}"
-    else:
+    elif not message:
         message = error.format_message()  # type: ignore[attr-defined]
     message = message.rstrip(".")
-    show_error(message[:1].lower() + message[1:])
-    say("hint", f"`{context.command_path if context else 'npprune'} --help` shows what there is")
+    shown = f"`{context.command_path if context else 'npprune'} --help` shows what there is"
+    near = _nearest(error) if context is not None else None
+    show_error(message[:1].lower() + message[1:], f"{near} {shown}" if near else shown)
     return USAGE
+
+
+def _nearest(error: Any) -> str | None:
+    """The option that may have been meant."""
+    wrong = getattr(error, "option_name", None)
+    known = [flag for p in error.ctx.command.params for flag in (*p.opts, *p.secondary_opts)]
+    return did_you_mean(wrong, known) if wrong and wrong not in known else None
 
 
 def _rule(message: str) -> str:

@@ -143,7 +143,7 @@ def read_class_map(path: Path) -> dict[str, tuple[int, str | None]]:
     if path.suffix.lower() != ".txt":
         raise DataError(
             f"class map must be a .txt or .json file, got `{path}`",
-            hint="txt: one folder name a line; json: {folder: label}",
+            hint="txt: one folder name per line; json: {folder: label}",
         )
     return _listed([line.strip() for line in text.rstrip().splitlines()], path)
 
@@ -520,7 +520,7 @@ def _tokens(wanted: Sequence[str | int] | str, labels: Labels) -> list[str | int
         return list(class_list(path))
     if path.suffix == ".txt" or "/" in text:
         raise DataError(
-            f"class file `{text}` does not exist", hint="one index, synset or name a line"
+            f"class file `{text}` does not exist", hint="one index, synset or name per line"
         )
     if any(text.lower() in names for names in labels.aliases.values()):
         return [text]  # a name may hold commas
@@ -555,7 +555,7 @@ def _one(token: str | int, labels: Labels, where: str) -> int:
         low, high = min(known, default=0), max(known, default=0)
         raise DataError(f"class index `{token}` must be one of {low}..{high}{place}")
     names = sorted(set().union(*labels.aliases.values())) if labels.aliases else []
-    how = "classes are indices, synsets or names, parted by commas, or a file with one a line"
+    how = "classes are indices, synsets or names, separated by commas, or a file with one per line"
     raise DataError(f"unknown class `{token}`{place}", hint=_nearest(text, names) or how)
 
 

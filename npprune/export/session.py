@@ -213,7 +213,7 @@ def _hint(why: str) -> str | None:
     if "not a registered function/op" in why or "No Op registered" in why:
         return f"{newer}, or the runtime the file was made for"
     if re.search(r"external|no such file|GetFileLength", why, re.IGNORECASE):
-        return "the `.data` file written with it must lie beside it, whole and under its own name"
+        return "the `.data` file written with it must lie next to it, whole and under its own name"
     if "Protobuf parsing failed" in why or "No graph was found" in why:
         return "the file is damaged, or no ONNX file"
     return None

@@ -87,7 +87,7 @@ def _check_beside(head: Tensor | None, width: int, beside: dict[str, Tensor]) ->
         linear = name.endswith(".weight") and tensor.dim() == 2 and tensor.shape[1] == size
         if linear and not _TRAINING.search(name):
             raise ModelError(
-                f"beside the network the file has the layer `{name}` {list(tensor.shape)}, which "
+                f"besides the network, the file has the layer `{name}` {list(tensor.shape)}, which "
                 f"can take the network's {size} outputs: without it, the classes may be others",
                 hint="save the network's own state dict; if the layer is its classifier, under "
                 "the names `head.weight` and `head.bias`",

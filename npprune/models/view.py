@@ -311,7 +311,7 @@ def _blocks(model: nn.Module) -> list[Any]:
             getattr(block, "attn", None), nn.Module
         ):
             raise ModelError(
-                f"{name}: block {i} ({type(block).__name__}) has no `attn` beside an `mlp.fc2`",
+                f"{name}: block {i} ({type(block).__name__}) has no `attn` next to its `mlp.fc2`",
                 hint="npprune supports blocks of one attention and one two-layer MLP",
             )
     for part in ("forward_features", "forward_head", "norm"):

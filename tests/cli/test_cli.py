@@ -420,7 +420,11 @@ def test_ranks_above_0_say_only_errors(
         ([*DISCOVER, "--checkpoint", "no.pth"], "`--checkpoint` must be an existing file", ""),
         (["discover", "auto", "--data", "x"], "MODEL `auto` needs `--checkpoint`", "timm name"),
         (["discover", "vit_test"], "missing option '--data'", "discover --help"),
-        (["discover", *DISCOVER[1:], "--topl", "1"], "no such option: --topl", "discover --help"),
+        (
+            ["discover", *DISCOVER[1:], "--topl", "1"],
+            "no such option: --topl",
+            "did you mean `--topk`? `npprune",
+        ),
         (["prun"], "no such command 'prun'", "--help"),
         (["prune", "reports/no", "--out", "x"], "there is no such folder", "npprune discover"),
         (["prune", ".", "--out", "x"], "it holds no manifest.json", "npprune discover"),

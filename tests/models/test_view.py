@@ -77,7 +77,7 @@ REFUSED = {
     "convit_tiny": "ConVit has a class token that joins between the blocks",
     "samvit_base_patch16": "VisionTransformerSAM has a convolutional neck",
     "hiera_tiny_224": "Hiera has pooling between the blocks",
-    "mixer_s32_224": r"block 0 \(MixerBlock\) has no `attn` beside an `mlp.fc2`",
+    "mixer_s32_224": r"block 0 \(MixerBlock\) has no `attn` next to its `mlp.fc2`",
     "vit_small_patch16_18x2_224": r"block 0 \(ParallelThingsBlock\) has no `attn`",
     "vit_base_patch16_xp_224": r"block 0 \(ParallelScalingBlock\) has no `attn`",
     "crossvit_9_240": r"block 0 \(MultiScaleBlock\) has no `attn`",
