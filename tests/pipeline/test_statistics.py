@@ -196,7 +196,7 @@ def test_an_interrupted_pass_ends_with_the_same_bits(
     found = gather(tmp_path, memory=memory, emit=events.append)
     assert same(tensors(found.statistics), straight())
     assert 0 < found.record["found"] < 1
-    assert any("goes on from there" in e.message for e in events)
+    assert any("resumes from there" in e.message for e in events)
     # the batches done before are not done again
     assert [e.done for e in events if e.level == "progress"] == left
 
