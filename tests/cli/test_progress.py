@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from npprune.cli.progress import Progress, duration
+from npprune.errors import plural
 from npprune.pipeline.common.events import Event
 
 
@@ -87,3 +88,14 @@ def test_quiet_is_silent() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_one_is_singular() -> None:
+    assert plural(1, "image") == "1 image"
+    assert plural(1200, "image") == "1,200 images"
+    assert plural(2, "class", "classes") == "2 classes"
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    with Progress(console) as progress:
+        progress.emit(Event("evaluate", level="progress", done=1, total=1))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue() == "evaluate: 1 image\n"

@@ -202,7 +202,7 @@ def test_shares_depths_and_seeds(run: Path) -> None:
     assert analysis.figure is not None
     assert analysis.figure.kind == "bars"
     assert [s.name for s in analysis.figure.series] == [
-        "p = 50 %, 1 blocks", "p = 50 %, 2 blocks", "p = 100 %, 1 blocks", "p = 100 %, 2 blocks",
+        "p = 50 %, 1 block", "p = 50 %, 2 blocks", "p = 100 %, 1 block", "p = 100 %, 2 blocks",
     ]  # fmt: skip
     again = edit_neurons(run, grid, name="grid")["grid"]
     assert again.rows == analysis.rows

@@ -345,7 +345,7 @@ def test_an_interrupted_training_goes_on_with_the_same_bits(
     events: list[Event] = []
     found = heal(half_network, DATA, settings, out, work=Work(emit=events.append)).heal
     assert weights(out) == weights(straight)
-    assert any("goes on at step" in e.message for e in events)
+    assert any("resumes at step" in e.message for e in events)
     assert found is not None
     assert [p.step for p in found.curve] == sorted({p.step for p in found.curve})
 

@@ -194,3 +194,27 @@ def test_a_run_killed_again_and_again_leaves_the_same_bits(tmp_path: Path) -> No
     for name in _names(straight):
         assert (killed / name).read_bytes() == (straight / name).read_bytes(), name
     assert _names(tmp_path / "killed") == _names(tmp_path / "straight")
+
+
+def test_a_refusal_says_what_the_hashes_are_of(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "x")
+    run.create_or_resume(_manifest({"model": "a" * 64, "data": "b" * 64}))
+    other = _manifest({"model": "a" * 64, "data": "c" * 64})
+    other.data = DataInfo("folder:y", "folder rank", 1, 1, sha256="c" * 64)
+    with pytest.raises(StoreError) as caught:
+        run.create_or_resume(other)
+    assert caught.value.message.endswith(
+        "`data`: 3 images of 2 classes, folder:x -> "
+        "1 image of 1 class, folder:y (list cccccccccccc)"
+    )
+
+
+def test_words_stand_for_hashes_in_a_training(tmp_path: Path) -> None:
+    from npprune.store.training import TrainingFolder
+
+    first = TrainingFolder(tmp_path / "a", {"student": "ckpt/half"})
+    with first.lock():
+        first.save({"settings": {"student": "1" * 64, "lr": 0.1}, "step": 1}, {})
+    second = TrainingFolder(tmp_path / "a", {"student": "ckpt/third"})
+    with pytest.raises(StoreError, match="`student`: ckpt/half -> ckpt/third"):
+        second.load({"student": "2" * 64, "lr": 0.1})
