@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from npprune.pipeline.inputs import dense_names, label_doubt
+from npprune.pipeline.common.inputs import dense_names, label_doubt
 
 from npprune.data.labels import KnownNames
 from npprune.data.sources import ImageSource, open_source
