@@ -27,7 +27,14 @@ from npprune.errors import DataError, UsageError
 from npprune.models.view import make_view
 from npprune.pipeline.device import check_shortcuts, environment, products, resolve_device
 from npprune.pipeline.events import Emit, Event, ignore
-from npprune.pipeline.inputs import Images, Network, class_names, open_images, open_network
+from npprune.pipeline.inputs import (
+    Images,
+    Network,
+    class_names,
+    network_names,
+    open_images,
+    open_network,
+)
 from npprune.pipeline.memory import halving, images_that_fit
 from npprune.pipeline.processes import processes
 from npprune.pipeline.results import add_command
@@ -71,7 +78,7 @@ def discover(
         network = open_network(model, where, emit, STAGE)
         images = open_images(
             data.train, data, network.info, flag="--data", on_bad="skip", stage=STAGE, emit=emit,
-            names=network.names or names,
+            names=network_names(network, names),
         )  # fmt: skip
         search = _search(network, settings, seed, where, team.local_count, emit)
         manifest = _manifest(out.name, network, images, search, where, reason)

@@ -40,6 +40,7 @@ from npprune.pipeline.inputs import (
     class_names,
     is_cut,
     label_doubt,
+    network_names,
     open_images,
     open_network,
     run_names,
@@ -114,7 +115,7 @@ def prune(
             f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
             f"block, got {settings.topk}"
         )
-    names = network.names or (run_names(run.read_result()) if run is not None else None)
+    names = network_names(network, run_names(run.read_result()) if run is not None else None)
     images = open_images(
         data.calibration or data.train, data, network.info, flag="--calibration",
         on_bad="skip", stage=STAGE, emit=emit, names=names,

@@ -32,6 +32,7 @@ from npprune.pipeline.inputs import (
     Network,
     class_names,
     label_doubt,
+    network_names,
     open_images,
     open_network,
     run_names,
@@ -101,7 +102,7 @@ def study(
             f"`--topk` must be at most {min(view.widths)}, the hidden units of the narrowest "
             f"block, got {settings.topk}"
         )
-    names = network.names or (run_names(run.read_result()) if run is not None else None)
+    names = network_names(network, run_names(run.read_result()) if run is not None else None)
     calibration = open_images(
         data.calibration or data.train, data, network.info, flag="--calibration",
         on_bad="skip", stage=STAGE, emit=emit, names=names,
