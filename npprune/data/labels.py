@@ -39,6 +39,11 @@ class KnownNames:
     ranked: bool = False
     class_map: str | None = None
 
+    @property
+    def named(self) -> list[ClassInfo]:
+        """Those with a name."""
+        return [c for c in self.classes if c.synset is not None or c.name != str(c.index)]
+
 
 @dataclass
 class Labels:
@@ -240,7 +245,7 @@ def _by_known_names(
     """Labels by the names that the network brings; None where it brings none."""
     if known is None:
         return None
-    named = [c for c in known.classes if _is_name(c)]
+    named = known.named
     numbers = not named and all(name.isdecimal() for name in names)
     if numbers:  # as those of digits: a folder's number is a name, too
         named = list(known.classes)
@@ -258,10 +263,6 @@ def _by_known_names(
     if known.ranked and known.within is None:
         labels.text_order = _text_order([c.name for c in sorted(named, key=lambda c: c.index)])
     return labels
-
-
-def _is_name(info: ClassInfo) -> bool:
-    return info.synset is not None or info.name != str(info.index)
 
 
 def match_names(names: Sequence[str], classes: Sequence[ClassInfo]) -> dict[str, int]:
@@ -333,8 +334,8 @@ def _few(names: Sequence[str], most: int = 6) -> str:
 
 def _complete(labels: Labels, known: KnownNames) -> None:
     """Add what the network calls the classes that the rule gave no name."""
-    classes = {c.index: c for c in known.classes if _is_name(c)}
-    classes.update({c.index: c for c in labels.classes if c.index not in classes or _is_name(c)})
+    classes = {c.index: c for c in (*labels.classes, *known.named)}
+    classes.update({c.index: c for c in KnownNames(labels.classes).named})
     labels.classes = [classes[i] for i in sorted(classes)]
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from npprune.data.labels import KnownNames, choose_classes, find_labels, read_class_map
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.errors import DataError
 from npprune.records import ClassInfo, plain_text
 

@@ -59,7 +59,7 @@ def write_dense(
     info = model_info(model, source)
     config = CheckpointConfig(
         source=source, widths=info.widths, heads=info.heads, num_classes=6,
-        preprocessing=PREPROCESSING, classes=[ClassInfo(i, f"kind {i}") for i in range(6)],
+        preprocessing=PREPROCESSING, classes=[ClassInfo(i, f"c{i}") for i in range(6)],
         weights_sha256="",
     )  # fmt: skip
     write_checkpoint(folder, config, state(model))
@@ -92,7 +92,7 @@ def write_pruned(
     config = CheckpointConfig(
         source=origin.source, widths=info.widths, heads=info.heads, num_classes=len(kept),
         preprocessing=PREPROCESSING,
-        classes=[ClassInfo(i, f"kind {c}") for i, c in enumerate(kept)],
+        classes=[ClassInfo(i, f"c{c}") for i, c in enumerate(kept)],
         weights_sha256="", prune=summary, details=details, run=run,
     )  # fmt: skip
     write_checkpoint(folder, config, state(pruned), plan)

@@ -33,7 +33,7 @@ def write_digits_network(folder: Path, model: nn.Module, args: dict[str, Any]) -
     info = model_info(model, ModelSource(ARCHITECTURE, args))
     config = CheckpointConfig(
         source=info.source, widths=info.widths, heads=info.heads, num_classes=10,
-        preprocessing=PREPROCESSING, classes=[ClassInfo(i, f"digit {i}") for i in range(10)],
+        preprocessing=PREPROCESSING, classes=[ClassInfo(i, str(i)) for i in range(10)],
         weights_sha256="",
     )  # fmt: skip
     write_checkpoint(folder, config, state(model))

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from npprune.pipeline.common.inputs import dense_names, label_doubt
 
 from npprune.data.labels import KnownNames
-from npprune.data.sources import ImageSource, open_source
+from npprune.data.opening import open_source
+from npprune.data.sources import ImageSource
+from npprune.pipeline.common.inputs import dense_names, label_doubt
+from npprune.records import ClassInfo
 from npprune.store.checkpoints import read_config
 from tests.helpers.digits_network import random_digits_network
 
@@ -53,6 +55,7 @@ def test_the_other_order_is_named_where_it_is_right(source: ImageSource) -> None
 
 def test_names_of_a_cut_head_are_those_of_the_dense_labels(tmp_path: Path) -> None:
     config = read_config(random_digits_network(tmp_path / "dense"))
+    config = replace(config, classes=[ClassInfo(i, f"digit {i}") for i in range(10)])
     assert dense_names(config) == KnownNames(config.classes)
     few = [replace(c, index=i) for i, c in enumerate(config.classes[3:5])]
     cut = replace(config, classes=few, num_classes=2, details={"outputs": [3, 4]})

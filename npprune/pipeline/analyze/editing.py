@@ -40,6 +40,7 @@ from npprune.pipeline.common.inputs import (
     Images,
     Network,
     label_doubt,
+    network_names,
     open_images,
     open_network,
     run_names,
@@ -232,7 +233,8 @@ def _material(
     given = data.model_dump(exclude_unset=True, exclude_none=True)
     same = {k: getattr(found.recipe.data, k) for k in ("class_map", *PREPROCESSING)}
     data = DataSection(**{**same, **given})  # prepared as the run's images were
-    images = _open(data, data.val, network, network.names or run_names(found.result), work)
+    known = network_names(network, run_names(found.result))
+    images = _open(data, data.val, network, known, work)
     of_images: dict[str, PathTable] = {}
     if "image" in settings.paths:
         section = data.model_copy(update={"train": data.val})

@@ -71,6 +71,14 @@ def run_names(result: Result) -> KnownNames:
     return KnownNames(result.classes, ranked=found is not None and RANKED in found.data.label_rule)
 
 
+def network_names(network: Network, run: KnownNames | None) -> KnownNames | None:
+    """The names of a network's classes, with what a run of it found."""
+    own = network.names
+    if run is None or (own is not None and own.named and not run.named):
+        return own
+    return replace(run, within=own.within) if own is not None else run
+
+
 def _own_names(config: CheckpointConfig) -> KnownNames:
     used = config.prune.calibration if config.prune is not None else None
     return KnownNames(

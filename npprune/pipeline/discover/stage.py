@@ -27,7 +27,14 @@ from npprune.errors import DataError, UsageError, plural, setting
 from npprune.files import keeping
 from npprune.models.view import make_view
 from npprune.pipeline.common.device import check_shortcuts, products
-from npprune.pipeline.common.inputs import Images, Network, class_names, open_images, open_network
+from npprune.pipeline.common.inputs import (
+    Images,
+    Network,
+    class_names,
+    network_names,
+    open_images,
+    open_network,
+)
 from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.pipeline.common.outputs import check_run, reads_of
 from npprune.pipeline.common.results import add_command
@@ -71,7 +78,7 @@ def discover(
         network = open_network(model, work)
         images = open_images(
             data.train, data, network.info, work, asked="data.train", on_bad="skip",
-            names=network.names or names,
+            names=network_names(network, names),
         )  # fmt: skip
         search = _search(network, settings, work)
         manifest = _manifest(out.name, network, images, search)

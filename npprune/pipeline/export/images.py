@@ -69,7 +69,7 @@ def read_images(
     wanted = PARITY_IMAGES if precision == "fp32" else HELD_OUT_IMAGES
     if precision == "int8":
         wanted = wanted * ONE_IN // (ONE_IN - 1)
-    images, labels = _read(opened, None if outputs is None else set(outputs), wanted)
+    images, labels = _read(opened, wanted)
     calibrates = torch.zeros(len(labels), dtype=torch.bool)
     if precision == "int8":
         calibrates[::ONE_IN] = True
@@ -127,22 +127,19 @@ def _open(
         ) from err
 
 
-def _read(opened: Images, wanted: set[int] | None, count: int) -> tuple[Tensor, Tensor]:
-    """Up to `count` images [n, 3, H, W] and labels [n], those of the labels `wanted`."""
+def _read(opened: Images, count: int) -> tuple[Tensor, Tensor]:
+    """Up to `count` images [n, 3, H, W] and their labels [n]."""
     images: list[Tensor] = []
     labels: list[Tensor] = []
     missing = count
-    for batch in opened.batches(indices=_positions(opened, wanted, count)):
-        keep = torch.tensor([wanted is None or int(y) in wanted for y in batch.labels])
-        images.append(batch.images[keep][:missing])
-        labels.append(batch.labels[keep][:missing])
+    for batch in opened.batches(indices=_positions(opened, count)):
+        images.append(batch.images[:missing])
+        labels.append(batch.labels[:missing])
         missing -= len(labels[-1])
         opened.work.progress(count - missing, None)
         if missing == 0:
             break
     if missing == count:
-        if wanted is not None and not opened.skipped:
-            raise _foreign(opened, wanted)
         raise UsageError(
             f"no image of `{opened.source.spec}` could be read",
             hint=f"give others with {setting('data.val')}",
@@ -150,24 +147,13 @@ def _read(opened: Images, wanted: set[int] | None, count: int) -> tuple[Tensor, 
     return torch.cat(images), torch.cat(labels)
 
 
-def _positions(opened: Images, wanted: set[int] | None, count: int) -> list[int] | None:
-    """Evenly over the usable items; None for a stream, which is read from its beginning."""
+def _positions(opened: Images, count: int) -> list[int] | None:
+    """Evenly over the items; None for a stream, which is read from its beginning."""
     items = opened.source.items
     if items is None:
         return None
-    usable = [i for i, item in enumerate(items) if wanted is None or item.label in wanted]
-    if wanted is not None and not usable:
-        raise _foreign(opened, wanted)
-    n = min(count, len(usable))
-    return [usable[i * len(usable) // n] for i in range(n)]
-
-
-def _foreign(opened: Images, wanted: set[int]) -> DataError:
-    return DataError(
-        f"no image of `{opened.source.spec}` is of one of the {len(wanted)} classes that the "
-        "checkpoint's head was cut to",
-        hint=f"give images of those classes with {setting('data.val')}",
-    )
+    n = min(count, len(items))
+    return [i * len(items) // n for i in range(n)]
 
 
 def _as_outputs(labels: Tensor, outputs: list[int]) -> Tensor:

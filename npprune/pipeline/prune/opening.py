@@ -19,6 +19,7 @@ from npprune.pipeline.common.inputs import (
     PREPROCESSING,
     Images,
     Network,
+    network_names,
     open_images,
     open_network,
     run_names,
@@ -99,7 +100,7 @@ def open_source(
             f"{setting(f'{work.stage}.topk')} must be at most {min(view.widths)}, the hidden units "
             f"of the narrowest block, got {topk}"
         )
-    names = network.names or (run_names(run.read_result()) if run is not None else None)
+    names = network_names(network, run_names(run.read_result()) if run is not None else None)
     images = open_images(
         data.calibration or data.train, data, network.info, work,
         asked="data.calibration", on_bad="skip", names=names,
