@@ -27,7 +27,7 @@ from npprune.export.bench import (
     torch_runner,
 )
 from npprune.export.checked import Comparison, export_checked
-from npprune.export.onnx import OnnxForm, Producer, export_onnx, pixel_input, to_pixels
+from npprune.export.onnx import Int8Needs, OnnxForm, Producer, export_onnx, pixel_input, to_pixels
 from npprune.export.parity import Gate, check_parity, require
 from npprune.export.session import open_session
 from npprune.export.session import reason as reason_of
@@ -382,12 +382,14 @@ def test_hints_say_what_is_wrong_with_the_file(exported, uneven, tmp_path):
     assert f"newer ONNX Runtime (this is {onnxruntime.__version__})" in said
     message, said = hint("opset.onnx", lambda p: setattr(p.opset_import[0], "version", 99))
     assert "Opset 99 is under development" in message
-    assert "lower `--opset`" in said
+    assert "lower `opset`" in said
     _, said = hint("operator.onnx", lambda proto: setattr(proto.graph.node[0], "op_type", "Foo"))
     assert "newer ONNX Runtime" in said
     (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:2000])
     assert hint("cut.onnx")[1] == "the file is damaged, or no ONNX file"
-    export_onnx(uneven, PREPROCESSING, CLASSES, tmp_path / "two.onnx", external_above=0)
+    export_onnx(
+        uneven, PREPROCESSING, CLASSES, tmp_path / "two.onnx", OnnxForm(external_above=0)
+    )
     (tmp_path / "two.onnx.data").write_bytes(b"1")
     assert "whole and under its own name" in hint("two.onnx")[1]
     (tmp_path / "two.onnx.data").unlink()
@@ -400,8 +402,8 @@ def test_the_ir_version_is_of_the_operator_sets_time(exported, uneven, images, t
     assert onnx.load(exported).ir_version == 9  # of opset 20
     path = tmp_path / "model.onnx"
     export_onnx(
-        uneven, PREPROCESSING, CLASSES, path, opset=17, precision="int8",
-        calibration=images[:4], score=lambda session: 1.0,
+        uneven, PREPROCESSING, CLASSES, path, OnnxForm(opset=17, precision="int8"),
+        int8=Int8Needs(images[:4], lambda session: 1.0),
     )  # fmt: skip
     proto = onnx.load(path)
     assert {o.domain: o.version for o in proto.opset_import}[""] == 17

@@ -239,7 +239,7 @@ def test_bfloat16_is_another_run(world: World) -> None:
 
 @pytest.mark.parametrize(
     ("settings", "flag"),
-    [({"precision": "tf32"}, "--precision tf32"), ({"compile": True}, "--compile")],
+    [({"precision": "tf32"}, "precision=tf32"), ({"compile": True}, "compile")],
 )
 def test_what_a_cpu_cannot_do_is_refused(world: World, settings: dict[str, Any], flag: str) -> None:
     with pytest.raises(UsageError, match=f"`{flag}` needs a CUDA GPU, got `cpu`"):

@@ -197,7 +197,9 @@ def test_a_cut_network_is_pruned_again_with_the_images_it_came_from(run: Path) -
     assert [c.name for c in read_config(fewer).classes] == ["3", "7", "8"]
     for folder in (few, fewer):  # what came from it still knows that others are left out
         events: list[Event] = []
-        found = evaluate(folder, DataSection(val="digits:test"), QUICK, emit=events.append)
+        found = evaluate(
+            folder, DataSection(val="digits:test"), QUICK, work=Work(emit=events.append)
+        )
         assert found.data.classes == 3
         assert [row.name for row in found.classes] == ["3", "7", "8"]
         assert any("head was cut to `3`, `7`, `8`" in e.message for e in events)

@@ -347,7 +347,7 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert run_app(args) == 0
     assert "variance, uniform, least-squares" in capsys.readouterr().out
     assert run_app([*args, "--keep", "0.5,1.5"]) == 2
-    assert "`--keep` must be less than or equal to 1, got `1.5`" in capsys.readouterr().err
+    assert "`--keep` must be in (0, 1] each, got `0.5,1.5`" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the tables

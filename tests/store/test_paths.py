@@ -148,8 +148,8 @@ def test_wrong_tables_are_refused(tmp_path: Path) -> None:
 def test_reading_needs_no_torch(tmp_path: Path) -> None:
     PathStore(tmp_path).write_shard(0, _shard([0]))
     code = (
-        "import sys; from npprune.store import paths, runs, atomic, checkpoints, released\n"
-        "paths.PathStore(sys.argv[1]).read_all(1); assert 'torch' not in sys.modules"
+        "import sys; from npprune.store import path_store, runs, atomic, checkpoints, paper_files\n"
+        "path_store.PathStore(sys.argv[1]).read_all(1); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
