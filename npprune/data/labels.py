@@ -448,12 +448,13 @@ def _ranked(names: Sequence[str], ranked: str, num_classes: int | None) -> Label
         ):
             notes.append(
                 "the class folders are numbers, but labels are their ranks: "
-                f"`{names[-1]}` has label {len(names) - 1}; a class map says otherwise"
+                f"`{names[-1]}` has label {len(names) - 1}; "
+                "a class map (--class-map FILE) says otherwise"
             )
         elif num_classes is not None and num_classes != len(names):
             notes.append(
                 f"labels are folder ranks 0..{len(names) - 1}, and the model has {num_classes} "
-                "classes; a class map says otherwise"
+                "classes; a class map (--class-map FILE) says otherwise"
             )
     if order is not None:
         notes.append(_two_orders(names))
@@ -482,7 +483,7 @@ def _two_orders(names: Sequence[str]) -> str:
     return (
         f"labels are folder ranks in natural order ({natural}), as timm counts; in plain text "
         f"order, as torchvision counts, the classes are {plain}: if the network was trained so, "
-        "name them in that order in a class map, one per line"
+        "name them in that order in a class map (--class-map FILE), one per line"
     )
 
 

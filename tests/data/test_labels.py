@@ -43,14 +43,14 @@ def test_another_set_of_classes_is_refused_with_both_lists() -> None:
         "`elk` is none of the network's 4 classes: `ant`, `bee`, `cat`, `dog`; the other names in "
         "val: `bee`, `cat`"
     )
-    assert "--class-map" in str(caught.value.hint)
-    assert "--classes bee,cat" in str(caught.value.hint)
+    assert "class_map=FILE" in str(caught.value.hint)
+    assert "classes=bee,cat" in str(caught.value.hint)
 
 
 def test_the_class_map_that_the_network_was_made_with_is_named() -> None:
     with pytest.raises(DataError, match=r"`fox`, `elk` are none") as caught:
         index(["fox", "elk"], named(*ANIMALS, class_map="map.json"))
-    assert "`--class-map map.json`" in str(caught.value.hint)
+    assert "`class_map=map.json`" in str(caught.value.hint)
 
 
 def test_chosen_classes_leave_the_others_out() -> None:

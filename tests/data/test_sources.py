@@ -107,7 +107,8 @@ def test_a_synset_outside_the_models_imagenet_is_refused(synsets: Path) -> None:
 def test_fewer_folders_than_outputs_is_said(folder: Path) -> None:
     source = open_source(f"folder:{folder}", num_classes=1000)
     assert source.notes == [
-        "labels are folder ranks 0..1, and the model has 1000 classes; a class map says otherwise"
+        "labels are folder ranks 0..1, and the model has 1000 classes; "
+        "a class map (--class-map FILE) says otherwise"
     ]
 
 

@@ -387,9 +387,7 @@ def test_hints_say_what_is_wrong_with_the_file(exported, uneven, tmp_path):
     assert "newer ONNX Runtime" in said
     (tmp_path / "cut.onnx").write_bytes(exported.read_bytes()[:2000])
     assert hint("cut.onnx")[1] == "the file is damaged, or no ONNX file"
-    export_onnx(
-        uneven, PREPROCESSING, CLASSES, tmp_path / "two.onnx", OnnxForm(external_above=0)
-    )
+    export_onnx(uneven, PREPROCESSING, CLASSES, tmp_path / "two.onnx", OnnxForm(external_above=0))
     (tmp_path / "two.onnx.data").write_bytes(b"1")
     assert "whole and under its own name" in hint("two.onnx")[1]
     (tmp_path / "two.onnx.data").unlink()

@@ -261,10 +261,10 @@ def test_nothing_left_to_evaluate_on(run: Path, world: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"topk": [4]}, "`--topk` must be at most 3, the neurons per block in this run's paths"),
+        ({"topk": [4]}, "`topk` must be at most 3, the neurons per block in this run's paths"),
         ({"topk": [4000], "paths": ["class"]}, "the hidden units of the narrowest block"),
-        ({"depth": [3]}, "`--depth` must be at most 2, the blocks, got 3"),
-        ({"fraction": [0.5]}, "only `--edit keep` removes, got `--edit remove`"),
+        ({"depth": [3]}, "`depth` must be at most 2, the blocks, got 3"),
+        ({"fraction": [0.5]}, "only `edit=keep` removes, got `edit=remove`"),
     ],
 )
 def test_what_cannot_be_edited_is_refused(run: Path, change: dict, message: str) -> None:
@@ -440,7 +440,7 @@ def test_the_commands(reported: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["eval", "no/run", "--edit", "keep"], "RUN must be a run folder, got `no/run`"),
         (["eval", "RUN", "--topk", "3"], "`--topk` belongs to `--edit remove|enhance|keep`"),
         (["eval", "RUN"], "`--data` is needed"),
-        (["analyze", "words", "RUN"], "one of scores, similarity, paths, got `words`"),
+        (["analyze", "words", "RUN"], "one of `scores`, `similarity`, `paths`, got `words`"),
         (
             ["analyze", "paths", "RUN", "--methods", "all"],
             "`--methods` belongs to `analyze scores`",

@@ -238,7 +238,7 @@ def test_int8_is_calibrated_and_judged_on_different_images(
             yield batch
 
     def note(*args: Any, **more: Any) -> Any:
-        given["calibration"] = more["calibration"]
+        given["calibration"] = more["int8"].calibration
         return before(*args, **more)
 
     monkeypatch.setattr(Images, "batches", watch)
@@ -267,7 +267,7 @@ def test_int8_that_loses_too_much_is_refused(
 ) -> None:
     from npprune.export import precision
 
-    def spoil(path: Path, calibration: Any, score: Any) -> list[Any]:
+    def spoil(path: Path, needs: Any) -> list[Any]:
         import onnx
         from onnx import numpy_helper
 
@@ -426,8 +426,8 @@ def test_a_moved_folder_is_exported_without_timing(
     )
     assert record.passed
     assert record.latency == []
-    (said,) = [e.message for e in events if e.level == "warning"]
-    assert said.startswith("not timed against the dense network: ")
+    warnings = [e.message for e in events if e.level == "warning"]
+    (said,) = [w for w in warnings if w.startswith("not timed against the dense network: ")]
     assert "`--dense FILE`" in said
     with pytest.raises(ModelError):
         export_checkpoint(
@@ -447,8 +447,8 @@ def test_an_exported_file_runs_where_it_is_moved_to(world: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("format", "out", "said"),
     [
-        ("onnx", "m.pt2", r"must end in \.onnx for `--format onnx`, got `.*m\.pt2`"),
-        ("torch", "m.onnx", r"must end in \.pt2 for `--format torch`"),
+        ("onnx", "m.pt2", r"must end in \.onnx for `format=onnx`, got `.*m\.pt2`"),
+        ("torch", "m.onnx", r"must end in \.pt2 for `format=torch`"),
         ("onnx", "folder.onnx", "must be a file, got the folder"),
         ("timm", "file", "must be a folder, got the file"),
     ],
