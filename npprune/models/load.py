@@ -16,6 +16,7 @@ from npprune.errors import ModelError
 from npprune.models.foreign import infer, jax_to_timm
 from npprune.models.hub import fetch
 from npprune.models.info import model_info, weights_sha256
+from npprune.models.tokens import apply_tokens
 from npprune.models.uneven import fit_to
 from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
@@ -137,7 +138,7 @@ def build(config: CheckpointConfig, tensors: dict[str, Tensor]) -> nn.Module:
             f"{list(view.widths)}",
             hint="the checkpoint's two files do not belong together",
         )
-    return model.eval()
+    return apply_tokens(model, config.merged, config.last_for_read).eval()
 
 
 def create(name: str, args: dict[str, Any], **timm_options: Any) -> nn.Module:
