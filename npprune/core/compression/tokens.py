@@ -136,7 +136,7 @@ def expanded(tokens: Tokens) -> Tensor:
 def full_precision(x: Tensor) -> AbstractContextManager[object]:
     """Within automatic mixed precision, products in the precision of their operands."""
     kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):  # shapes alone have no precision
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 
