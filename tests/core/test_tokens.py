@@ -35,7 +35,7 @@ def loop(y: Tensor, sizes: list[float], merged: int, prefix: int) -> list[list[i
         found.append(best)
     pairs = sorted(found)[:merged]  # of equal ones the first
     gone = {a for _, a, _ in pairs}
-    groups = [[i] for i in (*range(prefix), *(a for a in a_tokens if a not in gone), *b_tokens)]
+    groups = [[i] for i in range(len(y)) if i not in gone]
     for _, a, b in pairs:
         next(group for group in groups if group[0] == b).append(a)
     return groups
@@ -78,7 +78,9 @@ def test_ties_go_to_the_lower_index() -> None:
         pairs = match(y, None, 4, 1)
         assert pairs.gone.tolist() == [[0, 1, 2, 3]] * 2
         assert pairs.into.tolist() == [[0, 0, 0, 0]] * 2
-        assert pairs.rest.tolist() == [list(range(4, 20))] * 2
+        of_a, of_b = range(4, 20), range(20, 39)  # the first four of A are gone
+        alternate = [i for pair in zip(of_a, of_b[4:], strict=False) for i in pair]
+        assert pairs.stays.tolist() == [[*of_b[:4], *alternate, of_a[-1]]] * 2
 
 
 def test_big_tokens_merge_later() -> None:
@@ -89,9 +91,9 @@ def test_big_tokens_merge_later() -> None:
 
 def test_gradients_are_those_of_means() -> None:
     x = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    pairs = Merge(0, torch.tensor([[0]]), torch.tensor([[1, 2]]), torch.tensor([[1]]))
+    pairs = Merge(0, torch.tensor([[0]]), torch.tensor([[1]]), torch.tensor([[3, 1, 4, 2, 5]]))
     out = merge(Tokens(x), pairs)
-    out.x[0, 3].sum().backward()  # the second of B, joined by the first of A
+    out.x[0, 2].sum().backward()  # the second of B, joined by the first of A
     assert x.grad is not None
     weights = x.grad[0, :, 0].tolist()
     assert weights == [0.5, 0, 0, 0.5, 0, 0]

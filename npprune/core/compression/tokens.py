@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, pad
+from torch.nn.functional import normalize
 
 STEPS, FARTHEST = 4096, 15.0
 """Levels of a distance between 0 and 1, where those of one level are ties; and the distance from
@@ -47,12 +47,12 @@ class Tokens(NamedTuple):
 
 
 class Merge(NamedTuple):
-    """Who joins whom in one block; positions count within A and B."""
+    """Who joins whom in one block; positions count within A, B, or A followed by B."""
 
     prefix: int  # tokens before the patches
     gone: Tensor  # [b, r]: of A, closest pair first
-    rest: Tensor  # [b, A - r]: of A, those that stay, ascending
     into: Tensor  # [b, r]: the partner in B of each that goes
+    stays: Tensor  # [b, n - r]: of A and B, in the order that they had in the image
 
 
 def most(patches: int) -> int:
@@ -75,53 +75,54 @@ def match(y: Tensor, sizes: Tensor | None, merged: int, prefix: int) -> Merge:
     with full_precision(y):
         distance = 1 - unit[:, 0::2] @ unit[:, 1::2].mT  # [b, A, B]
     if sizes is not None:
-        _, a, b = _split(sizes.to(distance)[..., None], prefix)
-        distance = distance * (2 / (1 / a + 1 / b.mT))  # a factor 2: 1 for two patches
-    level, nearest = (
-        (distance.clamp_max(FARTHEST) * STEPS).round().min(-1)
-    )  # of equal ones the first
-    gone, rest = _ascending(level.long()).tensor_split([merged], -1)
-    rest = -(-rest).topk(rest.shape[-1]).values
-    return Merge(prefix, gone, rest, nearest.gather(1, gone))
+        _, of_a, of_b = _split(sizes.to(distance)[..., None], prefix)
+        distance = distance * (2 / (1 / of_a + 1 / of_b.mT))  # a factor 2: 1 for two patches
+    level, nearest = (distance.clamp_max(FARTHEST) * STEPS).round().min(-1)  # the first of equals
+    a, b = distance.shape[1:]
+    distinct = level.long() * a + torch.arange(a, device=y.device)
+    gone, rest = _ascending(distinct)[1].tensor_split([merged], -1)
+    every_b = torch.arange(1, 2 * b, 2, device=y.device).expand(len(y), -1)
+    patches, _ = _ascending(torch.cat([2 * rest, every_b], 1))
+    return Merge(prefix, gone, nearest.gather(1, gone), _by_set(patches, a))
 
 
 def merge(tokens: Tokens, pairs: Merge) -> Tokens:
-    """The tokens [b, t - r, d] after merging, in the order prefix, rest of A, B.
+    """The tokens [b, t - r, d] after merging; what stays keeps its order.
 
     Rotary embeddings are averaged as the tokens are: between two groups, each of equal tokens, the
     logit is then the mean of the logits of their members.
     """
     x, sizes, where, rotary = tokens
     sizes = torch.ones_like(x[..., :1]) if sizes is None else sizes[..., None]
-    values = x if rotary is None else torch.cat([x, rotary.to(x)], -1)
-    front, a, b = _split(pad(values, (0, 1), value=1.0), pairs.prefix)
-    size_front, size_a, size_b = _split(sizes, pairs.prefix)
-    joined = pairs.into[:, None, :] == torch.arange(b.shape[1], device=x.device)[None, :, None]
-    with full_precision(x):  # [b, B, r] @ [b, r, d + 1]
-        added = joined.to(x) @ _rows(a * size_a, pairs.gone)
-    total = b * size_b + added
-    size = torch.cat([size_front, _rows(size_a, pairs.rest), total[..., -1:]], 1)[..., 0]
-    values = torch.cat([front, _rows(a, pairs.rest), total / total[..., -1:]], 1)[..., :-1]
+    parts = [x, sizes] if rotary is None else [x, rotary.to(x), sizes]
+    front, a, b = _split(torch.cat(parts, -1), pairs.prefix)
+    partners = torch.arange(b.shape[1], device=x.device)[None, :, None]
+    joins = (pairs.into[:, None, :] == partners).to(x)  # [b, B, r]
+    with full_precision(x):
+        total = _weighted(b) + joins @ _weighted(_rows(a, pairs.gone))
+    size = total[..., -1:]
+    b = torch.cat([total[..., :-1] / size, size], -1)
+    out = torch.cat([front, _rows(torch.cat([a, b], 1), pairs.stays)], 1)
     d = x.shape[-1]
     return Tokens(
-        values[..., :d],
-        size,
-        None if where is None else moved_to(pairs, x.shape[1]).gather(1, where),
-        None if rotary is None else values[..., d:],
+        out[..., :d],
+        out[..., -1],
+        None if where is None else moved_to(pairs).gather(1, where),
+        None if rotary is None else out[..., d:-1],
     )
 
 
-def moved_to(pairs: Merge, tokens: int) -> Tensor:
+def moved_to(pairs: Merge) -> Tensor:
     """Where each of the tokens before merging is afterwards: positions [b, t]."""
-    prefix, gone, rest, into = pairs
-    images, stay = rest.shape
-    a, b = stay + gone.shape[1], (tokens - prefix) // 2
-    positions = torch.arange(prefix + stay + b, device=rest.device).expand(images, -1)
-    front, of_rest, of_b = positions.split([prefix, stay, b], 1)
-    rank = torch.cat([rest, gone], 1).argsort(-1)
-    of_a = torch.cat([of_rest, prefix + stay + into], 1).gather(1, rank)
-    pairwise = torch.stack([of_a, pad(of_b, (0, a - b))], -1).flatten(1)
-    return torch.cat([front, pairwise[:, : tokens - prefix]], 1)
+    prefix, gone, into, stays = pairs
+    images, left = stays.shape
+    patches = left + gone.shape[1]
+    a = patches - patches // 2
+    positions = torch.arange(prefix + patches, device=stays.device)
+    _, rank = _ascending(torch.cat([stays, gone], 1))
+    target = torch.cat([positions[:left].expand(images, -1), rank.gather(1, a + into)], 1)
+    moved = target.gather(1, rank)[:, _by_set(positions[:patches], a)]
+    return torch.cat([positions[:prefix].expand(images, -1), prefix + moved], 1)
 
 
 def expanded(tokens: Tokens) -> Tensor:
@@ -141,11 +142,21 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False)
 
 
-def _ascending(level: Tensor) -> Tensor:
-    """The order [b, a] of whole numbers [b, a], smallest first, of equal ones the first."""
-    a = level.shape[-1]
-    distinct = level * a + torch.arange(a, device=level.device)
-    return (-distinct).topk(a).indices
+def _ascending(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct whole numbers [b, s] in their order, and where they were."""
+    found = (-values).topk(values.shape[-1])
+    return -found.values, found.indices
+
+
+def _by_set(patches: Tensor, a: int) -> Tensor:
+    """Positions among the patches as positions in A followed by B."""
+    return patches // 2 + patches % 2 * a
+
+
+def _weighted(rows: Tensor) -> Tensor:
+    """Rows [b, s, d + 1] times their last column, the sizes, which stays as it is."""
+    size = rows[..., -1:]
+    return torch.cat([rows[..., :-1] * size, size], -1)
 
 
 def _split(x: Tensor, prefix: int) -> tuple[Tensor, Tensor, Tensor]:
