@@ -136,7 +136,7 @@ def finish(
     if pairs is not None:
         if rope is not None and tokens.rotary is None:
             rows = pad(rope, (0, 0, pairs.prefix, 0))  # tokens before the patches do not turn
-            tokens = tokens._replace(rotary=rows.expand(len(y), -1, -1))
+            tokens = tokens._replace(rotary=rows.expand(y.shape[0], -1, -1))
         tokens = merge(tokens, pairs)
     x = tokens.x
     return tokens._replace(x=x + _scaled(block, 2, block.mlp(block.norm2(x))))

@@ -81,7 +81,7 @@ def match(y: Tensor, sizes: Tensor | None, merged: int, prefix: int) -> Merge:
     a, b = distance.shape[1:]
     distinct = level.long() * a + torch.arange(a, device=y.device)
     gone, rest = _ascending(distinct)[1].tensor_split([merged], -1)
-    every_b = torch.arange(1, 2 * b, 2, device=y.device).expand(len(y), -1)
+    every_b = torch.arange(1, 2 * b, 2, device=y.device).expand(y.shape[0], -1)
     patches, _ = _ascending(torch.cat([2 * rest, every_b], 1))
     return Merge(prefix, gone, nearest.gather(1, gone), _by_set(patches, a))
 
