@@ -5,10 +5,10 @@
     python benchmarks/tokens.py --img-size 384 --latency      # random weights: for the times only
 
 A schedule is tokens merged in each block: one number (in every block but the last) or one a block.
-Each is measured with all of the last block computed and, where the classifier reads few tokens,
-with what it reads alone, which changes no logit. MACs are counted by running the network on shapes
-(torch's counter), merging included. Latency is ONNX Runtime's on one CPU thread, in turn with the
-dense network's. Nothing is trained or fitted.
+Where the classifier reads few tokens, the network measured computes those alone in its last block,
+which changes no logit; its MACs stand beside those with all of the last block computed. MACs are
+counted by running the network on shapes (torch's counter), merging included. Latency is ONNX
+Runtime's on one CPU thread, in turn with the dense network's. Nothing is trained or fitted.
 """
 
 from __future__ import annotations
@@ -63,29 +63,30 @@ def main() -> None:
     reference = predict(dense, images) if images is not None else None
     whole = count_macs(dense, pre.input_size)
     print(f"{args.model}, {whole / 1e9:.4f} G MACs, torch {torch.__version__}\n")
-    print("| tokens merged | last block | MACs | top-1 | nats |", end="")
-    print("".join(f" batch {b} |" for b in args.batches) if args.latency else "")
-    print("| --- " * (5 + len(args.batches) * args.latency) + "|")
-    for name in args.merged:
-        for last in (False, True):
-            if last and make_view(dense).tokens_read is None:
-                continue
-            model = apply_tokens(copy.deepcopy(dense), schedule(name, dense), last)
-            cells = [name, "what is read" if last else "all"]
-            cells.append(f"{count_macs(model, pre.input_size) / whole:.3f}")
-            if reference is None:
-                cells += ["", ""]
-            elif not last:  # the other has the same logits
+    timed = [f" batch {b} |" for b in args.batches] if args.latency else []
+    print("| tokens merged | last block | MACs | top-1 | nats |" + "".join(timed))
+    print("| --- " * (5 + len(timed)) + "|")
+    read_alone = make_view(dense).tokens_read is not None
+    with tempfile.TemporaryDirectory() as folder:
+        dense_file = Path(folder) / "dense.onnx"
+        if args.latency:
+            export_onnx(dense, pre, [], dense_file)
+        for name in args.merged:
+            model = apply_tokens(copy.deepcopy(dense), schedule(name, dense))
+            shares = {"all": count_macs(model, pre.input_size) / whole}
+            if read_alone:
+                apply_tokens(model, schedule(name, dense), last=True)
+                shares["what is read"] = count_macs(model, pre.input_size) / whole
+            cells = ["", ""]
+            if reference is not None:
                 logits = predict(model, images)
                 top1 = float((logits.argmax(1) == labels).double().mean())
                 nats = float(divergence(reference, logits).mean())
-                same = [f"{100 * top1:.2f}", f"{nats:.4f}"]
-                cells += same
-            else:
-                cells += same
+                cells = [f"{100 * top1:.2f}", f"{nats:.4f}"]
             if args.latency:
-                cells += [f"{r:.3f}" for r in ratios(dense, model, pre, args.batches)]
-            print("| " + " | ".join(cells) + " |", flush=True)
+                cells += [f"{r:.3f}" for r in ratios(model, pre, dense_file, args.batches)]
+            for last, share in shares.items():  # the same logits; times are the second's
+                print(f"| {name} | {last} | {share:.3f} | " + " | ".join(cells) + " |", flush=True)
 
 
 def read(spec: str, outputs: int, pre: Preprocessing, count: int) -> tuple[Tensor, Tensor]:
@@ -106,19 +107,15 @@ def predict(model: nn.Module, images: Any, batch: int = 25) -> Tensor:
     return torch.cat([model(part) for part in images.split(batch)])
 
 
-def ratios(
-    dense: nn.Module, merged: nn.Module, pre: Preprocessing, sizes: list[int]
-) -> list[float]:
+def ratios(model: nn.Module, pre: Preprocessing, dense_file: Path, sizes: list[int]) -> list[float]:
     """Time of the merging network over the dense one's, in ONNX Runtime, for each batch size."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / "dense.onnx", Path(folder) / "merged.onnx"]
-        for model, path in zip((dense, merged), paths, strict=True):
-            export_onnx(model, pre, [], path)
-        found = []
-        for batch in sizes:
-            runners = [onnx_runner(path, batch, threads=1) for path in paths]
-            found.append(bench_pair(*runners, min_seconds=10.0).ratio)
-        return found
+    path = dense_file.with_name("merging.onnx")
+    export_onnx(model, pre, [], path)
+    found = []
+    for batch in sizes:
+        runners = [onnx_runner(file, batch, threads=1) for file in (dense_file, path)]
+        found.append(bench_pair(*runners, min_seconds=10.0).ratio)
+    return found
 
 
 if __name__ == "__main__":
