@@ -79,6 +79,8 @@ class VitView(Protocol):
     tokens_read: int | None
     """How many tokens, the first ones, the classifier reads: 1 under class-token pooling, 2 in
     distilled networks; None: it pools more."""
+    merges: bool
+    """Whether the network itself merges tokens."""
 
     def tokens(self, scope: Scope) -> slice:
         """The positions of `scope` on the token axis; ModelError if the model has none."""

@@ -132,16 +132,10 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         output_bias=view.fc2(0).bias is not None,
         merged=tuple(merged) if any(merged) else None,
         read=view.tokens_read if last else None,
-        rotary=_rotary(model),
+        rotary=0 if getattr(model, "rope", None) is None else 2 * int(block.attn.head_dim),
     )
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
     return replace(sizes, fixed_params=rest)
-
-
-def _rotary(model: nn.Module) -> int:
-    """Numbers of one patch's rotary embedding; 0 without one."""
-    rope: Any = getattr(model, "rope", None)
-    return int(rope.get_embed().shape[-1]) if rope is not None else 0
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

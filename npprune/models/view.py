@@ -54,6 +54,8 @@ class TimmView:
         self.tokens_read: int | None = 1 if self.scope == "cls" else None
         if getattr(model, "head_dist", None) is not None:
             self.tokens_read = 2
+        options = [getattr(block, "token_options", None) for block in self.blocks]
+        self.merges: bool = any(o is not None and o.merged for o in options)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._compiled: list[Any] = [torch.compile(b) for b in self.blocks] if compiled else []
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from npprune.api import discover_paths
 from npprune.core.compression import cost
 from npprune.core.compression.token_harm import (
     measure_token_harm,
@@ -188,8 +189,9 @@ def test_macs_are_those_that_torch_counts(options: dict[str, Any]) -> None:
     assert sizes.mlp_tokens(2) == (1 if last else sizes.tokens - 8)
 
 
-def test_macs_with_rotary_positions() -> None:
-    model, images = family("eva02, rotary")
+@pytest.mark.parametrize("name", ["eva02, rotary", "dinov3", "dinov3, SwiGLU"])
+def test_macs_with_rotary_positions(name: str) -> None:
+    model, images = family(name)
     apply_tokens(model, [3, 2])
     assert cost.macs(model_sizes(model)) == count_macs(model, tuple(images.shape[1:]))  # type: ignore[arg-type]
 
@@ -310,6 +312,16 @@ def test_maps_say_which_patches_became_one() -> None:
     apply_tokens(model, [4, 2, 0], last=True)
     own = token_maps(make_view(model), images)
     assert [torch.equal(a, b) for a, b in zip(own, maps, strict=False)] == [True, True]
+
+
+def test_paths_are_found_where_no_tokens_merge() -> None:
+    model, (images, labels) = tiny_vit(), tiny_batch(2)
+    dense = discover_paths(model, images, labels)
+    apply_tokens(model, None, last=True)
+    assert torch.equal(discover_paths(model, images, labels).neurons, dense.neurons)
+    apply_tokens(model, [1, 0, 0])
+    with pytest.raises(ModelError, match="a network that merges tokens"):
+        discover_paths(model, images, labels)
 
 
 def test_a_mask_is_refused() -> None:

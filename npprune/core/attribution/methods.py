@@ -28,6 +28,7 @@ from npprune.core.attribution.search import (
     own_attribution,
 )
 from npprune.core.view import Scope, VitView, frozen
+from npprune.errors import ModelError
 
 Method = Literal["neuron-path", "activation", "influence-pattern", "knowledge-neuron", "random"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -60,7 +61,14 @@ def find_paths(
 
     Raises:
         ValueError: an unknown name, or K outside 1..the narrowest block's width.
+        ModelError: a network that merges tokens.
     """
+    if view.merges:
+        raise ModelError(
+            "paths cannot be found in a network that merges tokens: a neuron is read at the same "
+            "tokens in every block",
+            hint="find them in the dense network",
+        )
     if method not in METHODS:
         raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}")
     if accumulation not in get_args(Accumulation):
