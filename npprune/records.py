@@ -155,6 +155,8 @@ class ModelInfo:
     scope: str  # tokens that the classifier pools: cls | patch | all
     preprocessing: Preprocessing
     query_dims: list[int] | None = None  # of a head, per block; None: as many as values
+    merged: list[int] | None = None  # tokens merged in each block; None: in none
+    last_for_read: bool = False  # the last block computes only what the classifier reads
 
 
 @dataclass
@@ -288,6 +290,8 @@ class Plan(Document):
     classes: list[int] | None = None  # outputs the head is cut to; None: all
     notes: list[str] = field(default_factory=list)
     query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
+    merged: list[int] | None = None  # tokens merged in each block; None: in none
+    last_for_read: bool = False  # the last block computes only what the classifier reads
 
     def __post_init__(self) -> None:
         self.keep = [_whole(f"keep[{l}]", kept) for l, kept in enumerate(self.keep)]
@@ -310,6 +314,14 @@ class Plan(Document):
             if kept[0] < 0 or kept[-1] >= width:
                 bad = kept[0] if kept[0] < 0 else kept[-1]
                 raise StoreError(f"`keep[{block}]` must lie in 0..{width - 1}, got {bad}")
+        if self.merged is not None:
+            if len(self.merged) != len(self.widths):
+                raise StoreError(
+                    f"`merged` must have one entry a block ({len(self.widths)}), "
+                    f"got {len(self.merged)}"
+                )
+            if min(self.merged) < 0:
+                raise StoreError(f"`merged` must not be negative, got {min(self.merged)}")
 
     @property
     def kept_widths(self) -> list[int]:
@@ -487,6 +499,8 @@ class CheckpointConfig(Document):
     prune: PruneSummary | None = None
     details: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    merged: list[int] | None = None  # tokens merged in each block; None: in none
+    last_for_read: bool = False  # the last block computes only what the classifier reads
 
 
 @dataclass

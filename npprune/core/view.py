@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from npprune.core.tokens import Merge, Tokens
 from npprune.words import Scope
 
 HiddenEdit = Callable[[Tensor], Tensor]
@@ -22,6 +23,11 @@ HiddenEdit = Callable[[Tensor], Tensor]
 
 Given = tuple[slice, Tensor]
 """Token positions, and the MLP's output [b, s, d] at them."""
+
+
+Stream = TypeVar("Stream", Tensor, Tokens)
+"""What goes from block to block: [b, t, d], or tokens that merge. Who gives one kind gets it back;
+of a network that merges tokens itself, a plain stream becomes `Tokens` with the first merge."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,11 @@ class VitView(Protocol):
     """Class and register tokens before the patch tokens."""
     scope: Scope
     """The tokens that the classifier pools: "cls", "patch", or "all"."""
+    tokens_read: int | None
+    """How many tokens, the first ones, the classifier reads: 1 under class-token pooling, 2 in
+    distilled networks; None: it pools more."""
+    merges: bool
+    """Whether the network itself merges tokens."""
 
     def tokens(self, scope: Scope) -> slice:
         """The positions of `scope` on the token axis; ModelError if the model has none."""
@@ -80,37 +91,57 @@ class VitView(Protocol):
     def block(
         self,
         l: int,
-        x: Tensor,
+        x: Stream,
         *,
         edit: HiddenEdit | None = None,
         given: Given | None = None,
         cls_only: bool = False,
-    ) -> Tensor:
+        merge: int | Merge | None = None,
+    ) -> Stream:
         """Block l on the stream [b, t, d].
 
         `edit` maps the hidden activations before `fc2` sees them. `given` is (tokens, output
         [b, s, d]): the MLP's output at those tokens, which is then not computed there. With
         `cls_only` just the class token of the result counts, and only its query and MLP are
-        computed: right for the last block under class-token pooling.
+        computed: right for the last block under class-token pooling. `merge` says how many tokens
+        merge in it, or which; None leaves it to the network.
         """
         ...
 
     def block_and_attention(
-        self, l: int, x: Tensor, *, given: Given | None = None, cls_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        l: int,
+        x: Stream,
+        *,
+        given: Given | None = None,
+        cls_only: bool = False,
+        merge: int | Merge | None = None,
+    ) -> tuple[Stream, Tensor]:
         """As `block`, and the output of the block's attention module [b, t, d] beside it."""
         ...
 
-    def attention_output(self, l: int, x: Tensor) -> Tensor:
+    def attention_output(self, l: int, x: Tensor | Tokens) -> Tensor:
         """The output of block l's attention module alone, [b, t, d]; its MLP is not computed."""
         ...
 
-    def tail(self, l: int, x: Tensor, attention: Tensor, *, given: Given | None = None) -> Tensor:
+    def tail(
+        self,
+        l: int,
+        x: Stream,
+        attention: Tensor,
+        *,
+        given: Given | None = None,
+        merge: int | Merge | None = None,
+    ) -> Stream:
         """Block l with its attention's output given: what remains acts on each token alone,
-        so x and attention may hold any subset [b, t', d] of the tokens."""
+        so x and attention may hold any subset [b, t', d] of the tokens where none merge."""
         ...
 
-    def head(self, x: Tensor) -> Tensor:
+    def pairs(self, l: int, x: Tokens, attention: Tensor, merged: int) -> Merge:
+        """Which tokens would merge in block l, given its attention's output."""
+        ...
+
+    def head(self, x: Tensor | Tokens) -> Tensor:
         """Final norm, pooling and classifier: [b, t, d] -> logits [b, c]."""
         ...
 

@@ -107,6 +107,11 @@ def to_timm(
     """
     from safetensors.torch import save_file
 
+    if info.merged is not None:
+        raise ExportError(
+            "timm's networks merge no tokens, and this one does",
+            hint="export to ONNX or a torch archive",
+        )
     ratio = _mlp_ratio(info)
     tensors = {k: v.contiguous() for k, v in frozen_copy(model).state_dict().items()}
     for name, tensor in tensors.items():

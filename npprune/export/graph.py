@@ -154,7 +154,9 @@ def _name_initializers(
             new = f"{user.name.rpartition('/')[0]}.weight_t".lstrip(".")
         else:
             new = _constant_name(numpy_helper.to_array(tensor), len(kept))
-            if new in kept and kept[new].raw_data == tensor.raw_data:
+            while new in kept and not _equal(kept[new], tensor):
+                new += "_"
+            if new in kept:
                 rename[tensor.name] = new
                 continue
         while new in kept:
@@ -164,6 +166,10 @@ def _name_initializers(
     tensors = list(kept.values())
     del graph.initializer[:]
     graph.initializer.extend(tensors)
+
+
+def _equal(a: onnx.TensorProto, b: onnx.TensorProto) -> bool:
+    return a.data_type == b.data_type and a.dims == b.dims and bool(a.raw_data == b.raw_data)
 
 
 def _constant_name(value: Any, number: int) -> str:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from npprune.core.compression import cost
 from npprune.errors import ModelError
 from npprune.models.attention import projections
+from npprune.models.tokens import tokens_of
 from npprune.models.view import classifiers, make_view
 from npprune.records import ModelInfo, ModelSource, Preprocessing
 
@@ -37,6 +38,7 @@ def model_info(model: nn.Module, source: ModelSource) -> ModelInfo:
     if not source.sha256:
         source.sha256 = weights_sha256(model)
     attentions = [projections(block.attn) for block in view.blocks]
+    merged, last = tokens_of(model)
     narrow = any(p is not None and p.query_dims != p.value_dims for p in attentions)
     return ModelInfo(
         source=source,
@@ -49,6 +51,8 @@ def model_info(model: nn.Module, source: ModelSource) -> ModelInfo:
         num_classes=classifiers(model)[0].out_features,
         scope=view.scope,
         preprocessing=preprocessing,
+        merged=merged if any(merged) else None,
+        last_for_read=last,
     )
 
 
@@ -112,6 +116,7 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         v if p is None else p.heads * p.query_dims for v, p in zip(attended, found, strict=True)
     )
     width = view.fc2(0).out_features
+    merged, last = tokens_of(model)
     sizes = cost.Sizes(
         tokens=patch.num_patches + view.num_prefix_tokens,
         width=width,
@@ -125,6 +130,9 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         qkv_bias=getattr(getattr(block.attn, "qkv", None), "bias", None) is not None,
         hidden_bias=first.bias is not None,
         output_bias=view.fc2(0).bias is not None,
+        merged=tuple(merged) if any(merged) else None,
+        read=view.tokens_read if last else None,
+        rotary=0 if getattr(model, "rope", None) is None else 2 * int(block.attn.head_dim),
     )
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
     return replace(sizes, fixed_params=rest)

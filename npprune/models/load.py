@@ -35,6 +35,7 @@ from npprune.models.foreign import (
 )
 from npprune.models.hub import fetch
 from npprune.models.info import model_info, weights_sha256
+from npprune.models.tokens import apply_tokens
 from npprune.models.uneven import fit_to
 from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
@@ -141,7 +142,7 @@ def build(config: CheckpointConfig, tensors: dict[str, Tensor]) -> nn.Module:
             f"{list(view.widths)}",
             hint="the checkpoint's two files do not belong together",
         )
-    return model.eval()
+    return apply_tokens(model, config.merged, config.last_for_read).eval()
 
 
 def load_timm_folder(folder: Path) -> nn.Module:

@@ -26,6 +26,7 @@ from npprune.core.view import Projections
 from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
+from npprune.models.tokens import apply_tokens
 from npprune.models.uneven import set_heads, set_query_dim
 from npprune.models.view import TimmView, classifiers, make_view
 from npprune.records import Plan
@@ -62,7 +63,7 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
     widths = list(make_view(pruned).widths)
     if widths != plan.kept_widths:
         raise AssertionError(f"pruned widths {widths}, planned {plan.kept_widths}")
-    return pruned
+    return _with_tokens(pruned, plan)
 
 
 def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
@@ -86,7 +87,14 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
             _set_linear(p.qkv, f"block {l}: `qkv`", rows.weight, rows.bias)
     if plan.classes is not None:
         _cut(masked, plan.classes)
-    return masked
+    return _with_tokens(masked, plan)
+
+
+def _with_tokens(model: nn.Module, plan: Plan) -> nn.Module:
+    """Merging tokens as the plan says, in place; one that says nothing leaves the network's own."""
+    if plan.merged is None and not plan.last_for_read:
+        return model
+    return apply_tokens(model, plan.merged, plan.last_for_read)
 
 
 def cut_head(model: nn.Module, classes: Sequence[int]) -> nn.Module:

@@ -16,10 +16,20 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from npprune.core.view import Given, HiddenEdit, Projections, Scope
+from npprune.core.tokens import Merge, Tokens, expanded, match
+from npprune.core.view import Given, HiddenEdit, Projections, Scope, Stream
 from npprune.errors import ModelError
 from npprune.models.attention import answer_first_query, projections
 from npprune.models.layouts import foreign_layout
+from npprune.models.merging import (
+    Merging,
+    attend,
+    attended,
+    check_tokens,
+    finish,
+    followed,
+    paired,
+)
 from npprune.words import SearchPrecision
 
 """Of the network's products: float32; float32 with TF32's ten bits on a GPU (see
@@ -42,6 +52,11 @@ class TimmView:
         self.widths: tuple[int, ...] = tuple(block.mlp.fc2.in_features for block in self.blocks)
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))  # type: ignore[arg-type]
         self.scope: Scope = _pooled_scope(model)
+        self.tokens_read: int | None = 1 if self.scope == "cls" else None
+        if getattr(model, "head_dist", None) is not None:
+            self.tokens_read = 2
+        options = [getattr(block, "token_options", None) for block in self.blocks]
+        self.merges: bool = any(o is not None and o.merged for o in options)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._compiled: list[Any] = [torch.compile(b) for b in self.blocks] if compiled else []
 
@@ -95,12 +110,16 @@ class TimmView:
     def block(
         self,
         l: int,
-        x: Tensor,
+        x: Stream,
         *,
         edit: HiddenEdit | None = None,
         given: Given | None = None,
         cls_only: bool = False,
-    ) -> Tensor:
+        merge: int | Merge | None = None,
+    ) -> Stream:
+        if self._in_tokens(l, x, merge):
+            return self._merge(l, x, merge, edit=edit, given=given, cls_only=cls_only)
+        assert isinstance(x, Tensor)
         if self._compiled and x.requires_grad and edit is None and given is None and not cls_only:
             args, kwargs = self._called(l)
             with self._products(x):
@@ -109,13 +128,48 @@ class TimmView:
 
     def _run(
         self, l: int, x: Tensor, *, edit: HiddenEdit | None, given: Given | None, cls_only: bool
-    ) -> Tensor:
+    ) -> Any:
         args, kwargs = self._called(l)
         if cls_only:
             given = slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
         one_query = _first_query_only(self.blocks[l].attn) if cls_only else nullcontext()
         with self._products(x), self._edited(l, edit), self._given(l, given), one_query:
-            return self.blocks[l](x, *args, **kwargs)  # type: ignore[no-any-return]
+            return self.blocks[l](x, *args, **kwargs)
+
+    def _in_tokens(self, l: int, x: Tensor | Tokens, merge: int | Merge | None) -> bool:
+        return isinstance(x, Tokens) or bool(merge) or isinstance(self.blocks[l], Merging)
+
+    def _merge(
+        self,
+        l: int,
+        x: Tensor | Tokens,
+        merge: int | Merge | None,
+        *,
+        attention: Tensor | None = None,
+        edit: HiddenEdit | None = None,
+        given: Given | None = None,
+        cls_only: bool = False,
+    ) -> Any:
+        """Block l on tokens that merge, or have merged."""
+        block = self.blocks[l]
+        check_tokens(self.model, l)
+        tokens = followed(x, self.tokens_read is None)
+        options = getattr(block, "token_options", None)
+        if merge is None:
+            merge = 0 if options is None else int(options.merged)
+        rope = self._rope(l)
+        with self._products(tokens.x), self._edited(l, edit), self._given(l, given):
+            if attention is None:
+                read = 1 if cls_only else None if options is None else options.read
+                attention = attend(block, tokens, rope, read)
+            y = attended(block, tokens, attention)
+            if isinstance(merge, int):
+                pairs = paired(block, tokens, y, merge, self.num_prefix_tokens)
+            else:
+                pairs = merge
+            tokens = finish(block, tokens, y, pairs, rope)
+        plain = isinstance(x, Tensor) and tokens.sizes is None
+        return tokens.x if plain else tokens
 
     def _called(self, l: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What block l is called with, beside the stream."""
@@ -123,14 +177,29 @@ class TimmView:
             raise RuntimeError("call `embed` first: it records what the blocks are called with")
         return self._calls[l]
 
-    def _products(self, x: Tensor) -> Any:
+    def _rope(self, l: int) -> Tensor | None:
+        rope: Tensor | None = self._called(l)[1].get("rope")
+        return rope
+
+    def _products(self, x: Tensor | Tokens) -> Any:
+        x = x if isinstance(x, Tensor) else x.x
         if self.precision != "bf16":
             return nullcontext()  # a caller's own autocast stays
         return torch.autocast(x.device.type, torch.bfloat16)
 
     def block_and_attention(
-        self, l: int, x: Tensor, *, given: Given | None = None, cls_only: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        l: int,
+        x: Stream,
+        *,
+        given: Given | None = None,
+        cls_only: bool = False,
+        merge: int | Merge | None = None,
+    ) -> tuple[Stream, Tensor]:
+        if self._in_tokens(l, x, merge):
+            attention = self.attention_output(l, x)
+            return self.tail(l, x, attention, given=given, merge=merge), attention
+        assert isinstance(x, Tensor)
         seen: list[Tensor] = []
 
         def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -143,18 +212,41 @@ class TimmView:
             handle.remove()
         return y, seen[0]
 
-    def attention_output(self, l: int, x: Tensor) -> Tensor:
-        nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
-        return self.block_and_attention(l, x, given=(slice(None), nothing))[1]
+    def attention_output(self, l: int, x: Tensor | Tokens) -> Tensor:
+        if isinstance(x, Tensor) and not self._in_tokens(l, x, None):
+            nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
+            return self.block_and_attention(l, x, given=(slice(None), nothing))[1]
+        check_tokens(self.model, l)
+        read = getattr(getattr(self.blocks[l], "token_options", None), "read", None)
+        with self._products(x):
+            return attend(self.blocks[l], followed(x, False), self._rope(l), read)
 
-    def tail(self, l: int, x: Tensor, attention: Tensor, *, given: Given | None = None) -> Tensor:
+    def tail(
+        self,
+        l: int,
+        x: Stream,
+        attention: Tensor,
+        *,
+        given: Given | None = None,
+        merge: int | Merge | None = None,
+    ) -> Stream:
+        if self._in_tokens(l, x, merge):
+            return self._merge(l, x, merge, attention=attention, given=given)
+
         def attended(*args: Any, **kwargs: Any) -> Tensor:
             return attention
 
         with _replaced(self.blocks[l].attn, "forward", attended):
             return self.block(l, x, given=given)
 
-    def head(self, x: Tensor) -> Tensor:
+    def pairs(self, l: int, x: Tokens, attention: Tensor, merged: int) -> Merge:
+        block = self.blocks[l]
+        y = attended(block, x, attention)
+        return match(block.norm2(y), x.sizes, merged, self.num_prefix_tokens)
+
+    def head(self, x: Tensor | Tokens) -> Tensor:
+        if isinstance(x, Tokens):
+            x = expanded(x) if self.tokens_read is None else x.x
         with self._products(x):
             logits: Tensor = self.model.forward_head(self.model.norm(x))
         return logits.to(x.dtype)

@@ -19,7 +19,7 @@ from npprune.core.attribution.search import (
     own_attribution,
 )
 from npprune.core.view import VitView, frozen
-from npprune.errors import UsageError
+from npprune.errors import ModelError, UsageError
 from npprune.words import METHODS, Method, check_word
 
 
@@ -45,9 +45,16 @@ def find_paths(
 
     Raises:
         UsageError: an unknown word, or K outside 1..the narrowest block's width.
-        ModelError: the network has one output, or gives no finite numbers on these images.
+        ModelError: the network merges tokens, has one output, or gives no finite numbers on these
+            images.
     """
     check_word("method", method, METHODS)
+    if view.merges:
+        raise ModelError(
+            "paths cannot be found in a network that merges tokens: a neuron is read at the same "
+            "tokens in every block",
+            hint="find them in the dense network",
+        )
     if not 1 <= topk <= min(view.widths):
         raise UsageError(
             f"`topk` must be in 1..{min(view.widths)} (the narrowest block's hidden units), "

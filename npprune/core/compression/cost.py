@@ -5,7 +5,10 @@ inside attention included; biases, norms, activations and the softmax are not co
 convention, and that of `torch.utils.flop_counter`, whose FLOPs are two per MAC).
 
 Letters: t tokens, d width, h hidden units, n heads, q query/key dimensions and v value dimensions
-over all heads, c classes.
+over all heads, c classes, r tokens merged.
+
+Where tokens merge, the attention of block l sees the tokens that reach it, its MLP r_l fewer;
+finding the pairs and adding them up are two products of their own, and counted.
 """
 
 from __future__ import annotations
@@ -44,9 +47,12 @@ class Sizes:
     pooled_only: bool = False  # the last block's MLP runs on the class token alone
     fixed_params: int = 0
     block_params: int = 0
+    merged: tuple[int, ...] | None = None  # tokens merged in each block
+    read: int | None = None  # tokens of the last block's queries, projection and MLP; None: all
+    rotary: int = 0  # numbers of a token's rotary embedding, which merge with it
 
     def __post_init__(self) -> None:
-        for name in ("queries", "values"):
+        for name in ("queries", "values", "merged"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.hidden):
                 raise UsageError(
@@ -58,6 +64,27 @@ class Sizes:
         if len(hidden) != len(self.hidden):
             raise UsageError(f"`hidden` must have {len(self.hidden)} entries, got {len(hidden)}")
         return replace(self, hidden=tuple(hidden))
+
+    def with_tokens(self, merged: Sequence[int] | None, read: int | None = None) -> Sizes:
+        """The same network with so many tokens merged in each block, and read of the last one."""
+        return replace(self, merged=None if merged is None else tuple(merged), read=read)
+
+    def attended(self, l: int) -> int:
+        """Tokens that reach block l."""
+        return self.tokens - sum((self.merged or ())[:l])
+
+    def answered(self, l: int) -> int:
+        """Tokens that block l's attention has queries for."""
+        return self.read if self.read is not None and self._last(l) else self.attended(l)
+
+    def mlp_tokens(self, l: int) -> int:
+        """Tokens that go through block l's MLP."""
+        if self.pooled_only and self._last(l):
+            return 1
+        return self.answered(l) - (0 if self.merged is None else self.merged[l])
+
+    def _last(self, l: int) -> bool:
+        return l == len(self.hidden) - 1
 
 
 def params(sizes: Sizes) -> int:
@@ -78,7 +105,7 @@ def macs(sizes: Sizes) -> int:
     total = sizes.patches * sizes.patch_inputs * d + d * sizes.classes
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
-        total += attention_price(sizes, q, v, "macs")
+        total += attention_price(sizes, q, v, "macs", l) + merging_macs(sizes, l)
         total += h * neuron_price(sizes, l, "macs")
     return total
 
@@ -91,20 +118,32 @@ def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
     if price == "params":
         return rows * (sizes.width + int(sizes.hidden_bias)) + sizes.width
     if price == "macs":
-        last = sizes.pooled_only and l == len(sizes.hidden) - 1
-        return (1 if last else sizes.tokens) * sizes.width * (rows + 1)
+        return sizes.mlp_tokens(l) * sizes.width * (rows + 1)
     raise UsageError(f"price must be neurons, params or macs, got {price!r}")
 
 
-def attention_price(sizes: Sizes, q: int, v: int, price: Literal["params", "macs"]) -> int:
-    """What one block's attention costs with q query/key and v value dimensions over all heads:
+def attention_price(
+    sizes: Sizes, q: int, v: int, price: Literal["params", "macs"], l: int = 0
+) -> int:
+    """What block l's attention costs with q query/key and v value dimensions over all heads:
     the parameters of both projections (without `proj`'s bias), or the MACs of one image."""
-    t, d = sizes.tokens, sizes.width
+    t, answered, d = sizes.attended(l), sizes.answered(l), sizes.width
     if price == "params":
         return (d + int(sizes.qkv_bias)) * (2 * q + v) + v * d
     if price == "macs":
-        return t * d * (2 * q + v) + t * t * (q + v) + t * v * d
+        return t * d * (q + v) + answered * d * q + answered * t * (q + v) + answered * v * d
     raise UsageError(f"price must be params or macs, got {price!r}")
+
+
+def merging_macs(sizes: Sizes, l: int) -> int:
+    """What merging costs in block l: the distances of A and B, and the sums of those that join."""
+    r = 0 if sizes.merged is None else sizes.merged[l]
+    if r == 0:
+        return 0
+    prefix = sizes.tokens - sizes.patches
+    patches = sizes.attended(l) - prefix
+    a, b = patches - patches // 2, patches // 2
+    return a * b * sizes.width + b * r * (sizes.width + sizes.rotary + 1)
 
 
 def hidden_budget(sizes: Sizes, budget: Budget, *, attention: bool = False) -> float:
@@ -126,7 +165,8 @@ def hidden_budget(sizes: Sizes, budget: Budget, *, attention: bool = False) -> f
     hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
     if attention:
         hidden += sum(
-            attention_price(sizes, *_attention(sizes, l), price) for l in range(len(sizes.hidden))
+            attention_price(sizes, *_attention(sizes, l), price, l)
+            for l in range(len(sizes.hidden))
         )
     if goal <= whole - hidden:
         what = "MLP neuron or attention head" if attention else "MLP neuron"
