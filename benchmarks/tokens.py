@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from npprune.core.metrics import divergence
 from npprune.data.loading import batches
-from npprune.data.sources import open_source
+from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.export.bench import bench_pair, onnx_runner
 from npprune.export.onnx import export_onnx

@@ -402,6 +402,8 @@ def _config(
         run=os.path.relpath(opened.run.path if opened.run is not None else out, out),
         prune=variant.prune,
         details=details,
+        merged=variant.model.merged,
+        last_for_read=variant.model.last_for_read,
     )
 
 
