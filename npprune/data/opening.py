@@ -75,8 +75,9 @@ def _open_folder(
     tree, folders, notes = read_classes(root, named=class_map is not None)
     empty = [name for name, paths in folders.items() if not paths]
     shown = {plain_text(name): name for name in folders}
+    some = classes is not None or (known is not None and known.within is not None)
     with hinting(notes):
-        if empty and classes is None:  # before ranks, which these folders have shifted
+        if empty and not some:  # before ranks, which these folders have shifted
             raise without_images(tree, empty[0])
         labels = find_labels(
             list(shown),
