@@ -393,7 +393,7 @@ def test_hints_say_what_is_wrong_with_the_file(exported, uneven, tmp_path):
     (tmp_path / "two.onnx.data").unlink()
     message, said = hint("two.onnx")
     assert "two.onnx.data" in message
-    assert "must lie beside it" in said
+    assert "must lie next to it" in said
 
 
 def test_the_ir_version_is_of_the_operator_sets_time(exported, uneven, images, tmp_path):
