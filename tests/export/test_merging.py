@@ -13,10 +13,10 @@ from torch import nn
 
 from npprune.errors import ExportError
 from npprune.export.archive import to_timm, to_torch_archive
-from npprune.export.checked import export_checked
+from npprune.export.checked import Comparison, export_checked
 from npprune.export.graph import tidy
-from npprune.export.onnx import export_onnx
-from npprune.export.parity import GATES, top1_score
+from npprune.export.onnx import Int8Needs, OnnxForm, export_onnx
+from npprune.export.parity import top1_score
 from npprune.models.info import model_info
 from npprune.models.tokens import apply_tokens
 from npprune.records import ModelSource
@@ -32,7 +32,7 @@ def merging() -> nn.Module:
 
 
 def test_onnx_agrees_at_every_batch_size(merging, images, tmp_path: Path) -> None:
-    record = export_checked(merging, PREPROCESSING, CLASSES, images, tmp_path / "m.onnx")
+    record = export_checked(merging, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images))
     assert [row.batch for row in record.parity] == [1, 3, 17]
     assert all(row.max_relative_error < 1e-5 for row in record.parity)
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
@@ -42,14 +42,14 @@ def test_onnx_agrees_at_every_batch_size(merging, images, tmp_path: Path) -> Non
 
 def test_onnx_of_an_average_pooled_network(images, tmp_path: Path) -> None:
     model = apply_tokens(tiny(global_pool="avg"), [3, 2, 1])
-    record = export_checked(model, PREPROCESSING, CLASSES, images, tmp_path / "m.onnx")
+    record = export_checked(model, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images))
     assert all(row.max_relative_error < 1e-5 for row in record.parity)
 
 
 def test_half_precision(merging, images, tmp_path: Path) -> None:
     record = export_checked(
-        merging, PREPROCESSING, CLASSES, images, tmp_path / "m.onnx", precision="fp16",
-        gate=GATES["fp16"],
+        merging, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images),
+        OnnxForm(precision="fp16"),
     )  # fmt: skip
     assert record.passed
 
@@ -57,8 +57,8 @@ def test_half_precision(merging, images, tmp_path: Path) -> None:
 def test_eight_bits(merging, images, tmp_path: Path) -> None:
     labels = merging(images).argmax(1)
     made = export_onnx(
-        merging, PREPROCESSING, CLASSES, tmp_path / "m.onnx", precision="int8",
-        calibration=images, score=top1_score(images, labels, PREPROCESSING),
+        merging, PREPROCESSING, CLASSES, tmp_path / "m.onnx", OnnxForm(precision="int8"),
+        int8=Int8Needs(images, top1_score(images, labels, PREPROCESSING)),
     )  # fmt: skip
     assert len(made) > 1
     assert max(c.score for c in made) > 0.5
