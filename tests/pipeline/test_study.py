@@ -317,6 +317,7 @@ def test_a_dry_run_lists_the_rows_and_writes_nothing(world: Path, tmp_path: Path
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_latency_is_measured_beside_dense(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
