@@ -1,4 +1,4 @@
-"""One trace for ONNX per network: torch's exporter takes seconds, and many tests export the same."""
+"""One ONNX trace per network: torch takes seconds for it, and many tests export the same one."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def _digest(model: nn.Module, form: list[Any]) -> str:
         settings = {
             k: getattr(v, "__qualname__", v)
             for k, v in vars(module).items()
-            if not k.startswith("_")
+            if not k.startswith("_") and not k.endswith("_cfg")
         }
-        digest.update(repr((name, type(module).__qualname__, settings)).encode())
+        digest.update(repr((name, type(module), settings)).encode())
         for kind in (module._parameters, module._buffers):
             for own, tensor in kind.items():
                 if tensor is not None:

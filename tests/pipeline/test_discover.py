@@ -456,7 +456,9 @@ def test_how_many_points_is_said_and_decides_the_paths(world: World) -> None:
     assert text.integral(found) == "mapped-radau, 6 points (12 in block 0)"
     with pytest.raises(StoreError, match="settings"):
         world.discover(data=FEW, scope="patch", points=6)
-    world.discover(data=FEW, scope="patch", quadrature="mapped-radau")  # what `auto` stands for there
+    world.discover(
+        data=FEW, scope="patch", quadrature="mapped-radau"
+    )  # what `auto` stands for there
     for settings, integral in (
         ({"scope": "cls"}, "gauss-radau, 4 points"),
         ({"scope": "patch", "points": 1}, "mapped-radau, 1 point"),

@@ -90,10 +90,7 @@ def images_of(world: Path) -> DataSection:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in DENSE_ELSEWHERE))
-        for name in FAMILIES
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in DENSE_ELSEWHERE)) for name in FAMILIES],
 )
 def test_families_with_heads_and_classes_removed(name: str, world: Path, tmp_path: Path) -> None:
     architecture, more = FAMILIES[name]
