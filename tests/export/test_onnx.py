@@ -136,9 +136,9 @@ def test_export_says_nothing_and_leaves_the_model_as_it_was(capfd, tmp_path):
     [
         ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
         ("vit_tiny_patch16_224", {"reg_tokens": 4, "qk_norm": True, "init_values": 0.1}),
-        ("deit_tiny_distilled_patch16_224", {}),
-        ("beit_base_patch16_224", {}),
         ("eva02_tiny_patch14_224", {}),
+        pytest.param("deit_tiny_distilled_patch16_224", {}, marks=pytest.mark.slow),
+        pytest.param("beit_base_patch16_224", {}, marks=pytest.mark.slow),
     ],
 )
 def test_families(name, more, images, tmp_path):

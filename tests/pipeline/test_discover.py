@@ -223,7 +223,7 @@ def test_an_empty_class_folder_and_too_many_neurons_are_refused(world: World) ->
 def test_the_number_of_threads_changes_nothing(world: World, method: str, scope: str) -> None:
     before = torch.get_num_threads()
     try:
-        for threads in (1, 2, 3):
+        for threads in (1, 3):
             torch.set_num_threads(threads)
             # batches of 3: products of 3 and 15 rows, and one image left over
             world.discover(
@@ -231,7 +231,7 @@ def test_the_number_of_threads_changes_nothing(world: World, method: str, scope:
             )
     finally:
         torch.set_num_threads(before)
-    assert world.files("by1") == world.files("by2") == world.files("by3")
+    assert world.files("by1") == world.files("by3")
 
 
 def test_bfloat16_is_another_run(world: World) -> None:

@@ -56,7 +56,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "eva02": ("eva02_tiny_patch14_224", {}),
 }
 HEADS = ("vit", "average pool", "distilled", "LayerScale")
-DENSE_ELSEWHERE = ("average pool", "distilled", "LayerScale", "beit", "eva02")  # in tests/export
 CPU = {"provider": "cpu"}
 
 
@@ -90,7 +89,10 @@ def images_of(world: Path) -> DataSection:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name in DENSE_ELSEWHERE)) for name in FAMILIES],
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("vit", "attention pool")))
+        for name in FAMILIES
+    ],
 )
 def test_families_with_heads_and_classes_removed(name: str, world: Path, tmp_path: Path) -> None:
     architecture, more = FAMILIES[name]
@@ -307,6 +309,7 @@ def _labelled_by_itself(world: Path, folder: Path) -> DataSection:
     return DataSection(val=f"folder:{folder}", class_map=str(folder.parent / "map.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("random_weights")
 def test_int8_with_a_fixed_batch_and_a_cut_head(world: Path, tmp_path: Path) -> None:
     settings = section(precision="int8", batch=8, with_preprocessing=True, max_drop=100)
@@ -500,7 +503,7 @@ def test_two_files_side_by_side(world: Path, tmp_path: Path, events: list[Event]
 def test_files_of_different_images_are_not_compared(world: Path, tmp_path: Path) -> None:
     paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
     for path, pixels in zip(paths, (False, True), strict=True):
-        settings = section(with_preprocessing=pixels)
+        settings = section(with_preprocessing=pixels, batch=4)
         export_checkpoint(world / "uneven", images_of(world), settings, out=path, **CPU)
     with pytest.raises(UsageError, match="must take the same images"):
         bench_files(*paths, BenchSettings(provider="cpu"))

@@ -344,8 +344,15 @@ def interrupted_at(step: int, unit: str = "steps") -> Callable[[Event], None]:
     return emit
 
 
-@pytest.mark.parametrize(("step", "more"), [(5, {}), (17, {}), (11, {"epochs": 2}),
-                                            (9, {"feature_weight": 0.2})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (17, {}),
+        (9, {"feature_weight": 0.2}),
+        pytest.param(5, {}, marks=pytest.mark.slow),
+        pytest.param(11, {"epochs": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_goes_on_with_the_same_bits(
     half_network: Path, step: int, more: dict[str, object]
 ) -> None:
@@ -460,7 +467,7 @@ def pruned_for(root: Path, *, keep_head: bool) -> Path:
     return out
 
 
-@pytest.mark.parametrize("keep_head", [True, False])
+@pytest.mark.parametrize("keep_head", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_specialised_networks_heal_on_their_classes(half_network: Path, keep_head: bool) -> None:
     some = pruned_for(half_network.parent, keep_head=keep_head)
     out = some.with_name("healed")

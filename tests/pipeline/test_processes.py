@@ -52,6 +52,7 @@ def test_two_processes_give_the_bits_of_one(world: World) -> None:
     assert one.settings_sha256 == two.settings_sha256
 
 
+@pytest.mark.slow
 def test_more_processes_than_shards(world: World) -> None:
     world.discover("one", shard_size=64)
     team = Team(world.root, command(world, "--shard-size", "64"), count=3)
