@@ -33,7 +33,8 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 Compensation = Literal["none", "mean", "least-squares", "sequential"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
 
-Axis = Literal["mlp", "heads", "qk"]
+Axis = Literal["mlp", "heads", "qk", "tokens"]
+"""What may be removed: hidden units, attention heads, query/key dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]

@@ -223,16 +223,16 @@ class DiscoverSection(Section):
 class PruneSection(Section):
     """What stays. A budget is one of keep, target_params, target_macs, target_latency.
 
-    `axes` other than `mlp` need measured selection, and one of target_params, target_macs,
-    max_drop.
+    `axes` other than `mlp` need measured selection, and a budget that they can share.
     """
 
-    axes: list[words.Axis] = setting(
-        ["mlp"],
+    axes: list[words.Axis] | None = setting(
+        None,
         "what may be removed, separated by commas",
         panel=CHOICE,
         metavar="LIST",
         hint="`mlp,heads,qk` lets hidden units, heads and query/key dimensions share the budget",
+        shown="all that the network has for fewer MACs, latency or --max-drop alone; else mlp",
         min_length=1,
     )
     topk: int | None = setting(
@@ -487,6 +487,12 @@ class ExportSection(Section):
     )
     with_preprocessing: bool = setting(
         False, "the file takes pixels (uint8, NHWC) and normalises them itself", panel=FILE
+    )
+    last_for_read: bool = setting(
+        False,
+        "the last block computes only the tokens that the classifier reads: the same logits, "
+        "fewer MACs",
+        panel=FILE,
     )
     max_drop: float | None = setting(
         None,
