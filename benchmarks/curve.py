@@ -102,7 +102,9 @@ class World:
         )
         crop = {"crop_mode": "squash", "crop_pct": 1.0} if args.squash else {}
         data = DataSection(val=args.val, **crop)
-        images = open_images(args.val, data, self.opened.network.info, self.work, asked="data.val")
+        images = open_images(
+            args.val, data, self.opened.network.info, self.work, asked="data.val", on_bad="error"
+        )
         batches = list(images.batches())
         self.images = torch.cat([b.images for b in batches])
         self.labels = torch.cat([b.labels for b in batches])

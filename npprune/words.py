@@ -37,6 +37,11 @@ Axis = Literal["mlp", "heads", "qk", "tokens"]
 """What may be removed: hidden units, attention heads, query/key dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
 
+PathUse = Literal["auto", "protect", "prior", "off"]
+"""What path neurons are to pruning: kept as far as that costs nothing; kept first; votes that raise
+the criterion's scores as far as that costs nothing; nothing."""
+PATH_USES: tuple[PathUse, ...] = get_args(PathUse)
+
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
 TrainingPrecision = Literal["fp32", "bf16"]
 FilePrecision = Literal["fp32", "fp16", "int8"]

@@ -93,6 +93,8 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
         ("compensation", summary.compensation),
         ("network", network(variant.model)),
     ]
+    if any(summary.protected):
+        facts.insert(1, ("path neurons kept", text.path_neurons(summary)))
     if (merged := variant.model.merged) is not None:
         facts.insert(2, ("tokens merged", " ".join(map(str, merged)) + " per block"))
     if summary.calibration is not None:

@@ -20,6 +20,7 @@ def check(settings: Section) -> None:
     if isinstance(settings, PruneSection):
         _budgets(settings)
         _axes(settings)
+        _paths(settings)
     elif isinstance(settings, HealSection):
         _length(settings)
         _layerwise(settings)
@@ -72,6 +73,18 @@ def _axes(s: PruneSection) -> None:
             f"{axes} needs {setting('prune.selection', 'measured')}, got `{s.selection}`: only "
             "measured harm compares hidden units with other parts",
             hint=f"leave {setting('prune.selection')} out",
+        )
+
+
+def _paths(s: PruneSection) -> None:
+    """`protect_paths` is another word for two of the values of `paths`."""
+    short = setting("prune.protect_paths", s.protect_paths)
+    same = {None: s.paths, True: "protect", False: "off"}[s.protect_paths]
+    if s.paths not in ("auto", same):
+        raise Conflict(
+            "prune.paths",
+            f"{setting('prune.paths', s.paths)} and {short} contradict each other",
+            hint=f"leave {setting('prune.protect_paths')} out",
         )
 
 

@@ -74,6 +74,14 @@ def attention(summary: PruneSummary) -> list[tuple[str, str]]:
     return list(zip(*columns, strict=True))
 
 
+def path_neurons(summary: PruneSummary) -> str:
+    """`1,204 of 4,130, with 38.0 % of the votes`."""
+    kept = sum(summary.protected)
+    if (found := summary.details.get("paths")) is None:
+        return count(kept)
+    return f"{count(kept)} of {count(found['of'])}, with {percent(found['votes'])} of the votes"
+
+
 AXES = {
     "last block": "last block for what is read",
     "tokens": "tokens",

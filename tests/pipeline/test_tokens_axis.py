@@ -14,7 +14,7 @@ import torch
 import npprune
 from npprune.core.compression import cost
 from npprune.core.compression.selection import smooth
-from npprune.errors import ModelError
+from npprune.errors import ModelError, UsageError
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import apply_plan, mask_plan
 from npprune.models.tokens import tokens_of
@@ -28,6 +28,7 @@ from npprune.pipeline.prune.axes.tokens import Schedule, schedules
 from npprune.pipeline.prune.measuring import PlanSettings, Subject, measure, prepared
 from npprune.pipeline.prune.planning import amount, choose, refit
 from npprune.pipeline.prune.stage import prune
+from npprune.pipeline.study.stage import study
 from npprune.recipe import (
     DataSection,
     EvaluateSection,
@@ -35,6 +36,7 @@ from npprune.recipe import (
     HealSection,
     ModelSection,
     PruneSection,
+    StudySection,
 )
 from npprune.records import Variant
 from npprune.store.runs import read_plan
@@ -176,3 +178,21 @@ def test_refitting_makes_up_for_removed_units_on_the_tokens_that_are_left() -> N
         torch.testing.assert_close(
             layer.weight.float(), make_view(model).fc2(l).weight.float(), rtol=1e-3, atol=1e-3
         )
+
+
+def test_a_study_compares_axes_at_equal_macs(dense: Path, tmp_path: Path) -> None:
+    asked = StudySection(
+        criteria=["variance"], selections=["measured"], compensations=["least-squares"],
+        target_macs=[0.6], axes=["tokens+mlp", "mlp"], calibration_images=100,
+    )  # fmt: skip
+    data = DataSection(calibration="digits:calibration", val="digits:test", batch_size=64)
+    table = study(ModelSection(name=str(dense)), data, asked, tmp_path / "study").analyses["study"]
+    rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+    assert {row["axes"] for row in rows} == {"mlp", "mlp+tokens"}
+    assert {row["kept"] for row in rows} == {"60 % MACs"}
+    assert all(55 < row["MACs, %"] <= 60 for row in rows)
+    with pytest.raises(UsageError, match=r"`study\.axes` must be one of .* got `token`"):
+        study(
+            ModelSection(name=str(dense)), data, asked.model_copy(update={"axes": ["token"]}),
+            tmp_path / "never",
+        )  # fmt: skip

@@ -55,7 +55,7 @@ class PlanSettings:
     selection: words.Selection = "measured"
     compensation: words.Compensation = "sequential"
     shrinkage: float | None = None
-    protect_paths: bool = True
+    paths: words.PathUse = "auto"
     round_to: int = 16
     min_keep: int = 16
     max_drop: float | None = None
@@ -68,12 +68,18 @@ class PlanSettings:
             return unit
         return "macs" if unit == "macs" or self.axes != ("mlp",) else "neurons"
 
+    def by_paths(self, paths: Paths | None) -> bool:
+        """Whether the paths' neurons are the budget."""
+        budget = self.budget is not None or self.max_drop is not None
+        return paths is not None and paths.alone and not budget and self.paths != "off"
+
     @classmethod
     def of(cls, s: PruneSection) -> PlanSettings:
         """Those of a recipe's section."""
+        paths = s.paths if s.protect_paths is None else "protect" if s.protect_paths else "off"
         return cls(
             budget_of(s), tuple(s.axes or ("mlp",)), s.criterion, s.selection, s.compensation,
-            s.shrinkage, s.protect_paths, s.round_to, s.min_keep, s.max_drop,
+            s.shrinkage, paths, s.round_to, s.min_keep, s.max_drop,
         )  # fmt: skip
 
 
@@ -192,7 +198,8 @@ def measure(
     else:
         collected = collect(view, subject.fit, needs, generator, cache or StatisticsCache(), work)
     seconds["statistics"] = collected.seconds
-    protected = paths.union if paths is not None and settings.protect_paths else None
+    first = settings.paths == "protect" or settings.by_paths(paths)
+    protected = paths.union if paths is not None and first else None
     blocks = range(len(view.widths))
     with timed(seconds, "scores"):
         context = Context(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from npprune.pipeline.prune.measuring import (
     tell,
     timed,
 )
+from npprune.pipeline.prune.path_neurons import with_path_neurons
 from npprune.records import Plan
 
 Further = list[tuple[Axis, list[Kept]]]
@@ -223,8 +224,11 @@ def _selected(
 
 def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work) -> Chosen:
     """What a choice keeps, with the compensation of what goes."""
-    selection, schedule = choice.selection, choice.schedule
+    schedule = choice.schedule
     seconds: dict[str, float] = {}
+    with timed(seconds, "paths"):
+        selection, paths = with_path_neurons(measured, settings, choice.selection)
+    choice = replace(choice, selection=selection)
     with timed(seconds, "compensation"):
         mode = settings.compensation
         alone = "least-squares" if mode == "sequential" else mode  # `proj` is refitted once more
@@ -236,7 +240,6 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
             refitted, found = _in_sequence(measured, settings, choice, further, work)
         else:
             refitted, found = _block_by_block(measured, settings, selection.keep, further)
-    protected = measured.hidden.ranking.protected
     details: dict[str, Any] = {
         "shrinkage": [c.shrinkage for c in found],
         "condition_number": [c.condition for c in found],
@@ -244,6 +247,8 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     }
     if selection.harm is not None:
         details["harm_nats"] = selection.harm
+    if paths:
+        details["paths"] = paths
     details |= {axis.name: axis.described(kept) for axis, kept in further}
     if measured.harm is not None and settings.price == "macs":
         details["axes"] = _by_axis(measured, choice, further)
@@ -251,18 +256,23 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     return Chosen(
         selection.keep,
         refitted,
-        [
-            len(set(kept) & set(union))
-            for kept, union in zip(
-                selection.keep, protected or [[]] * len(selection.keep), strict=True
-            )
-        ],
+        _path_neurons(measured, settings, selection.keep),
         [*measured.notes, *selection.warnings, *_crowded(measured, selection)],
         details,
         further,
         schedule.counts,
         measured.read is not None,
     )
+
+
+def _path_neurons(
+    measured: Measured, settings: PlanSettings, keep: Sequence[Sequence[int]]
+) -> list[int]:
+    """How many neurons of paths stay in each block; 0 where paths have no say."""
+    paths = measured.subject.paths
+    if paths is None or settings.paths == "off":
+        return [0] * len(keep)
+    return [len(set(kept) & set(union)) for kept, union in zip(keep, paths.union, strict=True)]
 
 
 def _by_axis(measured: Measured, choice: Choice, further: Further) -> list[dict[str, Any]]:
@@ -378,5 +388,5 @@ def _crowded(measured: Measured, selection: Selection) -> list[str]:
     return [
         f"the paths' neurons fill the budget of {len(full)} of "
         f"{plural(len(selection.keep), 'block')}: "
-        "there the paths alone decide (`--no-protect-paths` lets the criterion decide)"
+        "there the paths alone decide (`--paths auto` keeps as many as cost nothing)"
     ]

@@ -308,11 +308,12 @@ class _Maker:
 
 def _plan_settings(study: StudySection, row: Setting) -> PlanSettings:
     return PlanSettings(
-        Budget("neurons", row.keep),
+        Budget(row.unit, row.keep),
+        tuple(row.axes.split("+")),  # type: ignore[arg-type]
         criterion=row.criterion,
         selection=row.selection,  # type: ignore[arg-type]
         compensation=row.compensation,  # type: ignore[arg-type]
-        protect_paths=row.protect,
+        paths="protect" if row.protect else "off",
         round_to=study.round_to,
         min_keep=study.min_keep,
     )
