@@ -208,6 +208,9 @@ def _selected(
                 [Item(table[l], axis.prices(l, sizes, price)) for l in blocks]
                 for axis, table in zip(measured.further, harm.further, strict=True)
             ]
+        whole = [max(row.values()) for row in prices]
+        whole += [max(item.prices.values()) for axis in further for item in axis]
+        amount = min(amount, sum(whole))  # merging tokens may have met the budget already
     return select(
         measured.hidden.ranking,
         amount,

@@ -27,7 +27,6 @@ WORD = "tokens"
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 """Of the patch tokens, merged in all blocks together."""
 SHAPES = (
-    (1 / 12, 11 / 12, 0.0),
     (2 / 12, 11 / 12, 0.0),
     (2 / 12, 9 / 12, 0.0),
     (1 / 12, 11 / 12, 0.5),
