@@ -5,8 +5,10 @@
 
 Both revisions run the same commands on the demo's network and digits (with `--checkpoint` also on
 that network, a few images), in folders of the same name. Tensors, paths, plans and tables must be
-equal byte by byte; JSON is compared without what depends on the hour and the machine: times,
-dates, versions, throughput and latency. Exit code 1 where anything differs.
+equal byte by byte; JSON is compared without what depends on the hour and the machine (times,
+dates, versions, throughput and latency) and without what says nothing (null, false, empty), so that
+a field which one side does not know is no difference where it is not used; of plans the content
+counts, not the hash, and of ONNX files the graph. Exit code 1 where anything differs.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 VOLATILE = re.compile(
     r"(created|date|started|finished|seconds|versions|environment|command|commands|latency\w*|"
     r"throughput|rate|images_per_second|device|reason|timing\w*|bench|memory\w*|sha256_file|"
-    r"warnings|notes|details|runtime)$"
+    r"warnings|notes|details|runtime|parts|plan_sha256)$|, s$"
 )
+TIMES = re.compile(r"\d[\d.,]* (s|ms|min|h|images per second)\b")  # in a sentence
 SKIPPED = {".lock", "report.html", "report.md", "events.jsonl", "export.json", "recipe.yaml"}
 
 DIGITS = [
@@ -70,14 +75,26 @@ def run(tree: Path, home: Path, commands: list[str]) -> None:
 
 
 def stable(value: Any) -> Any:
-    """JSON without what depends on the hour and the machine."""
+    """JSON without what depends on the hour and the machine, and without what says nothing."""
     if isinstance(value, dict):
-        return {k: stable(v) for k, v in value.items() if not VOLATILE.search(k)}
+        columns = value.get("columns")
+        if columns and "rows" in value:  # a table
+            steady = [i for i, name in enumerate(columns) if not VOLATILE.search(name)]
+            rows = [[row[i] for i in steady] for row in value["rows"]]
+            value = {**value, "columns": [columns[i] for i in steady], "rows": rows}
+        if "opset" in value:  # an exported file, which names its plan's hash
+            value = {**value, "sha256": None}
+        kept = {k: stable(v) for k, v in value.items() if not VOLATILE.search(k)}
+        return {k: v for k, v in kept.items() if v is not None and v is not False and v != []}
+    if isinstance(value, str):
+        return TIMES.sub("", value)
     return [stable(v) for v in value] if isinstance(value, list) else value
 
 
 def content(path: Path) -> Any:
-    """What must be equal: parsed JSON, or bytes."""
+    """What must be equal: parsed JSON, an ONNX graph, or bytes."""
+    if path.suffix == ".onnx":
+        return onnx.load(path).graph.SerializeToString(deterministic=True)
     if path.suffix == ".json":
         return stable(json.loads(path.read_text(encoding="utf-8")))
     return path.read_bytes()
@@ -88,9 +105,7 @@ def compare(before: Path, after: Path) -> list[str]:
 
     def files(home: Path) -> set[Path]:
         return {
-            p.relative_to(home)
-            for p in home.rglob("*")
-            if p.is_file() and p.name not in SKIPPED and p.suffix != ".onnx"
+            p.relative_to(home) for p in home.rglob("*") if p.is_file() and p.name not in SKIPPED
         }
 
     old, new = files(before), files(after)
