@@ -230,6 +230,7 @@ def _look(
     neurons = [sorted(j for j, _ in block) for block in frequency(ours.neurons, settings.neurons)]
     images, rows = _images(opened, settings, work)
     if images is None or not rows:
+        site.data("effects", {})
         return Seen(), neurons
     effects = Effects(opened.view, opened.tables, topk, opened.scope, work.seed)
     reading = Pass(
