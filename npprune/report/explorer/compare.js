@@ -23,7 +23,7 @@
     const paths = shares.map((blocks) => blocks.map((block) => new Set(block.slice(0, run.topk).map(([j]) => j))));
     const common = paths[0].map((set, l) => [...set].filter((j) => paths[1][l].has(j)));
     const sum = common.reduce((n, block) => n + block.length, 0), all = paths[0].reduce((n, set) => n + set.size, 0);
-    const marks = [1, 0].map((k) => shares[k].map((block) => new Set(block.slice(0, 5).map(([j]) => j))));
+    const marks = common.map((block) => new Set(block));
     return ["Compare", h("h1", {}, "Two paths side by side"),
       h("p", { class: "lead" }, `The two share ${sum} of the ${all} neurons that their images hold most often`,
         run.topk > 1 ? ` (${run.topk} a block)` : " (one a block)", sum ? ": " : ".",
@@ -32,7 +32,7 @@
         chooser(side, k, labels, go),
         h("h2", {}, npprune.classLink(side.c), h("small", {}, ` by ${side.method}`)),
         npprune.known && h("div", { class: "row" }, npprune.rows.get(side.c).slice(0, 4).map((row) => npprune.imageLink(row))),
-        npprune.graph(side.method, npprune.rows.get(side.c), { mark: marks[k], caption: "Ringed neurons are on both." }),
+        npprune.graph(side.method, npprune.rows.get(side.c), { mark: marks, about: k ? "on the right" : "on the left", caption: "The larger a disc, the more of the class's images have the neuron on their path. Ringed: one of the shared neurons." }),
         effect(side))))];
   };
 

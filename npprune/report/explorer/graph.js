@@ -32,8 +32,8 @@
   }
 
   /* A figure: the graph, what a focused neuron looks like, and the same as a table.
-     `mark`: per block, neurons to ring (those of another path). */
-  npprune.graph = (method, rows, { mark = null, caption = null } = {}) => {
+     `mark`: per block, neurons to ring (those of another path); `about`: whose path, where a page has several. */
+  npprune.graph = (method, rows, { mark = null, caption = null, about = "" } = {}) => {
     const shares = npprune.shares(method, rows);
     const shown = shares.map((block) => block.slice(0, SHOWN));
     const tallest = Math.max(...shown.map((block) => block.length));
@@ -112,10 +112,10 @@
       dim();
     }
     return h("figure", { class: "path" },
-      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Path graph, scrolls sideways" }, drawing),
+      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Path graph ${about}, scrolls sideways` }, drawing),
       h("figcaption", {}, caption || captionText(rows.length)),
       npprune.known && preview,
-      table(shares));
+      table(shares, about));
   };
 
   function captionText(count) {
@@ -130,9 +130,9 @@
     return `M${x - d},${y - d}L${x + +d},${y + +d}M${x + +d},${y - d}L${x - d},${y + +d}`;
   }
 
-  function table(shares) {
+  function table(shares, about) {
     return h("details", {}, h("summary", {}, "As a table"),
-      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of the path" },
+      h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Table of the path ${about}` },
         h("table", {},
           h("thead", {}, h("tr", {}, h("th", { scope: "col" }, "block"), h("th", { scope: "col" }, "neurons, and the share of the images"))),
           h("tbody", {}, shares.map((block, l) => h("tr", {}, h("th", { scope: "row" }, String(l)),

@@ -153,7 +153,7 @@
       lead(`Without its path the true class's probability changes by ${points(removed[0])} points ${ends(removed)}, without a random path `
         + `of as many neurons by ${points(random[0])} ${ends(random)}.`),
       dots(rows, effect.n),
-      h("p", { class: "caption" }, `Mean probability of the true class over ${plural(effect.n, "image")}; whiskers are 95 % intervals (Student's t). Neurons are set to 0 at `
+      h("p", { class: "caption" }, `Mean probability of the true class in % over ${plural(effect.n, "image")}; whiskers are 95 % intervals (Student's t). Neurons are set to 0 at `
         + `${npprune.tokens().replace(" (mean)", "")} alone; each image is measured with the path of the other half of the class's images. `
         + "Only the path stays: every other hidden unit of every block is 0 there."));
   }
@@ -175,7 +175,7 @@
           h("span", { class: "point", vars: { at: at(mean) } })),
         h("span", { class: "dot-value" }, percent(mean), h("small", {}, ` ${right}/${n} right`)));
     }), h("div", { class: "dot-row axis", "aria-hidden": "true" }, h("span", { class: "scale" },
-      ["0", "25", "50", "75", "100 %"].map((text) => h("span", {}, text)))));
+      ["0", "25", "50", "75", "100"].map((text) => h("span", {}, text)))));
   }
 
   function followSection(rows) {
@@ -304,7 +304,7 @@
 
   function guesses(title, best, label, own_) {
     const entries = best.some(([c]) => c === label) || own_ === null || own_ === undefined ? best : [...best, [label, own_]];
-    return h("div", {}, h("h3", {}, title), h("ol", { class: "labels" }, entries.map(([c, p]) => h("li", { class: c === label ? "true" : null },
+    return h("div", {}, h("h2", { class: "minor" }, title), h("ol", { class: "labels" }, entries.map(([c, p]) => h("li", { class: c === label ? "true" : null },
       h("span", {}, npprune.classLink(c), c === label && h("small", {}, " true")), bar(p), h("span", { class: "value" }, percent(p, 1))))));
   }
 
