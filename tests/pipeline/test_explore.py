@@ -1,4 +1,4 @@
-"""The explorer of a small network: its numbers against direct ones, its files against their rules."""
+"""The explorer of a small network: numbers against direct ones, files against their rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from npprune.cli import app
 from npprune.core.attribution.editing import edited_logits, members, path_factors
@@ -20,21 +19,8 @@ from npprune.core.metrics import true_probability
 from npprune.models.view import make_view
 from npprune.pipeline.common.inputs import open_images, open_network
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.discover.finished import divide, open_finished, paths_of
-from npprune.pipeline.discover.stage import discover
-from npprune.pipeline.explore import Explored, explore_run
-from npprune.pipeline.prune.stage import prune
-from npprune.recipe import DataSection, DiscoverSection, ModelSection
-from npprune.recipe.sections import ExploreSection, PruneSection
-from tests.helpers.digits_network import random_digits_network
-
-HOSTILE = "<script>alert(1)<!--"
-IMAGES = {HOSTILE: 5, "bee": 1, "cat": 4}
-
-
-def build(run: Path, out: Path, **options: Any) -> Explored:
-    settings = {k: options.pop(k) for k in list(options) if k in ExploreSection.model_fields}
-    return explore_run(run, ExploreSection(**settings), out, work=Work("cpu"), **options)
+from npprune.pipeline.discover.finished import divide, open_finished
+from tests.helpers.exploring import HOSTILE, IMAGES, build, explored
 
 
 def pieces(folder: Path) -> dict[str, Any]:
@@ -50,25 +36,7 @@ def pieces(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("explore")
-    dense = random_digits_network(root / "dense")
-    rng = np.random.default_rng(0)
-    for label, (name, count) in enumerate(IMAGES.items()):
-        (root / "images" / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = rng.integers(0, 120, (8, 8, 3)) + 40 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / name / f"{i}.png")
-    data = DataSection(train=f"folder:{root / 'images'}", batch_size=4)
-    discover(
-        ModelSection(name=str(dense)), data, DiscoverSection(topk=2, points=2), root / "run"
-    )
-    few = PruneSection(
-        keep=0.5, criterion="magnitude", selection="uniform", compensation="none", min_keep=1
-    )
-    prune(root / "run", DataSection(), few, root / "half")
-    paths_of(open_finished(root / "run"), "activation", Work("cpu"))
-    build(root / "run", root / "site", plan=root / "half")
-    return root
+    return explored(tmp_path_factory.mktemp("explore"))
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +142,9 @@ def test_names_from_outside_never_become_markup(world: Path, tmp_path: Path) -> 
     for path in (world / "site" / "data").iterdir():
         assert "<" not in path.read_text()
     for script in (Path(app.__file__).parents[1] / "report" / "explorer").glob("*.js"):
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write", script.read_text())
+        assert not re.search(
+            r"innerHTML|outerHTML|insertAdjacent|document\.write", script.read_text()
+        )
 
 
 def test_without_its_images_it_says_so_and_shows_the_rest(world: Path, tmp_path: Path) -> None:
@@ -203,9 +173,7 @@ def test_some_images_missing_and_some_left_out(world: Path, tmp_path: Path) -> N
     assert "1 of 10 images are not in" in found.notes[0]
 
 
-def test_what_it_refuses(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_it_refuses(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(world / "run")
 
     def refused(*args: str) -> str:
