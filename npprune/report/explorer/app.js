@@ -18,7 +18,7 @@
     const [title, ...content] = page || ["Nothing here", h("h1", {}, "Nothing here"),
       h("p", {}, "This run has no such class, neuron or image. ", h("a", { href: "#/" }, "To the start"))];
     document.title = `${title} – neuron paths`;
-    main.classList.toggle("broad", name === "compare");
+    document.body.classList.toggle("broad", name === "compare");
     main.replaceChildren(...content.flat(Infinity).filter(Boolean));
     for (const link of document.querySelectorAll(".bar nav a")) {
       const here = { class: "classes", neuron: "neurons" }[name] || name;
