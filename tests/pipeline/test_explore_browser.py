@@ -66,7 +66,9 @@ def test_every_page_draws_itself_at_three_widths(world: Path, opened: Any, page:
         for image in opened.query_selector_all("main img"):
             image.scroll_into_view_if_needed()
             image.evaluate("image => image.decode()")
-        links = opened.eval_on_selector_all("a[href]", "all => all.map(a => a.getAttribute('href'))")
+        links = opened.eval_on_selector_all(
+            "a[href]", "all => all.map(a => a.getAttribute('href'))"
+        )
         assert all(link.startswith("#") for link in links)
 
 
