@@ -341,6 +341,29 @@ def _widths(result: Result) -> Section:
                     caption=f"Attention kept in {text.clean(v.name)}.",
                 )
             )
+        name = text.clean(v.name)
+        if merged := v.model.merged:
+            gone = [sum(merged[:b]) for b in range(len(merged))]
+            section.items.append(
+                Table(
+                    ["block", "tokens merged", "merged before it"],
+                    [
+                        cells(str(b), text.count(r), text.count(g))
+                        for b, (r, g) in enumerate(zip(merged, gone, strict=True))
+                    ],
+                    caption=f"Patch tokens merged in {name}, between attention and MLP.",
+                )
+            )
+        if len(axes := text.axes(v.prune)) > 1:
+            section.items.append(
+                Table(
+                    ["axis", "share of the dense MACs", "predicted harm"],
+                    [cells(*row) for row in axes],
+                    caption=f"What each axis gave in {name}, one after the other: harm is the KL "
+                    "divergence from the dense network's predictions, measured with that change "
+                    "alone.",
+                )
+            )
     if len(result.variants) > len(shown):
         rest = len(result.variants) - len(shown)
         section.items.append(Paragraph(f"{text.plural(rest, 'more network')} not drawn."))

@@ -112,7 +112,7 @@ def unions(run: Path, topk: int) -> list[set[int]]:
 
 
 def test_topk_keeps_the_union_of_each_classs_most_frequent_neurons(run: Path) -> None:
-    prune(run, DataSection(), half(topk=2), run.parent / "a")
+    prune(run, DataSection(), half(topk=2, paths="protect"), run.parent / "a")
     plan = read_plan(run.parent / "a")
     for union, kept in zip(unions(run, 2), plan.keep, strict=True):
         assert union < set(kept)
@@ -130,7 +130,7 @@ def test_without_a_budget_the_paths_alone_stay_rounded_up_to_sixteen(run: Path, 
 
 
 def test_a_union_beyond_the_budget_is_trimmed_by_votes_and_said(run: Path) -> None:
-    variant = prune(run, DataSection(), half(topk=3, keep=0.125), run.parent / "a")
+    variant = prune(run, DataSection(), half(topk=3, keep=0.125, paths="protect"), run.parent / "a")
     assert variant.prune.widths == [16, 16]
     expected = unions(run, 3)
     assert max(map(len, expected)) > 16
