@@ -324,7 +324,10 @@ def _plan_said(opened: _Opened) -> dict[str, Any] | None:
     plan, config = opened.plan, opened.config
     if plan is None or config is None:
         return None
-    said: dict[str, Any] = {"name": opened.name, "keep": plan.keep}
+    said: dict[str, Any] = {"name": opened.name, "keep": plan.keep, "merged": plan.merged}
+    if plan.heads is not None:
+        dense = opened.network.info.heads
+        said["heads"] = [[len(k), d] for k, d in zip(plan.heads, dense, strict=True)]
     if config.prune is not None:
         said["criterion"] = config.prune.criterion
         said["compensation"] = config.prune.compensation

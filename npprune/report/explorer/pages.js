@@ -61,13 +61,16 @@
           + `(95 % ${percent(plan.top1[1][1], 1)} to ${percent(plan.top1[1][2], 1)}).` : "")
         + (plan.criterion ? ` Chosen by ${plan.criterion}, what stays refitted by ${plan.compensation}.` : "")),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of the plan" }, h("table", {},
-        h("thead", {}, h("tr", {}, ["block", "hidden units that stay", "", "on a path", "of these removed"].map((name) => h("th", { scope: "col" }, name)))),
+        h("thead", {}, h("tr", {}, ["block", "hidden units that stay", "", "on a path", "of these removed",
+          plan.heads && "heads that stay", plan.merged && "tokens merged"].filter(Boolean).map((name) => h("th", { scope: "col" }, name)))),
         h("tbody", {}, run.widths.map((width, l) => h("tr", {},
           h("th", { scope: "row" }, String(l)),
           h("td", {}, `${plan.keep[l].length} of ${width}`),
           h("td", { class: "barcell" }, bar(plan.keep[l].length / width)),
           h("td", {}, String(onPaths[l].size)),
-          h("td", {}, String(lost[l]))))))));
+          h("td", {}, String(lost[l])),
+          plan.heads && h("td", {}, plan.heads[l].join(" of ")),
+          plan.merged && h("td", {}, String(plan.merged[l]))))))));
   }
 
   function bar(share, kind = "") {
