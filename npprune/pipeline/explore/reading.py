@@ -16,7 +16,6 @@ from npprune.core.view import HiddenEdit, Scope
 from npprune.data.loading import Batch
 from npprune.models.view import TimmView
 from npprune.pipeline.common.inputs import Images
-from npprune.pipeline.common.threads import same_on_any_threads
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.explore.effects import Effects, Outcome
 from npprune.pipeline.explore.exemplars import Exemplars, lit
@@ -84,11 +83,10 @@ class Pass:
         """Read the images at some positions of the source: position -> row of the table."""
         done = 0
         lens = _spread(list(rows.values()), LENS_IMAGES)
-        with same_on_any_threads(self.work.where):
-            for batch, of in _batches(images, rows):
-                self._add(batch, of, images, lens)
-                done += len(of)
-                self.work.progress(done, len(rows))
+        for batch, of in _batches(images, rows):
+            self._add(batch, of, images, lens)
+            done += len(of)
+            self.work.progress(done, len(rows))
         return self.seen
 
     def _add(self, batch: Batch, rows: list[int], images: Images, lens: set[int]) -> None:

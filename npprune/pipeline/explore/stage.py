@@ -21,6 +21,7 @@ from npprune.models.writing import written
 from npprune.pipeline.common.inputs import Images, Network, open_checkpoint, open_images
 from npprune.pipeline.common.inputs import open_network as open_dense
 from npprune.pipeline.common.outputs import reads_of
+from npprune.pipeline.common.threads import same_on_any_threads
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.finished import FinishedRun, methods_of, open_finished, paths_of
 from npprune.pipeline.explore.effects import Effects, interval
@@ -102,7 +103,7 @@ def explore_run(
     work = (work or Work()).on(STAGE)
     _check_place(run, plan, out, single)
     opened = _open(run, settings, plan, work)
-    with _site(out, single) as site:
+    with _site(out, single) as site, same_on_any_threads(work.where):
         seen, neurons = _look(opened, settings, site, work)
         _write(opened, seen, neurons, site, work)
         page = site.finish()

@@ -89,7 +89,14 @@
     if (event.key === "/" && !writing && !event.ctrlKey && !event.metaKey) { event.preventDefault(); box.focus(); }
   });
 
+  function menu() {
+    if (npprune.run.plan && npprune.known) {
+      document.querySelector(".bar nav").append(h("a", { href: "#/flips" }, "Who pays"));
+    }
+  }
+
   Promise.all([npprune.open(), npprune.picturesReady()]).then(() => {
+    menu();
     window.addEventListener("hashchange", show);
     show();
   });

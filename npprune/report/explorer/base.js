@@ -62,8 +62,8 @@ const npprune = (() => {
   function percent(share, digits = 0) {
     if (share === null || share === undefined) return "–";
     const value = 100 * share;
-    if (value > 0 && value < 0.5 * 10 ** -digits) return `<${10 ** -digits} %`;
-    return `${value.toFixed(digits)} %`;
+    if (value > 0 && value < 0.5 * 10 ** -digits) return `<${10 ** -digits}\u00a0%`;
+    return `${value.toFixed(digits)}\u00a0%`;
   }
 
   /* A change of a share in points, with its sign. */

@@ -54,6 +54,7 @@
     npprune.images.forEach((image, row) => onPaths.forEach((set, l) => npprune.pathOf(own(), row, l).forEach((j) => set.add(j))));
     const lost = onPaths.map((set, l) => [...set].filter((j) => !kept[l].has(j)).length);
     const removedPaths = lost.reduce((a, b) => a + b), paths = onPaths.reduce((a, set) => a + set.size, 0);
+    const pays = npprune.known && h("p", {}, h("a", { href: "#/flips" }, "Who pays: the images whose prediction changed"));
     return section(["What was removed: the plan ", h("span", { class: "name" }, plan.name)],
       lead(`${stay.toLocaleString("en")} of ${all.toLocaleString("en")} hidden units stay (${percent(stay / all)}). Of the `
         + `${plural(paths, "neuron")} on any image's path, ${removedPaths.toLocaleString("en")} (${percent(removedPaths / paths)}) were removed.`
@@ -70,7 +71,7 @@
           h("td", {}, String(onPaths[l].size)),
           h("td", {}, String(lost[l])),
           plan.heads && h("td", {}, plan.heads[l].join(" of ")),
-          plan.merged && h("td", {}, String(plan.merged[l]))))))));
+          plan.merged && h("td", {}, String(plan.merged[l]))))))), pays);
   }
 
   function bar(share, kind = "") {
@@ -80,6 +81,29 @@
   function strip(rows) {
     return npprune.known && h("div", { class: "row" }, rows.map((row) => npprune.imageLink(row)));
   }
+
+  /* ------------------------------------------------------------ who pays */
+
+  pages.flips = () => {
+    const { run, images } = npprune;
+    if (!run.plan || !npprune.known) return null;
+    const right = (best, label) => best[0][0] === label;
+    const seen = images.map((image, row) => [image, row]).filter(([image]) => image.pruned);
+    const lost = seen.filter(([i]) => right(i.dense, i.label) && !right(i.pruned, i.label));
+    const gained = seen.filter(([i]) => !right(i.dense, i.label) && right(i.pruned, i.label));
+    const fall = ([image]) => (image.q ?? 0) - image.p;
+    lost.sort((a, b) => fall(a) - fall(b) || a[1] - b[1]);
+    gained.sort((a, b) => fall(b) - fall(a) || a[1] - b[1]);
+    const said = ([c, p]) => [npprune.title(c), ` ${percent(p)}`];
+    const gallery = (entries) => h("ul", { class: "gallery pairs" }, entries.map(([image, row]) => h("li", {}, npprune.imageLink(row, {},
+      h("span", {}, h("b", {}, npprune.title(image.label)), h("small", {}, "dense: ", said(image.dense[0])),
+        h("small", { class: "warn" }, "pruned: ", said(image.pruned[0])))))));
+    return ["Who pays", h("h1", {}, "Who pays for what was removed"),
+      lead(`Of ${plural(seen.length, "image")} that the paths are of, ${run.plan.name} gets ${lost.length} wrong that were right, and ${gained.length} right that were wrong. `
+        + "The images were perhaps among those it was made with: for its accuracy see the report."),
+      section("Right before, wrong now", lost.length ? gallery(lost) : h("p", { class: "missing" }, "None.")),
+      section("Wrong before, right now", gained.length ? gallery(gained) : h("p", { class: "missing" }, "None."))];
+  };
 
   /* ------------------------------------------------------------ classes */
 
@@ -258,7 +282,8 @@
     return section(title,
       data.lit && h("p", {}, h("label", {}, lit, " lit where it fires")),
       list,
-      h("p", { class: "caption" }, `The number is its activation at ${npprune.tokens()}, by which they are ranked. `
+      h("p", { class: "caption" }, `The number is its activation at ${npprune.tokens()}, by which they are ranked`
+        + (data.values[0] > 0 ? ". " : ": it is above 0 in no image, and these are the nearest. ")
         + "Patches are dark where it is silent and clear where it fires, on one scale for all pictures."));
   }
 
