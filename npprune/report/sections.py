@@ -15,7 +15,7 @@ from npprune.records import (
     Result,
     Variant,
 )
-from npprune.report import figures, numbers, provenance, text
+from npprune.report import figures, merging, numbers, provenance, text
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
     Figure,
@@ -332,7 +332,7 @@ def _widths(result: Result) -> Section:
             Table(columns, rows),
         )
     )
-    for v in shown:
+    for i, v in enumerate(shown):
         if attention := text.attention(v.prune):
             section.items.append(
                 Table(
@@ -344,15 +344,25 @@ def _widths(result: Result) -> Section:
         name = text.clean(v.name)
         if merged := v.model.merged:
             gone = [sum(merged[:b]) for b in range(len(merged))]
+            table = Table(
+                ["block", "tokens merged", "merged before it"],
+                [
+                    cells(str(b), text.count(r), text.count(g))
+                    for b, (r, g) in enumerate(zip(merged, gone, strict=True))
+                ],
+                caption=f"Patch tokens merged in {name}, between attention and MLP.",
+            )
+            images = v.evaluation.merged if v.evaluation is not None else []
             section.items.append(
-                Table(
-                    ["block", "tokens merged", "merged before it"],
-                    [
-                        cells(str(b), text.count(r), text.count(g))
-                        for b, (r, g) in enumerate(zip(merged, gone, strict=True))
-                    ],
-                    caption=f"Patch tokens merged in {name}, between attention and MLP.",
+                Figure(
+                    f"Merged patches in {name}",
+                    "Left: what the network sees. Right: every token in the mean colour of the "
+                    "patches that it holds; patches that say the same have become one.",
+                    partial(merging.draw, images, f"merged-{i}"),
+                    table,
                 )
+                if images
+                else table
             )
         if len(axes := text.axes(v.prune)) > 1:
             section.items.append(

@@ -24,7 +24,7 @@ from npprune.errors import GateError, plural
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Kept
 from npprune.pipeline.prune.axes.hidden import HiddenUnits
-from npprune.pipeline.prune.axes.tokens import WORD, Schedule, own
+from npprune.pipeline.prune.axes.tokens import WORD, Schedule, between, own
 from npprune.pipeline.prune.latency import LATENCY_TOLERANCE, LatencyTable
 from npprune.pipeline.prune.measuring import (
     Measured,
@@ -73,6 +73,11 @@ class Choice:
     def widths(self) -> list[int]:
         """Hidden units that stay in each block."""
         return self.selection.widths
+
+    @property
+    def nats(self) -> float:
+        """Predicted harm of all of it."""
+        return self.schedule.nats + (self.selection.harm or 0.0)
 
 
 # ---------------------------------------------------------------- choose
@@ -150,23 +155,42 @@ def choose(
 
     measured: `prepared` for these settings.
     """
-    best: Choice | None = None
-    least, refused = math.inf, None
-    for schedule in _schedules(measured):
-        if schedule.nats >= least:
+    tried = _schedules(measured)
+    best, refused = _best(measured, settings, amount, tried, latency)
+    if best is None:
+        assert refused is not None
+        raise refused
+    if len(tried) > 1:
+        assert measured.harm is not None
+        finer = between(measured.subject.view, measured.harm.schedules, best.schedule)
+        better, _ = _best(measured, settings, amount, finer, latency, best)
+        best = better or best
+    return best
+
+
+def _best(
+    measured: Measured,
+    settings: PlanSettings,
+    amount: float,
+    schedules: Sequence[Schedule],
+    latency: LatencyTable | None,
+    best: Choice | None = None,
+) -> tuple[Choice | None, GateError | None]:
+    """The choice of least harm, `best` or one with these schedules, the least harmful first; and
+    why the first of them that is too dear was refused."""
+    refused = None
+    for schedule in schedules:
+        if best is not None and schedule.nats >= best.nats:
             break  # nor can any that follow
         try:
             found = _selected(measured, settings, amount, schedule, latency)
         except GateError as err:  # what this schedule leaves is too dear
             refused = refused or err
             continue
-        nats = schedule.nats + (found.harm or 0.0)
-        if nats < least:
-            best, least = Choice(found, schedule), nats
-    if best is None:
-        assert refused is not None
-        raise refused
-    return best
+        choice = Choice(found, schedule)
+        if best is None or choice.nats < best.nats:
+            best = choice
+    return best, refused
 
 
 def skeleton(measured: Measured, choice: Choice) -> Plan:
@@ -208,6 +232,9 @@ def _selected(
                 [Item(table[l], axis.prices(l, sizes, price)) for l in blocks]
                 for axis, table in zip(measured.further, harm.further, strict=True)
             ]
+        whole = [max(row.values()) for row in prices]
+        whole += [max(item.prices.values()) for axis in further for item in axis]
+        amount = min(amount, sum(whole))  # merging tokens may have met the budget already
     return select(
         measured.hidden.ranking,
         amount,

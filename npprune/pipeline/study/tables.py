@@ -103,8 +103,9 @@ def analyses(
     if dense is not None and dense.label_doubt:
         said = f"{dense.label_doubt}. {said}"
     if dense is None or not lines:
-        columns = ["kept", *_words(paths), "seed"]
-        rows: list[Row] = [[s.kept, *_word(s, paths), s.seed] for s in missing]
+        axes = any(s.axes != "mlp" for s in missing)
+        columns = ["kept", *_words(paths, axes), "seed"]
+        rows: list[Row] = [[s.kept, *_word(s, paths, axes), s.seed] for s in missing]
         return {"study": Analysis("Study", said, columns, rows)}
     out = {"study": _table(lines, dense, said, paths)}
     if any(row.latency is not None for line in lines for row in line.rows):
@@ -128,24 +129,27 @@ def _series(s: Setting) -> str:
     return s.label if s.axes == "mlp" else f"{s.label}, {s.axes}"
 
 
-def _words(paths: bool) -> list[str]:
-    return ["criterion", *(["path neurons"] if paths else []), "axes", "selection", "compensation"]
+def _words(paths: bool, axes: bool) -> list[str]:
+    more = [*(["path neurons"] if paths else []), *(["axes"] if axes else [])]
+    return ["criterion", *more, "selection", "compensation"]
 
 
-def _word(s: Setting, paths: bool) -> list[str]:
+def _word(s: Setting, paths: bool, axes: bool) -> list[str]:
     first = ["kept first" if s.protect else "not used"] if paths else []
     if paths and not s.protect and CRITERIA[s.criterion].paths:
         first = ["criterion"]
-    return [s.criterion, *first, s.axes, s.selection, s.compensation]
+    return [s.criterion, *first, *([s.axes] if axes else []), s.selection, s.compensation]
 
 
 def _table(lines: list[_Line], dense: StudyDense, said: str, paths: bool) -> Analysis:
     before = _values(dense.correct)
+    axes = any(line.setting.axes != "mlp" for line in lines)
     seeds = any(len(line.rows) > 1 for line in lines)
     timed = any(row.latency is not None for line in lines for row in line.rows)
     trained = any(line.healed is not None for line in lines)
     columns = [
-        "kept", *_words(paths), "top-1, %", "from", "to", *(["seeds", "±, seeds"] if seeds else []),
+        "kept", *_words(paths, axes), "top-1, %", "from", "to",
+        *(["seeds", "±, seeds"] if seeds else []),
         "to dense, points", "from", "to", "to best, points", "from", "to", "KL, nats", "MACs, %",
         "parameters, M", *(["latency, %"] if timed else []), "seconds",
         *(HEALED if trained else []),
@@ -161,7 +165,7 @@ def _table(lines: list[_Line], dense: StudyDense, said: str, paths: bool) -> Ana
         kl = line.mean(lambda r: r.divergence.value if r.divergence is not None else 0.0)
         spread = line.spread()
         rows.append([
-            s.kept, *_word(s, paths),
+            s.kept, *_word(s, paths, axes),
             _percent(line.top1), _percent(low), _percent(high),
             *([len(line.rows), None if spread is None else _percent(spread)] if seeds else []),
             *_points(line.against(before)),
