@@ -13,8 +13,8 @@ from tests.helpers.exploring import HOSTILE, build, explored
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ROUTES = (
-    "", "#/classes", "#/class/0", "#/neurons", "#/neuron/1/{j}", "#/image/6", "#/compare", "#/flips",
-    "#/compare/0/neuron-path/0/activation",
+    "", "#/classes", "#/class/0", "#/neurons", "#/neuron/1/{j}", "#/image/6", "#/flips",
+    "#/compare", "#/compare/0/neuron-path/0/activation",
 )  # fmt: skip
 
 
