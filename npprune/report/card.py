@@ -66,7 +66,9 @@ def _metadata(variant: Variant, config: CheckpointConfig) -> str:
         "pipeline_tag": "image-classification",
         "tags": ["npprune", "pruned"],
     }
-    if config.source.checkpoint is None:  # the hub's own weights; those of a file are not known
+    dense = config.details.get("dense", {})
+    if dense.get("name") == architecture and not dense.get("checkpoint"):
+        # the hub's own weights; what a file or another checkpoint came from is not known
         data["base_model"] = architecture if "/" in architecture else f"timm/{architecture}"
     if (e := variant.evaluation) is not None:
         metrics = [

@@ -32,12 +32,13 @@ def test_its_head_is_metadata_and_its_numbers_are_the_records() -> None:
     evaluation = replace(
         variant.evaluation, data=replace(variant.evaluation.data, spec="folder:/home/me/val")
     )
-    hub = replace(config, source=replace(config.source, checkpoint=None))
+    architecture = config.source.architecture
+    hub = replace(config, details={"dense": {"name": architecture}})
     card = render_card(replace(variant, name='x"\n# y', evaluation=evaluation), hub)
     _, head, body = card.split("---\n", 2)
     data = yaml.safe_load(head)
     assert data["license"] == "unknown"
-    assert data["base_model"] == f"timm/{config.source.architecture}"
+    assert data["base_model"] == f"timm/{architecture}"
     (index,) = data["model-index"]
     (measured,) = index["results"]
     assert measured["dataset"]["name"] == "folder:val"
@@ -46,8 +47,8 @@ def test_its_head_is_metadata_and_its_numbers_are_the_records() -> None:
     assert "/home/me" not in card
     assert "\n# y" not in body
     assert is_card(card)
-    local = replace(config, source=replace(config.source, checkpoint="w.safetensors"))
-    assert "base_model" not in render_card(variant, local)
+    for dense in ({"name": architecture, "checkpoint": "w.safetensors"}, {"name": "ckpt/mine"}, {}):
+        assert "base_model" not in render_card(variant, replace(config, details={"dense": dense}))
 
 
 def test_it_is_written_beside_the_weights_and_a_readme_of_ones_own_stays(tmp_path: Path) -> None:
