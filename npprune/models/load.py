@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
-from npprune.models.create import create, current_name, published
+from npprune.models.create import checked_args, create, current_name, published
 from npprune.models.fit import (
     check_patches,
     cut_short,
@@ -27,6 +27,7 @@ from npprune.models.fit import (
     unknown_to,
     unused,
 )
+from npprune.models.folders import Folder, open_folder, translate
 from npprune.models.foreign import (
     infer,
     jax_to_timm,
@@ -39,9 +40,9 @@ from npprune.models.tokens import apply_tokens
 from npprune.models.uneven import fit_to
 from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
-from npprune.records import CheckpointConfig, ModelInfo, ModelSource
+from npprune.models.where import AUTO, Described, find_folder
+from npprune.records import CheckpointConfig, ClassInfo, ModelInfo, ModelSource
 
-AUTO = "auto"
 ImageSize = int | Sequence[int]
 
 
@@ -52,6 +53,7 @@ class Loaded:
     model: nn.Module
     info: ModelInfo
     notes: list[str] = field(default_factory=list)
+    classes: list[ClassInfo] = field(default_factory=list)  # their names, where a folder has them
 
 
 def load(
@@ -65,10 +67,12 @@ def load(
     """A vision transformer with its weights.
 
     Args:
-        name: a timm name, with or without a tag (`vit_tiny_patch16_224.augreg_in21k_ft_in1k`),
-            or `auto`: the architecture is read off the checkpoint's shapes.
-        checkpoint: a safetensors, PyTorch or JAX `.npz` file; None takes timm's published weights
-            from the hub.
+        name: a timm name, with or without a tag (`vit_tiny_patch16_224.augreg_in21k_ft_in1k`);
+            a folder of `transformers` or timm, or such a one's name on the hub
+            (`google/vit-base-patch16-224`); or `auto`: the architecture is read off the
+            checkpoint.
+        checkpoint: a safetensors, PyTorch or JAX `.npz` file, or such a folder; None takes timm's
+            published weights from the hub.
         num_classes: outputs of the head; by default as many as the checkpoint has.
         img_size: input side in pixels (or height and width); position embeddings are resampled.
         num_heads: attention heads, where neither name nor file says.
@@ -78,6 +82,9 @@ def load(
             weights that cannot be had.
     """
     size = _checked_size(img_size)
+    name, described = find_folder(name, checkpoint)
+    if described is not None:
+        return _load_folder(name, described, num_classes, size, num_heads)
     if name == AUTO:
         if checkpoint is None:
             raise ModelError(
@@ -127,7 +134,8 @@ def build(config: CheckpointConfig, tensors: dict[str, Tensor]) -> nn.Module:
     Raises:
         ModelError: the tensors do not form the network that `config` describes.
     """
-    args = {**config.source.model_args, "num_classes": config.num_classes}
+    given = checked_args(config.source.model_args, "config.json")
+    args = {**given, "num_classes": config.num_classes}
     model = create(config.source.architecture, args)
     fit_to(model, tensors, heads=config.heads)
     try:
@@ -152,9 +160,82 @@ def load_timm_folder(folder: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def _load_named(
-    name: str, checkpoint: str | Path | None, num_classes: int | None, args: dict[str, Any]
+def _load_folder(
+    name: str,
+    described: Described,
+    num_classes: int | None,
+    size: tuple[int, int] | None,
+    num_heads: int | None,
 ) -> Loaded:
+    """A network with the description beside its weights; a timm name must agree with it."""
+    folder = open_folder(described.path)
+    if folder.kind == "timm":
+        base = folder.architecture.partition(".")[0]
+        if name != AUTO and name.partition(".")[0] != base:
+            raise ModelError(
+                f"`{folder.path}` is a network of architecture {base}, and MODEL is {name}",
+                hint="give `auto`, or the folder itself as the model",
+            )
+        args = folder.model_args
+        if size is not None:
+            args["img_size"] = size
+        if num_heads is not None:
+            args["num_heads"] = num_heads
+        loaded = _load_named(base, folder.weights, num_classes, args, folder.cfg)
+        loaded.info.source.checkpoint = described.given
+    else:
+        loaded = _load_transformers(name, folder, num_classes, size, num_heads, described.given)
+    loaded.notes = described.notes + loaded.notes
+    loaded.classes = folder.classes(loaded.info.num_classes)
+    return loaded
+
+
+def _load_transformers(
+    name: str,
+    folder: Folder,
+    num_classes: int | None,
+    size: tuple[int, int] | None,
+    num_heads: int | None,
+    given: str,
+) -> Loaded:
+    found = translate(folder, size)
+    for what, asked in (("num_classes", num_classes), ("num_heads", num_heads)):
+        if asked not in (None, found.args[what]):
+            raise ModelError(
+                f"`{what}` is {asked}, and `{folder.path}` has {found.args[what]}",
+                hint=f"leave {setting(f'model.{what}')} out: the folder says it",
+            )
+    if name != AUTO:
+        wanted = shapes_of(create(name, {"num_classes": found.args["num_classes"]}))
+        sizes = {k: tuple(v.shape) for k, v in found.tensors.items()}
+        other = next((k for k in wanted if wanted[k] != sizes.get(k) and k != "pos_embed"), None)
+        if other is not None:
+            raise ModelError(
+                f"`{folder.path}` is not the network {name}: `{other}` is "
+                f"{list(sizes.get(other, ())) or 'missing'} there and {list(wanted[other])} in it",
+                hint="give `auto`, or the folder itself as the model",
+            )
+    side = found.args["in_chans"], *found.args["img_size"]
+    cfg = {**folder.cfg, "input_size": side, "num_classes": found.args["num_classes"]}
+    model = create(found.name, found.args, pretrained_cfg_overlay=cfg)
+    make_view(model)
+    try:
+        model.load_state_dict(found.tensors, strict=True)
+    except RuntimeError as err:
+        hint = "the folder's files do not belong together, or are cut short"
+        raise mismatch(err, str(folder.path), str(folder.config["architectures"][0]), hint) from err
+    source = ModelSource(found.name, found.args, given)
+    return Loaded(model, model_info(model, source), found.notes)
+
+
+def _load_named(
+    name: str,
+    checkpoint: str | Path | None,
+    num_classes: int | None,
+    args: dict[str, Any],
+    said: dict[str, Any] | None = None,
+) -> Loaded:
+    """`said`: what a folder says in timm's `pretrained_cfg`."""
     name, notes = current_name(name)
     cfg = published(name)
     if checkpoint is None:
@@ -171,14 +252,15 @@ def _load_named(
         tensors, heads = jax_to_timm(tensors)
     refuse_representation_layer(tensors)
     args["num_classes"] = outputs(name, tensors, cfg, num_classes, weights.beside)
-    bare = create(name, args)
+    bare = create(name, args, pretrained_cfg_overlay=said)
     make_view(bare)
     grid: dict[str, Any] = {}
     check_patches(bare, tensors, name, path, lambda: other_architecture(tensors))
     if checkpoint is not None:
         grid, resampled = own_grid(bare, tensors, name, path, sized="img_size" in args)
         notes += resampled
-    model = _with_weights(name, args, tensors, grid, path, other_architecture)
+    overlay = {**(said or {}), **grid}
+    model = _with_weights(name, args, tensors, overlay, path, other_architecture)
     if heads is not None and _attention_heads(model) != heads:
         raise ModelError(
             f"{path} has {heads} attention heads, and {name} has {_attention_heads(model)}",

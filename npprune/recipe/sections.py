@@ -62,10 +62,17 @@ class ModelSection(Section):
     """Which network. `auto` as the name builds the architecture from the checkpoint."""
 
     name: str = setting(
-        ..., "timm name, or `auto`: the architecture is read from the checkpoint", flag="MODEL"
+        ...,
+        "timm name; folder or hub name of a transformers or timm network; or `auto`: the architecture "
+        "is read from the checkpoint",
+        flag="MODEL",
     )
     checkpoint: str | None = setting(
-        None, ".safetensors, .pth or .npz", panel=MODEL, metavar="FILE", shown="timm's own weights"
+        None,
+        ".safetensors, .pth or .npz, or a folder",
+        panel=MODEL,
+        metavar="FILE",
+        shown="timm's own weights",
     )
     num_classes: int | None = setting(
         None, "outputs of the classifier", panel=MODEL, metavar="N", ge=1
