@@ -33,6 +33,14 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 Compensation = Literal["none", "mean", "least-squares", "sequential"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
 
+Activation = Literal["gelu", "gelu-tanh", "quick-gelu", "relu", "silu"]
+"""Of the hidden units, where a weights file does not say it."""
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+Pooling = Literal["token", "avg"]
+"""What a classifier reads, where a file does not say: class token or mean patch token."""
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
 Axis = Literal["mlp", "heads", "qk"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 

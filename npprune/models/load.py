@@ -22,6 +22,7 @@ from npprune.models.fit import (
     other_architecture,
     outputs,
     own_grid,
+    refuse_projection,
     shapes_of,
     unknown_layers,
     unknown_to,
@@ -29,6 +30,7 @@ from npprune.models.fit import (
 )
 from npprune.models.folders import Folder, open_folder, translate
 from npprune.models.foreign import (
+    by,
     infer,
     jax_to_timm,
     refuse_representation_layer,
@@ -42,6 +44,7 @@ from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
 from npprune.models.where import AUTO, Described, find_folder
 from npprune.records import CheckpointConfig, ClassInfo, ModelInfo, ModelSource
+from npprune.words import Activation, Pooling
 
 ImageSize = int | Sequence[int]
 
@@ -56,6 +59,25 @@ class Loaded:
     classes: list[ClassInfo] = field(default_factory=list)  # their names, where a folder has them
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for beside the name and the weights; None: as name and weights say."""
+
+    num_classes: int | None = None
+    img_size: tuple[int, int] | None = None
+    num_heads: int | None = None
+    activation: Activation | None = None
+    pooling: Pooling | None = None
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Those that are arguments of timm's architectures."""
+        act = self.activation.replace("-", "_") if self.activation else None
+        given = {"img_size": self.img_size, "num_heads": self.num_heads, "act_layer": act}
+        given |= {"global_pool": self.pooling}
+        return {name: value for name, value in given.items() if value is not None}
+
+
 def load(
     name: str,
     *,
@@ -63,6 +85,8 @@ def load(
     num_classes: int | None = None,
     img_size: ImageSize | None = None,
     num_heads: int | None = None,
+    activation: Activation | None = None,
+    pooling: Pooling | None = None,
 ) -> Loaded:
     """A vision transformer with its weights.
 
@@ -76,28 +100,26 @@ def load(
         num_classes: outputs of the head; by default as many as the checkpoint has.
         img_size: input side in pixels (or height and width); position embeddings are resampled.
         num_heads: attention heads, where neither name nor file says.
+        activation: of the hidden units, likewise.
+        pooling: what the classifier reads, likewise.
 
     Raises:
         ModelError: unknown or unsupported architecture, unreadable or mismatching checkpoint,
             weights that cannot be had.
     """
     size = _checked_size(img_size)
+    wishes = Wishes(num_classes, size, num_heads, activation, pooling)
     name, described = find_folder(name, checkpoint)
     if described is not None:
-        return _load_folder(name, described, num_classes, size, num_heads)
+        return _load_folder(name, described, wishes)
     if name == AUTO:
         if checkpoint is None:
             raise ModelError(
                 "model `auto` is read off a checkpoint, and none was given",
                 hint=f"add {setting('model.checkpoint', 'FILE')}, or give a timm name",
             )
-        return _load_auto(Path(checkpoint), num_classes, size, num_heads)
-    args: dict[str, Any] = {}
-    if size is not None:
-        args["img_size"] = size
-    if num_heads is not None:
-        args["num_heads"] = num_heads
-    return _load_named(name, checkpoint, num_classes, args)
+        return _load_auto(Path(checkpoint), wishes)
+    return _load_named(name, checkpoint, num_classes, wishes.args)
 
 
 def load_model(
@@ -107,6 +129,8 @@ def load_model(
     num_classes: int | None = None,
     img_size: ImageSize | None = None,
     num_heads: int | None = None,
+    activation: Activation | None = None,
+    pooling: Pooling | None = None,
 ) -> nn.Module:
     """As `load`, the network alone; what was assumed in loading it is warned of."""
     loaded = load(
@@ -115,6 +139,8 @@ def load_model(
         num_classes=num_classes,
         img_size=img_size,
         num_heads=num_heads,
+        activation=activation,
+        pooling=pooling,
     )
     for note in loaded.notes:
         warnings.warn(note, stacklevel=2)
@@ -160,13 +186,7 @@ def load_timm_folder(folder: Path) -> nn.Module:
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
 
-def _load_folder(
-    name: str,
-    described: Described,
-    num_classes: int | None,
-    size: tuple[int, int] | None,
-    num_heads: int | None,
-) -> Loaded:
+def _load_folder(name: str, described: Described, wishes: Wishes) -> Loaded:
     """A network with the description beside its weights; a timm name must agree with it."""
     folder = open_folder(described.path)
     if folder.kind == "timm":
@@ -176,33 +196,25 @@ def _load_folder(
                 f"`{folder.path}` is a network of architecture {base}, and MODEL is {name}",
                 hint="give `auto`, or the folder itself as the model",
             )
-        args = folder.model_args
-        if size is not None:
-            args["img_size"] = size
-        if num_heads is not None:
-            args["num_heads"] = num_heads
-        loaded = _load_named(base, folder.weights, num_classes, args, folder.cfg)
+        args = folder.model_args | wishes.args
+        loaded = _load_named(base, folder.weights, wishes.num_classes, args, folder.cfg)
         loaded.info.source.checkpoint = described.given
     else:
-        loaded = _load_transformers(name, folder, num_classes, size, num_heads, described.given)
+        loaded = _load_transformers(name, folder, wishes, described.given)
     loaded.notes = described.notes + loaded.notes
     loaded.classes = folder.classes(loaded.info.num_classes)
     return loaded
 
 
-def _load_transformers(
-    name: str,
-    folder: Folder,
-    num_classes: int | None,
-    size: tuple[int, int] | None,
-    num_heads: int | None,
-    given: str,
-) -> Loaded:
-    found = translate(folder, size)
-    for what, asked in (("num_classes", num_classes), ("num_heads", num_heads)):
-        if asked not in (None, found.args[what]):
+def _load_transformers(name: str, folder: Folder, wishes: Wishes, given: str) -> Loaded:
+    found = translate(folder, wishes.img_size)
+    own = {k: found.args[k] for k in ("num_classes", "num_heads")}
+    own |= {"activation": found.args.get("act_layer", "").replace("_", "-"), "pooling": None}
+    for what, said in own.items():
+        asked = getattr(wishes, what)
+        if asked not in (None, said):
             raise ModelError(
-                f"`{what}` is {asked}, and `{folder.path}` has {found.args[what]}",
+                f"`{what}` is {asked}, and `{folder.path}` has {said or 'its own'}",
                 hint=f"leave {setting(f'model.{what}')} out: the folder says it",
             )
     if name != AUTO:
@@ -241,6 +253,7 @@ def _load_named(
     if checkpoint is None:
         if cfg.get("hf_hub_id") and cfg.get("num_classes") == 0:
             raise no_classifier(name)
+        refuse_projection(name, cfg, None)
         make_view(create(name, args))  # an unsupported network is refused before a download
         path = fetch(name, cfg)
     else:
@@ -251,13 +264,14 @@ def _load_named(
     if weights.layout == "jax":
         tensors, heads = jax_to_timm(tensors)
     refuse_representation_layer(tensors)
+    refuse_projection(name, cfg, tensors)
     args["num_classes"] = outputs(name, tensors, cfg, num_classes, weights.beside)
     bare = create(name, args, pretrained_cfg_overlay=said)
     make_view(bare)
     grid: dict[str, Any] = {}
     check_patches(bare, tensors, name, path, lambda: other_architecture(tensors))
     if checkpoint is not None:
-        grid, resampled = own_grid(bare, tensors, name, path, sized="img_size" in args)
+        grid, resampled = own_grid(bare, tensors, name, path)
         notes += resampled
     overlay = {**(said or {}), **grid}
     model = _with_weights(name, args, tensors, overlay, path, other_architecture)
@@ -271,11 +285,9 @@ def _load_named(
     return Loaded(model, model_info(model, source), notes)
 
 
-def _load_auto(
-    path: Path, num_classes: int | None, size: tuple[int, int] | None, num_heads: int | None
-) -> Loaded:
+def _load_auto(path: Path, wishes: Wishes) -> Loaded:
     weights = read_weights(path)
-    tensors, heads = weights.tensors, num_heads
+    tensors, heads, size = weights.tensors, wishes.num_heads, wishes.img_size
     if weights.layout == "jax":
         tensors, in_file = jax_to_timm(tensors)
         heads = heads or in_file
@@ -285,12 +297,15 @@ def _load_auto(
                 hint=f"leave {setting('model.num_heads')} out: the file says it",
             )
     refuse_representation_layer(tensors)
+    refuse_projection("", {}, tensors)
     found = infer(
         tensors,
         num_heads=heads,
         jax=weights.layout == "jax",
         wrapped=weights.wrapper is not None,
         img_size=size,
+        activation=wishes.activation,
+        pooling=wishes.pooling,
     )
     args = dict(found.args)
     cfg = {
@@ -300,7 +315,7 @@ def _load_auto(
         "crop_pct": 0.9,
         "crop_mode": "center",
     }
-    args["num_classes"] = outputs(str(path), tensors, {}, num_classes, weights.beside)
+    args["num_classes"] = outputs(str(path), tensors, {}, wishes.num_classes, weights.beside)
     if size is not None:
         args["img_size"] = list(size)
     tensors = with_timm_scales(tensors)
@@ -311,6 +326,11 @@ def _load_auto(
     model = _with_weights(found.name, args, tensors, cfg, path, cut_short)
     source = ModelSource(found.name, args, str(path))
     notes = weights.notes + found.notes + unused(model, tensors)
+    there, here = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
+    if there is not None and here is not None and there.shape != here.shape:
+        notes.append(
+            f"position embeddings resampled for {by(args['img_size'])} pixels, as was asked for"
+        )
     return Loaded(model, model_info(model, source), notes)
 
 

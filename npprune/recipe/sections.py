@@ -63,8 +63,8 @@ class ModelSection(Section):
 
     name: str = setting(
         ...,
-        "timm name; folder or hub name of a transformers or timm network; or `auto`: the architecture "
-        "is read from the checkpoint",
+        "timm name; folder or hub name of a transformers or timm network; or `auto`: the "
+        "architecture is read from the checkpoint",
         flag="MODEL",
     )
     checkpoint: str | None = setting(
@@ -88,6 +88,15 @@ class ModelSection(Section):
     )
     num_heads: int | None = setting(
         None, "attention heads per block", panel=MODEL, metavar="N", ge=1
+    )
+    activation: words.Activation | None = setting(
+        None, "of the hidden units, where neither name nor file says", panel=MODEL
+    )
+    pooling: words.Pooling | None = setting(
+        None,
+        "the classifier reads the class token or the mean patch token, where neither name nor file "
+        "says",
+        panel=MODEL,
     )
     released_head: bool = setting(
         False, "normalise MAE's pooled tokens twice, as the paper's released program", panel=MODEL

@@ -1,10 +1,9 @@
-"""Folders of `transformers`: logits, labels and preprocessing as there; what is refused, and why."""
+"""Folders of `transformers`: logits, labels and preprocessing as there; what is refused."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,9 +77,9 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 
 
 @pytest.fixture
-def copied(vit: tuple[Path, nn.Module], tmp_path: Path) -> Iterator[Path]:
+def copied(vit: tuple[Path, nn.Module], tmp_path: Path) -> Path:
     shutil.copytree(vit[0], tmp_path / "copy")
-    yield tmp_path / "copy"
+    return tmp_path / "copy"
 
 
 def changed(folder: Path, **values: Any) -> None:
@@ -141,7 +140,7 @@ def test_a_folder_is_given_in_five_ways(vit: tuple[Path, nn.Module], tmp_path: P
         load("vit_tiny_patch16_224", checkpoint=folder)
     with pytest.raises(ModelError, match="has weights of its own"):
         load(str(folder), checkpoint=folder / "model.safetensors")
-    with pytest.raises(ModelError, match="`num_heads` is 6, and .* has 3"):
+    with pytest.raises(ModelError, match=r"`num_heads` is 6, and .* has 3"):
         load(str(folder), num_heads=6)
 
 

@@ -108,7 +108,6 @@ def test_jax_archive_agrees_with_timms_own_reader(tmp_path: Path) -> None:
         {"init_values": 0.1},
         {"reg_tokens": 4, "no_embed_class": True},
         {"reg_tokens": 4},
-        {"pre_norm": True},
         {"qk_norm": True},
         {"qkv_bias": False},
         {"class_token": False, "global_pool": "avg", "fc_norm": False},

@@ -102,6 +102,8 @@ def open_network(section: ModelSection, work: Work) -> Network:
         num_classes=section.num_classes,
         img_size=section.img_size,
         num_heads=section.num_heads,
+        activation=section.activation,
+        pooling=section.pooling,
     )
     for note in loaded.notes:
         work.say(note)
