@@ -54,7 +54,7 @@ FILE_PRECISIONS: tuple[FilePrecision, ...] = get_args(FilePrecision)
 Dynamic = Literal["dynamic"]
 """A file that takes any number of images at once."""
 
-Format = Literal["onnx", "torch", "timm"]
+Format = Literal["onnx", "torch", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]

@@ -88,7 +88,7 @@ def command(
                 work=run.work(emit),
             )
         else:
-            suffix = {"onnx": ".onnx", "torch": ".pt2", "timm": "_timm"}[settings.format]
+            suffix = stage.SUFFIXES[settings.format] or f"_{settings.format}"
             target = out or Path(flags.folder_name(model) + suffix)
             record = output.result(
                 stage.export_model,

@@ -114,7 +114,7 @@ def _format(s: ExportSection) -> None:
     for field, value, wrong in (
         ("precision", s.precision, s.precision != "fp32"),
         ("with_preprocessing", None, s.with_preprocessing),
-        ("batch", s.batch, s.batch != "dynamic" and s.format == "timm"),
+        ("batch", s.batch, s.batch != "dynamic" and s.format in ("timm", "transformers")),
     ):
         if wrong:
             raise Conflict(

@@ -495,7 +495,11 @@ class EditSection(Section):
 class ExportSection(Section):
     """How it is shipped."""
 
-    format: words.Format = setting("onnx", "torch is a torch.export archive", panel=FILE)
+    format: words.Format = setting(
+        "onnx",
+        "torch is a torch.export archive; timm and transformers are folders that these load",
+        panel=FILE,
+    )
     opset: int = setting(20, "ONNX operator set, 17 to 23", panel=FILE, metavar="N", ge=17, le=23)
     precision: words.FilePrecision = setting("fp32", "of the weights", panel=FILE)
     batch: Annotated[words.Dynamic | Count, Rule("`dynamic` or a whole number of at least 1")] = (
