@@ -115,6 +115,12 @@ def from_transformers(
     build = _BUILDERS.get(kind)
     if build is None:
         raise _unsupported(kind, str(config.get("model_type")))
+    if config.get("problem_type") in ("multi_label_classification", "regression"):
+        raise ModelError(
+            f"the folder's network is for {config['problem_type']}, and npprune reads outputs as "
+            "one choice among classes (softmax)",
+            hint="use a network that chooses one class",
+        )
     vision = config.get("vision_config")
     inner = dict(vision) if isinstance(vision, Mapping) else dict(config)
     renamed, unread = _renamed(tensors)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
+from npprune.models.beit import infer_beit, is_beit
 from npprune.models.create import checked_args, create, current_name, published
 from npprune.models.fit import (
     check_patches,
@@ -39,6 +40,7 @@ from npprune.models.foreign import (
 from npprune.models.hub import fetch
 from npprune.models.info import model_info, weights_sha256
 from npprune.models.tokens import apply_tokens
+from npprune.models.translations import translated
 from npprune.models.uneven import fit_to
 from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
@@ -263,6 +265,7 @@ def _load_named(
     heads = None
     if weights.layout == "jax":
         tensors, heads = jax_to_timm(tensors)
+    tensors, said_of_names = translated(tensors)
     refuse_representation_layer(tensors)
     refuse_projection(name, cfg, tensors)
     args["num_classes"] = outputs(name, tensors, cfg, num_classes, weights.beside)
@@ -274,14 +277,14 @@ def _load_named(
         grid, resampled = own_grid(bare, tensors, name, path)
         notes += resampled
     overlay = {**(said or {}), **grid}
-    model = _with_weights(name, args, tensors, overlay, path, other_architecture)
+    model = _with_weights(bare, name, args, tensors, overlay, path, other_architecture)
     if heads is not None and _attention_heads(model) != heads:
         raise ModelError(
             f"{path} has {heads} attention heads, and {name} has {_attention_heads(model)}",
             hint=f"use the model name `auto`, or {setting('model.num_heads', heads)}",
         )
     source = ModelSource(name, args, str(checkpoint) if checkpoint is not None else None)
-    notes += weights.notes + unused(model, tensors)
+    notes += weights.notes + said_of_names + unused(model, tensors)
     return Loaded(model, model_info(model, source), notes)
 
 
@@ -296,36 +299,42 @@ def _load_auto(path: Path, wishes: Wishes) -> Loaded:
                 f"`num_heads` is {heads}, and {path} has {in_file} attention heads",
                 hint=f"leave {setting('model.num_heads')} out: the file says it",
             )
+    tensors, said_of_names = translated(tensors)
     refuse_representation_layer(tensors)
     refuse_projection("", {}, tensors)
-    found = infer(
-        tensors,
-        num_heads=heads,
-        jax=weights.layout == "jax",
-        wrapped=weights.wrapper is not None,
-        img_size=size,
-        activation=wishes.activation,
-        pooling=wishes.pooling,
-    )
+    torchvision = any("torchvision" in note for note in said_of_names)
+    if is_beit(tensors):
+        found, tensors = infer_beit(tensors, heads, size)
+    else:
+        found = infer(
+            tensors,
+            num_heads=heads,
+            jax=weights.layout == "jax",
+            wrapped=weights.wrapper is not None or torchvision,
+            img_size=size,
+            activation=wishes.activation,
+            pooling=wishes.pooling,
+        )
     args = dict(found.args)
     cfg = {
         **found.preprocessing,
         "input_size": (args["in_chans"], *args["img_size"]),
-        "interpolation": "bicubic",
-        "crop_pct": 0.9,
+        "interpolation": "bilinear" if torchvision else "bicubic",
+        "crop_pct": 0.875 if torchvision else 0.9,
         "crop_mode": "center",
     }
     args["num_classes"] = outputs(str(path), tensors, {}, wishes.num_classes, weights.beside)
     if size is not None:
         args["img_size"] = list(size)
-    tensors = with_timm_scales(tensors)
+    if not is_beit(tensors):
+        tensors = with_timm_scales(tensors)
     bare = create(found.name, args)
     make_view(bare)
     if unknown := unknown_to(bare, tensors):
         raise unknown_layers(path, tensors, unknown)
-    model = _with_weights(found.name, args, tensors, cfg, path, cut_short)
+    model = _with_weights(bare, found.name, args, tensors, cfg, path, cut_short)
     source = ModelSource(found.name, args, str(path))
-    notes = weights.notes + found.notes + unused(model, tensors)
+    notes = weights.notes + said_of_names + found.notes + unused(model, tensors)
     there, here = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
     if there is not None and here is not None and there.shape != here.shape:
         notes.append(
@@ -335,6 +344,7 @@ def _load_auto(path: Path, wishes: Wishes) -> Loaded:
 
 
 def _with_weights(
+    bare: nn.Module,
     name: str,
     args: dict[str, Any],
     tensors: dict[str, Tensor],
@@ -343,8 +353,12 @@ def _with_weights(
     next_step: Callable[[dict[str, Tensor]], str],
 ) -> nn.Module:
     """The architecture with these weights, through timm's own checkpoint filter."""
+    # No `first_conv`: timm would adapt or drop the patch embedding of other inputs than RGB.
     overlay = {**cfg, "state_dict": tensors, "num_classes": args["num_classes"]}
+    overlay["first_conv"] = None
     try:
+        if hasattr(getattr(bare, "patch_embed", None), "backbone"):
+            return _hybrid(name, args, tensors, cfg)
         model = create(name, args, pretrained=True, pretrained_cfg_overlay=overlay)
     except ModelError:
         raise
@@ -352,6 +366,17 @@ def _with_weights(
         raise mismatch(err, str(path), name, next_step(tensors)) from err
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore[union-attr,operator]
     return model
+
+
+def _hybrid(
+    name: str, args: dict[str, Any], tensors: dict[str, Tensor], cfg: dict[str, Any]
+) -> nn.Module:
+    """A network with a convolutional stem, whose weights timm would fetch apart from the file's."""
+    from timm.models.vision_transformer_hybrid import checkpoint_filter_fn
+
+    model: Any = create(name, args, pretrained_cfg_overlay=cfg)
+    model.load_state_dict(checkpoint_filter_fn(tensors, model), strict=True)
+    return model  # type: ignore[no-any-return]
 
 
 def _attention_heads(model: nn.Module) -> int:

@@ -48,7 +48,7 @@ _MARKS = (
 
 
 def translated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors under timm's names, and a note that says so; others as they are."""
+    """The tensors under timm's names, and notes that say so; others as they are."""
     for library, mark, rules in _MARKS:
         prefix = _prefix(mark, tensors)
         if prefix is None:
@@ -59,23 +59,22 @@ def translated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
             new = next((re.sub(p, n, bare, count=1) for p, n in rules if re.match(p, bare)), None)
             out[new or name] = tensor
         return out, [f"read as {library}'s vision transformer, under timm's names"]
-    return tensors, []
+    return lone_classifier(tensors)
 
 
 def _prefix(mark: str, names: Iterable[str]) -> str | None:
     return next((m[1] for name in names if (m := re.match(mark, name))), None)
 
 
-def joined_classifier(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """`head.1` and the like as `head`, where it is the only layer of its sequence."""
-    for head in ("head", "fc", "classifier"):
-        found = {m[1] for k in tensors if (m := re.fullmatch(rf"{head}\.(\d+)\.(?:weight|bias)", k))}
-        if len(found) == 1 and not any(k.startswith("head.") for k in tensors if head != "head"):
-            (place,) = found
-            at = f"{head}.{place}."
-            weight = tensors.get(f"{at}weight")
-            if weight is not None and weight.dim() == 2:
-                out = {k.replace(at, "head.") if k.startswith(at) else k: v for k, v in tensors.items()}
-                said = f"`{at}weight` is taken for the classifier; layers beside it have no weights"
-                return out, [said]
-    return tensors, []
+def lone_classifier(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """`head.1` and the like as `head`, where no other layer of its sequence has weights."""
+    found = {m[1] for k in tensors if (m := re.fullmatch(r"head\.(\d+)\.(?:weight|bias)", k))}
+    if len(found) != 1:
+        return tensors, []
+    at = f"head.{found.pop()}."
+    weight = tensors.get(f"{at}weight")
+    inside = [k for k in tensors if k.startswith("head.")]
+    if weight is None or weight.dim() != 2 or not all(k.startswith(at) for k in inside):
+        return tensors, []
+    said = f"`{at}weight` is taken for the classifier: what is beside it has no weights (dropout)"
+    return {k.replace(at, "head.") if k in inside else k: v for k, v in tensors.items()}, [said]

@@ -111,6 +111,17 @@ def test_what_is_assumed_is_said(tmp_path: Path) -> None:
         assert "resampled from 6x6 to 14x14 patches" in "".join(notes)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_inputs_than_rgb(channels: int, tmp_path: Path) -> None:
+    model = tiny(in_chans=channels, num_classes=2)
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    loaded = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    x = torch.randn(2, channels, 32, 32)
+    torch.testing.assert_close(loaded.model(x), model(x))
+    pre = loaded.info.preprocessing
+    assert (pre.input_size, pre.mean) == ((channels, 32, 32), (0.5,) * channels)
+
+
 def test_a_projection_is_no_classifier(tmp_path: Path) -> None:
     state: dict[str, Tensor] = without_bias(clip()).state_dict()
     for name, tensors in (

@@ -261,6 +261,7 @@ def test_what_has_no_classifier_is_refused_by_name(tmp_path: Path) -> None:
         ({"image_size": 40}, "makes 5x5 patches, and the weights have 17 positions"),
         ({"image_size": "x"}, "`image_size` .* must be pixels, got 'x'"),
         ({"hidden_act": "os.system"}, "'os.system', is no activation"),
+        ({"problem_type": "multi_label_classification"}, "is for multi_label_classification"),
         ({"hidden_size": 10**9}, "says `hidden_size` 1000000000, and the weights have 24"),
         ({"num_hidden_layers": 4}, "says `num_hidden_layers` 4, and the weights have 2"),
         ({"layer_norm_eps": None, "architectures": None}, "which class of `transformers`"),

@@ -366,7 +366,7 @@ NAMED = {  # contents of other kinds, what is said, and the next step
     "hugging face": (
         {"vit.embeddings.patch_embeddings.projection.weight": 1},
         "Hugging Face's vision transformer",
-        "convert it first",
+        "give the folder with its config.json",
     ),
     "adapters": ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": 1}, "LoRA", "merge them"),
     "a resnet": ({"layer1.0.conv1.weight": 1}, "convolutional network", "plain vision transf"),
@@ -410,8 +410,13 @@ def test_a_classifier_apart_from_the_network_is_not_lost(tmp_path: Path) -> None
     assert "`head.weight`" in refused({**net, "top.weight": torch.ones(9, 5)}, "layer `top.weight`")
     apart = {"backbone": HEADLESS, "classifier": {"weight": torch.ones(9, 24)}}
     refused(apart, r"layer `classifier.weight` \[9, 24\]")
-    sequence = HEADLESS | {"head.1.weight": STATE["head.weight"], "head.1.bias": STATE["head.bias"]}
+    first = {"head.1.weight": STATE["head.weight"], "head.1.bias": STATE["head.bias"]}
+    sequence = HEADLESS | first | {"head.0.weight": torch.ones(24, 24)}
     assert "as `head.weight` and `head.bias`" in refused(sequence, "is a sequence of layers")
+    torch.save(HEADLESS | first, tmp_path / "w.pth")  # after dropout
+    loaded = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    assert torch.equal(loaded.model.state_dict()["head.weight"], STATE["head.weight"])
+    assert any("`head.1.weight` is taken for the classifier" in note for note in loaded.notes)
 
 
 # ------------------------------------------------------------------ by name
