@@ -93,11 +93,12 @@ def load_transformers(folder: Path, own: bool) -> nn.Module:
     from transformers.utils import logging as said
 
     said.disable_progress_bar()
+    kind: Any = transformers.AutoModelForImageClassification
     if own:
-        from npprune.export.modeling_npprune import NpPruneViTForImageClassification as kind
-    else:
-        kind = transformers.AutoModelForImageClassification
-    network: Any = kind.from_pretrained(folder, local_files_only=True).eval()
+        from npprune.export.modeling_npprune import NpPruneViTForImageClassification
+
+        kind = NpPruneViTForImageClassification
+    network = kind.from_pretrained(folder, local_files_only=True).eval()
 
     class Logits(torch.nn.Module):
         def __init__(self) -> None:

@@ -132,6 +132,9 @@ class NpPruneViTForImageClassification(PreTrainedModel):  # type: ignore[misc]
     config_class = NpPruneViTConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
+    norm_pre: nn.Module
+    norm: nn.Module
+    fc_norm: nn.Module
 
     def __init__(self, config: NpPruneViTConfig) -> None:
         super().__init__(config)
@@ -148,9 +151,10 @@ class NpPruneViTForImageClassification(PreTrainedModel):  # type: ignore[misc]
             norm = nn.LayerNorm(width, eps=c.layer_norm_eps) if name in c.norms else nn.Identity()
             setattr(self, name, norm)
         read = 2 * width if c.pooling == "class+patches" else width
-        self.head = nn.Linear(read, c.num_labels)
+        labels: Any = c.num_labels
+        self.head = nn.Linear(read, labels)
         if c.pooling == "distilled":
-            self.head_dist = nn.Linear(width, c.num_labels)
+            self.head_dist = nn.Linear(width, labels)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
