@@ -395,6 +395,17 @@ class HealSummary:
 
 
 @dataclass
+class MergedImage:
+    """An image, and which token holds each of its patches after some of the blocks."""
+
+    name: str  # of its class
+    png: str  # base64; as the network sees it
+    grid: list[int]  # rows and columns of patches
+    blocks: list[int]
+    tokens: list[list[int]]  # for each of these blocks, a number for each patch
+
+
+@dataclass
 class Evaluation:
     """Dense and pruned on the same images in one run."""
 
@@ -417,6 +428,7 @@ class Evaluation:
     pruned_model: ModelInfo | None = None
     seconds: float = 0.0
     label_doubt: str = ""  # why the labels are probably wrong
+    merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
 
 
 @dataclass

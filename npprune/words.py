@@ -41,8 +41,14 @@ Pooling = Literal["token", "avg"]
 """What a classifier reads, where a file does not say: class token or mean patch token."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-Axis = Literal["mlp", "heads", "qk"]
+Axis = Literal["mlp", "heads", "qk", "tokens"]
+"""What may be removed: hidden units, attention heads, query/key dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
+
+PathUse = Literal["auto", "protect", "prior", "off"]
+"""What path neurons are to pruning: kept as far as that costs nothing; kept first; votes that raise
+the criterion's scores as far as that costs nothing; nothing."""
+PATH_USES: tuple[PathUse, ...] = get_args(PathUse)
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
 TrainingPrecision = Literal["fp32", "bf16"]

@@ -20,10 +20,10 @@ Example: keep half of the hidden units, the paths' neurons first
   npprune prune reports/vit_tiny --topk 5 --keep 0.5 \\
     --calibration folder:imagenet/train --out ckpt/vit_tiny_half
 
-Example: 70 % of the MACs; hidden units, heads and query/key dimensions share the budget
+Example: half of the MACs; tokens merge, hidden units, heads and query/key dimensions go
 
-  npprune prune reports/vit_tiny --axes mlp,heads,qk --target-macs 0.7 \\
-    --calibration folder:imagenet/train --out ckpt/vit_tiny_70
+  npprune prune vit_tiny_patch16_224.augreg_in21k_ft_in1k --target-macs 0.5 \\
+    --calibration folder:imagenet/train --out ckpt/vit_tiny_50
 
 Example: no paths, a network by its name
 

@@ -85,11 +85,18 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
         output.line()
         each = [(str(block), *row) for block, row in enumerate(attention[:MANY_BLOCKS])]
         output.table("Attention", ("block", "heads", "query/key dimensions"), each)
+    if len(axes := text.axes(summary)) > 1:
+        output.line()
+        output.table("What each axis gave", ("axis", "MACs", "harm"), axes)
     facts = [
         ("choice", f"{summary.criterion}, {summary.selection}"),
         ("compensation", summary.compensation),
         ("network", network(variant.model)),
     ]
+    if any(summary.protected):
+        facts.insert(1, ("path neurons kept", text.path_neurons(summary)))
+    if (merged := variant.model.merged) is not None:
+        facts.insert(2, ("tokens merged", " ".join(map(str, merged)) + " per block"))
     if summary.calibration is not None:
         facts.append(("calibration", data(summary.calibration)))
     facts += predicted(summary.predicted)

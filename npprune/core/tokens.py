@@ -46,6 +46,11 @@ class Tokens(NamedTuple):
     rotary: Tensor | None = None  # [b, t, c], rotary embedding; None: that of the whole image
 
 
+def followed(x: Tensor) -> Tokens:
+    """The stream [b, t, d] as tokens that hold themselves: who joins whom will be known."""
+    return Tokens(x, where=torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
+
+
 class Merge(NamedTuple):
     """Who joins whom in one block; positions count within A, B, or A followed by B."""
 
@@ -132,6 +137,12 @@ def expanded(tokens: Tokens) -> Tensor:
     if tokens.where is None:
         raise ValueError("these tokens were not followed: `where` must be set before they merge")
     return _rows(tokens.x, tokens.where)
+
+
+def gathered(x: Tensor, where: Tensor, tokens: int) -> Tensor:
+    """The values x [b, t0, d] of the original tokens, summed over those that each token holds."""
+    total = x.new_zeros(*where.shape[:1], tokens, x.shape[-1])
+    return total.scatter_add_(1, where[..., None].expand(*where.shape, x.shape[-1]), x)
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad, scaled_dot_product_attention
 
 from npprune.core.tokens import Merge, Tokens, expanded, match, merge
+from npprune.core.tokens import followed as itself
 from npprune.errors import ModelError
 from npprune.models.attention import NarrowAttention
 
@@ -74,8 +75,7 @@ def followed(x: Tensor | Tokens, follow: bool) -> Tokens:
     tokens = x if isinstance(x, Tokens) else Tokens(x)
     if not follow or tokens.where is not None:
         return tokens
-    b, t, _ = tokens.x.shape
-    return tokens._replace(where=torch.arange(t, device=tokens.x.device).expand(b, -1))
+    return tokens._replace(where=itself(tokens.x).where)
 
 
 def check_tokens(model: nn.Module, l: int) -> None:

@@ -26,7 +26,8 @@ from npprune.core.view import Projections
 from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
-from npprune.models.tokens import apply_tokens
+from npprune.models.merging import check_tokens
+from npprune.models.tokens import apply_tokens, patch_tokens, tokens_of
 from npprune.models.uneven import set_heads, set_query_dim
 from npprune.models.view import TimmView, classifiers, make_view
 from npprune.records import Plan
@@ -168,8 +169,17 @@ def _set_linear(layer: nn.Linear, name: str, weight: Tensor, bias: Tensor | None
 
 
 def check_axes(model: nn.Module, axes: Sequence[str]) -> None:
-    """ModelError, by name and with the reason, where `heads` or `qk` cannot be taken from."""
+    """ModelError, by name and with the reason, where there is nothing of an axis to take from."""
+    if "tokens" in axes:
+        patch_tokens(model)
+        if any(tokens_of(model)[0]):
+            raise ModelError(
+                "the network merges tokens already",
+                hint="prune the network that it was made from, or leave `tokens` out of the axes",
+            )
     for l, block in enumerate(make_view(model).blocks):
+        if "tokens" in axes:
+            check_tokens(model, l)
         for axis in ("heads", "qk"):
             if axis in axes:
                 check_attention(block.attn, l, axis)

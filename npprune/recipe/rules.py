@@ -20,6 +20,7 @@ def check(settings: Section) -> None:
     if isinstance(settings, PruneSection):
         _budgets(settings)
         _axes(settings)
+        _paths(settings)
     elif isinstance(settings, HealSection):
         _length(settings)
         _layerwise(settings)
@@ -37,13 +38,14 @@ def _budgets(s: PruneSection) -> None:
 
 def _axes(s: PruneSection) -> None:
     """Other axes than hidden units."""
-    if set(s.axes) == {"mlp"}:
+    if s.axes is None or set(s.axes) == {"mlp"}:
         return
     axes = setting("prune.axes", ",".join(s.axes))
-    macs, params, drop = (
-        setting(f"prune.{name}") for name in ("target_macs", "target_params", "max_drop")
+    latency, macs, params, drop = (
+        setting(f"prune.{name}")
+        for name in ("target_latency", "target_macs", "target_params", "max_drop")
     )
-    hint = f"use {macs} or {params}, or {drop} alone"
+    hint = f"use {macs}, {latency} or {params}, or {drop} alone"
     if s.keep is not None:
         raise Conflict(
             "prune.keep",
@@ -51,26 +53,38 @@ def _axes(s: PruneSection) -> None:
             "parts share the budget",
             hint=hint,
         )
-    if s.target_latency is not None:
+    if s.target_params is not None and "tokens" in s.axes:
         raise Conflict(
-            "prune.target_latency",
-            f"{setting('prune.target_latency')} knows what hidden units cost, not attention: it "
-            f"cannot be combined with {axes}",
-            hint=hint,
+            "prune.target_params",
+            f"{params} is not met by merging tokens, which removes no parameter, and {axes} was "
+            "given",
+            hint=f"leave `tokens` out, or use {macs} or {latency}",
         )
-    if s.target_params is s.target_macs is s.max_drop is None:
+    if budget_of(s) is s.max_drop is None:
         raise Conflict(
             "prune.axes",
             f"{setting('prune.topk')} alone keeps the paths' hidden units, and {axes} needs a "
-            "budget that attention can share",
+            "budget that other parts can share",
             hint=hint,
         )
     if s.selection != "measured":
         raise Conflict(
             "prune.selection",
             f"{axes} needs {setting('prune.selection', 'measured')}, got `{s.selection}`: only "
-            "measured harm compares hidden units with heads",
+            "measured harm compares hidden units with other parts",
             hint=f"leave {setting('prune.selection')} out",
+        )
+
+
+def _paths(s: PruneSection) -> None:
+    """`protect_paths` is another word for two of the values of `paths`."""
+    short = setting("prune.protect_paths", s.protect_paths)
+    same = {None: s.paths, True: "protect", False: "off"}[s.protect_paths]
+    if s.paths not in ("auto", same):
+        raise Conflict(
+            "prune.paths",
+            f"{setting('prune.paths', s.paths)} and {short} contradict each other",
+            hint=f"leave {setting('prune.protect_paths')} out",
         )
 
 
@@ -114,6 +128,7 @@ def _format(s: ExportSection) -> None:
     for field, value, wrong in (
         ("precision", s.precision, s.precision != "fp32"),
         ("with_preprocessing", None, s.with_preprocessing),
+        ("last_for_read", None, s.last_for_read and s.format in ("timm", "transformers")),
         ("batch", s.batch, s.batch != "dynamic" and s.format in ("timm", "transformers")),
     ):
         if wrong:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -40,7 +40,7 @@ class Section(BaseModel):
     def _no_number_from_bool(cls, value: Any, info: ValidationInfo) -> Any:
         """`topk: true` would become 1 otherwise."""
         annotation = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, bool) and annotation is not bool:
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticCustomError("not_bool", "must not be true or false")
         return value
 
@@ -239,16 +239,16 @@ class DiscoverSection(Section):
 class PruneSection(Section):
     """What stays. A budget is one of keep, target_params, target_macs, target_latency.
 
-    `axes` other than `mlp` need measured selection, and one of target_params, target_macs,
-    max_drop.
+    `axes` other than `mlp` need measured selection, and a budget that they can share.
     """
 
-    axes: list[words.Axis] = setting(
-        ["mlp"],
+    axes: list[words.Axis] | None = setting(
+        None,
         "what may be removed, separated by commas",
         panel=CHOICE,
         metavar="LIST",
         hint="`mlp,heads,qk` lets hidden units, heads and query/key dimensions share the budget",
+        shown="all that the network has for fewer MACs, latency or --max-drop alone; else mlp",
         min_length=1,
     )
     topk: int | None = setting(
@@ -313,9 +313,16 @@ class PruneSection(Section):
         shown="chosen on held-out images",
         gt=0,
     )
-    protect_paths: bool = setting(
-        True, "keep the paths' neurons as far as the budget allows", panel=CHOICE
+    paths: words.PathUse = setting(
+        "auto",
+        "neurons of paths: auto keeps as many as cost nothing on held-out images, protect all that "
+        "fit the budget, prior lets votes raise the criterion's scores",
+        panel=CHOICE,
     )
+    protect_paths: bool | None = setting(
+        None, "short for --paths protect, and off", panel=CHOICE, shown="--paths decides",
+        flag="--protect-paths/--no-protect-paths",
+    )  # fmt: skip
     round_to: int = setting(16, "widths are multiples of N", panel=CHOICE, metavar="N", ge=1)
     min_keep: int = setting(
         16, "least number of hidden units per block", panel=CHOICE, metavar="N", ge=1
@@ -365,12 +372,29 @@ class StudySection(Section):
     selections: list[words.Selection] = setting(
         ["uniform"], "how blocks share the budget", panel=COMPARED, metavar="LIST", min_length=1
     )
-    keep: list[Share] = setting(
-        [0.5],
+    keep: list[Share] | None = setting(
+        None,
         "shares of the hidden units that stay",
         panel=COMPARED,
         metavar="LIST",
         hint="`0.5,0.7` compares half of the hidden units with 70 %",
+        shown="0.5, unless --target-macs is given",
+        min_length=1,
+    )
+    target_macs: list[Share] | None = setting(
+        None,
+        "shares of the MACs, for each of --axes",
+        panel=COMPARED,
+        metavar="LIST",
+        hint="`0.7,0.5` compares 70 % of the MACs with half of them",
+        min_length=1,
+    )
+    axes: list[str] = setting(
+        ["all"],
+        "what shares the MACs, joined by +: mlp, mlp+heads+qk, tokens, all, ...",
+        panel=COMPARED,
+        metavar="LIST",
+        hint="`all,mlp` compares all axes with hidden units alone",
         min_length=1,
     )
     seeds: list[Seed] = setting(
@@ -507,6 +531,12 @@ class ExportSection(Section):
     )
     with_preprocessing: bool = setting(
         False, "the file takes pixels (uint8, NHWC) and normalises them itself", panel=FILE
+    )
+    last_for_read: bool = setting(
+        False,
+        "the last block computes only the tokens that the classifier reads: the same logits, "
+        "fewer MACs",
+        panel=FILE,
     )
     max_drop: float | None = setting(
         None,

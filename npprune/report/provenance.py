@@ -55,7 +55,7 @@ def _pruning(p: PruneSummary) -> Facts:
     if p.topk is not None:
         pairs.append(("path neurons per class and block", str(p.topk)))
     if any(p.protected):
-        pairs.append(("protected path neurons", text.count(sum(p.protected))))
+        pairs.append(("path neurons kept", text.path_neurons(p)))
     pairs += [
         ("widths rounded up to", f"multiples of {p.round_to}" if p.round_to > 1 else "not rounded"),
         ("compensation", p.compensation),

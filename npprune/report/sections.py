@@ -15,7 +15,7 @@ from npprune.records import (
     Result,
     Variant,
 )
-from npprune.report import figures, numbers, provenance, text
+from npprune.report import figures, merging, numbers, provenance, text
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
     Figure,
@@ -332,13 +332,46 @@ def _widths(result: Result) -> Section:
             Table(columns, rows),
         )
     )
-    for v in shown:
+    for i, v in enumerate(shown):
         if attention := text.attention(v.prune):
             section.items.append(
                 Table(
                     ["block", "heads", "query/key dimensions of a head"],
                     [cells(str(b), *row) for b, row in enumerate(attention)],
                     caption=f"Attention kept in {text.clean(v.name)}.",
+                )
+            )
+        name = text.clean(v.name)
+        if merged := v.model.merged:
+            gone = [sum(merged[:b]) for b in range(len(merged))]
+            table = Table(
+                ["block", "tokens merged", "merged before it"],
+                [
+                    cells(str(b), text.count(r), text.count(g))
+                    for b, (r, g) in enumerate(zip(merged, gone, strict=True))
+                ],
+                caption=f"Patch tokens merged in {name}, between attention and MLP.",
+            )
+            images = v.evaluation.merged if v.evaluation is not None else []
+            section.items.append(
+                Figure(
+                    f"Merged patches in {name}",
+                    "Left: what the network sees. Right: every token in the mean colour of the "
+                    "patches that it holds; patches that say the same have become one.",
+                    partial(merging.draw, images, f"merged-{i}"),
+                    table,
+                )
+                if images
+                else table
+            )
+        if len(axes := text.axes(v.prune)) > 1:
+            section.items.append(
+                Table(
+                    ["axis", "share of the dense MACs", "predicted harm"],
+                    [cells(*row) for row in axes],
+                    caption=f"What each axis gave in {name}, one after the other: harm is the KL "
+                    "divergence from the dense network's predictions, measured with that change "
+                    "alone.",
                 )
             )
     if len(result.variants) > len(shown):

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from npprune.budget import Budget
 from npprune.core.compression import cost
 from npprune.errors import GateError, UsageError
 
@@ -123,12 +122,9 @@ def test_hidden_budget_leaves_what_a_target_allows(price: Any) -> None:
     count = {"params": cost.params, "macs": cost.macs}[price]
     each = cost.neuron_price(sizes, 0, price)
     smaller = count(sizes.with_hidden((20, 30)))
-    assert cost.hidden_budget(sizes, Budget(price, smaller)) == 50 * each
-    assert cost.hidden_budget(sizes, Budget(price, smaller / count(sizes))) == pytest.approx(
-        50 * each
-    )
-    assert cost.hidden_budget(sizes, Budget(price, 1.0)) == 90 * each
+    assert cost.hidden_budget(sizes, smaller, price) == 50 * each
+    assert cost.hidden_budget(sizes, count(sizes), price) == 90 * each
     with pytest.raises(GateError, match="without any MLP neuron"):
-        cost.hidden_budget(sizes, Budget(price, 0.05))
+        cost.hidden_budget(sizes, 0.05 * count(sizes), price)
     with pytest.raises(UsageError, match="got 'neurons'"):
-        cost.hidden_budget(sizes, Budget("neurons", 0.5))
+        cost.hidden_budget(sizes, 0.5, "neurons")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from npprune.core.compression import selection, solver
-from npprune.core.compression.solver import fixed
+from npprune.core.compression.solver import Item
 from npprune.errors import GateError, UsageError
 
 
@@ -26,7 +26,7 @@ def brute_force(
 
 
 def solve_tables(harm: Any, prices: Any, budget: float) -> list[Any]:
-    return solver.solve([fixed(h, p) for h, p in zip(harm, prices, strict=True)], budget)
+    return solver.solve([Item(h, p) for h, p in zip(harm, prices, strict=True)], budget)
 
 
 def chosen(scores: list[Tensor], budget: float, **more: Any) -> selection.Selection:
@@ -191,6 +191,6 @@ def test_harm_that_tells_nothing_apart_leaves_the_budget_spent_evenly() -> None:
     found = chosen(scores, 128, method="measured", harm=half)
     assert found.widths == [32, 64, 32]
     options = [{1: 0.0, 2: 0.0}], [{1: 10.0, 2: 20.0}]
-    others = [[fixed(h, p) for h, p in zip(*options, strict=True)]]
+    others = [[Item(h, p) for h, p in zip(*options, strict=True)]]
     found = chosen(scores, 116, method="measured", harm=flat, others=others)
     assert (found.widths, found.others) == ([32, 32, 32], [[2]])

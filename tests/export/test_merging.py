@@ -32,7 +32,9 @@ def merging() -> nn.Module:
 
 
 def test_onnx_agrees_at_every_batch_size(merging, images, tmp_path: Path) -> None:
-    record = export_checked(merging, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images))
+    record = export_checked(
+        merging, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images)
+    )
     assert [row.batch for row in record.parity] == [1, 3, 17]
     assert all(row.max_relative_error < 1e-5 for row in record.parity)
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from npprune.budget import Budget
 from npprune.errors import GateError, UsageError
 
 Price = Literal["neurons", "params", "macs"]
@@ -146,22 +145,19 @@ def merging_macs(sizes: Sizes, l: int) -> int:
     return a * b * sizes.width + b * r * (sizes.width + sizes.rotary + 1)
 
 
-def hidden_budget(sizes: Sizes, budget: Budget, *, attention: bool = False) -> float:
-    """What the hidden units may cost if the whole network is to cost a budget of parameters or
-    MACs.
+def hidden_budget(sizes: Sizes, goal: float, price: Price, *, attention: bool = False) -> float:
+    """What the hidden units may cost if the whole network is to cost `goal` parameters or MACs.
 
     Args:
         attention: the attention's part is to be shared out, too, and belongs to the answer.
 
     Raises:
-        UsageError: a budget in other units.
-        GateError: what is not pruned costs more than the budget already.
+        UsageError: a price in other units.
+        GateError: what is not pruned costs more than that already.
     """
-    price = budget.unit
     if price != "params" and price != "macs":
         raise UsageError(f"price must be params or macs, got {price!r}")
     whole = params(sizes) if price == "params" else macs(sizes)
-    goal = budget.absolute(whole)
     hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
     if attention:
         hidden += sum(

@@ -14,11 +14,13 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from npprune.core.tokens import expanded, followed
 from npprune.core.view import VitView
 
 WARM_UP = 0.1  # share of the training
@@ -42,12 +44,13 @@ def divergence_at(student: Tensor, teacher: Tensor, temperature: float = 1.0) ->
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of the streams after each block, every token normalised: [b].
 
-    Streams [b, t, d], one for each block. Without the normalisation the few tokens and channels
-    of huge activations would be all that counts.
+    Streams [b, t, d], one for each block; the student's may end earlier, where it computes no more.
+    Without the normalisation the few tokens and channels of huge activations would be all that
+    counts.
     """
     total = torch.zeros(len(student[0]), device=student[0].device)
     for ours, theirs in zip(student, teacher, strict=True):
-        d = (ours.shape[-1],)
+        d, theirs = (ours.shape[-1],), theirs[:, : ours.shape[1]]
         gap = functional.layer_norm(ours.float(), d) - functional.layer_norm(theirs.float(), d)
         total = total + gap.square().mean(dim=(1, 2))
     return total / len(student)
@@ -61,12 +64,18 @@ def label_loss(student: Tensor, labels: Tensor) -> Tensor:
 
 
 def streams_and_logits(view: VitView, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The stream after each block [b, t, d], and the logits [b, c]."""
-    x = view.embed(images)
+    """The stream after each block [b, t, d], and the logits [b, c].
+
+    Where tokens merge, every patch has the value of the token that holds it.
+    """
+    x: Any = view.embed(images)
+    if view.merges:
+        x = followed(x)
     streams = []
     for l in range(len(view.widths)):
         x = view.block(l, x)
-        streams.append(x)
+        plain = x if isinstance(x, Tensor) else x.x if x.where is None else expanded(x)
+        streams.append(plain)
     return streams, view.head(x)
 
 

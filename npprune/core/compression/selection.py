@@ -14,7 +14,7 @@ may be anything: neurons, parameters, MACs, measured latency.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,24 +22,14 @@ import torch
 from torch import Tensor
 
 from npprune import words
-from npprune.core.compression.solver import (
-    Item,
-    State,
-    along,
-    fill_up,
-    solve,
-    too_small,
-)
+from npprune.core.compression.solver import Item, fill_up, solve, too_small
 from npprune.errors import UsageError
 
 Table = Sequence[Mapping[Any, float]]
 """Per block: width -> harm, or width -> price."""
 
-
-Rows = Callable[[Any], Mapping[int, float]]
-"""State (see `solver`) -> width -> price."""
-Prices = Mapping[int, float] | float | Rows
-"""Of one block: a table of its widths' prices, the price of one hidden unit, or prices by state."""
+Prices = Mapping[int, float] | float
+"""Of one block: a table of its widths' prices, or the price of one hidden unit."""
 
 
 @dataclass
@@ -80,6 +70,7 @@ class Selection:
     harm: float | None = None  # sum of the table's entries at the chosen widths
     warnings: list[str] = field(default_factory=list)
     others: list[list[Any]] = field(default_factory=list)  # options taken, [axis][block]
+    shares: list[float] = field(default_factory=list)  # of the harm: hidden units', then others'
 
     @property
     def widths(self) -> list[int]:
@@ -95,7 +86,6 @@ def select(
     prices: Sequence[Prices] | None = None,
     harm: Table | None = None,
     others: Sequence[Sequence[Item]] = (),
-    start: State = None,
     tolerance: float = 0.01,
 ) -> Selection:
     """Keep sets from a ranking of hidden units, within a budget.
@@ -106,8 +96,6 @@ def select(
         harm: nats per block and width (`measured` only), read at other widths by `smooth`.
         others: further axes that the budget is for as well (`measured` only): one item for each
             block, of which one option is taken.
-        start: the state before the first block, where prices depend on one. Within a block the
-            other axes come first, in their order, then the hidden units.
         tolerance: share of the budget that may be missed without a warning.
 
     Raises:
@@ -123,14 +111,13 @@ def select(
     sets = [sorted(set(p)) for p in ranking.protected or [()] * len(dense)]
     _check_protected(sets, dense)
     choices = ranking.widths
-    rows = _price_rows(prices, choices)
-    price = [row(start) for row in rows]
-    more = [item.prices(start) for axis in others for item in axis]
+    price = _price_rows(prices, choices)
+    more = [item for axis in others for item in axis]
     total = sum(row[h] for row, h in zip(price, dense, strict=True))
-    total += sum(max(row.values()) for row in more)
-    floors = _floors(choices, sets, price, budget - sum(min(row.values()) for row in more))
-    cost = None
+    total += sum(max(item.prices.values()) for item in more)
+    floors = _floors(choices, sets, price, budget - sum(min(item.prices.values()) for item in more))
     chosen: list[list[Any]] = []
+    lost: list[float] = []
     if method == "uniform":
         widths = _uniform(choices, price, budget, total)
         achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
@@ -139,9 +126,8 @@ def select(
         open_ = [[w for w in row if w >= f] for row, f in zip(choices, floors, strict=True)]
         fill = interpolate if harm is None else smooth
         filled = [fill(row, ws) for row, ws in zip(table, open_, strict=True)]
-        axes = [[Item(h, row) for h, row in zip(filled, rows, strict=True)], *others]
-        (widths, *chosen), achieved, lost = _solved(axes, budget, start)
-        cost = None if harm is None else lost
+        hidden = [Item(h, row) for h, row in zip(filled, price, strict=True)]
+        (widths, *chosen), achieved, lost = _solved([hidden, *others], budget)
     keep, warnings = keep_sets(ranking.scores, widths, sets, ranking.votes)
     if abs(achieved - budget) > tolerance * budget:
         what = "what is kept costs" if others else "the kept neurons cost"
@@ -150,29 +136,24 @@ def select(
             f"({achieved / budget - 1:+.1%}): widths are multiples of {ranking.round_to} "
             f"and at least {ranking.min_keep}"
         )
-    return Selection(keep, float(budget), float(achieved), float(total), cost, warnings, chosen)
+    cost = None if harm is None else sum(lost)
+    return Selection(
+        keep, float(budget), float(achieved), float(total), cost, warnings, chosen, lost
+    )
 
 
 def _solved(
-    axes: Sequence[Sequence[Item]], budget: float, start: State
-) -> tuple[list[list[Any]], float, float]:
-    """The options taken, [axis][block], what they cost, and their harm. Hidden units come first.
-
-    Without a state the order of the items does not matter; with one it is the network's.
-    """
-    places = [(a, l) for a, axis in enumerate(axes) for l in range(len(axis))]
-    if start is not None:
-        inside = [*range(1, len(axes)), 0]
-        places = sorted(places, key=lambda place: (place[1], inside.index(place[0])))
-    items = [axes[a][l] for a, l in places]
-    taken = fill_up(solve(items, budget, start), items, budget, start)
-    found = dict(zip(places, zip(taken, along(items, taken, start), strict=True), strict=True))
-    options = [[found[a, l][0] for l in range(len(axis))] for a, axis in enumerate(axes)]
-    spent, lost = 0.0, 0.0
-    for a, axis in enumerate(axes):  # axis by axis, whatever the order above
-        spent += sum(found[a, l][1][options[a][l]] for l in range(len(axis)))
-        lost += sum(item.harm[o] for item, o in zip(axis, options[a], strict=True))
-    return options, spent, lost
+    axes: Sequence[Sequence[Item]], budget: float
+) -> tuple[list[list[Any]], float, list[float]]:
+    """The options taken, [axis][block], what they cost, and the harm of each axis."""
+    items = [item for axis in axes for item in axis]
+    taken = iter(fill_up(solve(items, budget), items, budget))
+    options = [[next(taken) for _ in axis] for axis in axes]
+    pairs = [
+        list(zip(axis, chosen, strict=True)) for axis, chosen in zip(axes, options, strict=True)
+    ]
+    spent = sum(sum(item.prices[o] for item, o in row) for row in pairs)
+    return options, spent, [sum(item.harm[o] for item, o in row) for row in pairs]
 
 
 def widths_for(width: int, round_to: int = 16, min_keep: int = 16) -> list[int]:
@@ -305,8 +286,10 @@ def _best(rank: Tensor, count: int) -> Tensor:
     return rank.argsort(descending=True, stable=True)[:count]
 
 
-def _price_rows(prices: Sequence[Prices] | None, choices: Sequence[Sequence[int]]) -> list[Rows]:
-    """Each block's prices as a function of the state."""
+def _price_rows(
+    prices: Sequence[Prices] | None, choices: Sequence[Sequence[int]]
+) -> list[Mapping[int, float]]:
+    """Each block's prices of the widths that it may take."""
     if prices is None:
         prices = [1.0] * len(choices)
     if len(prices) != len(choices):
@@ -316,18 +299,13 @@ def _price_rows(prices: Sequence[Prices] | None, choices: Sequence[Sequence[int]
     ]
 
 
-def _price_row(prices: Prices, l: int, widths: Sequence[int]) -> Rows:
-    if callable(prices):
-        rows = prices
-        return lambda state: {w: float(rows(state)[w]) for w in widths}
-    if isinstance(prices, Mapping):
-        missing = [w for w in widths if w not in prices]
-        if missing:
-            raise UsageError(f"prices of block {l} lack width {missing[0]}")
-        row = {w: float(prices[w]) for w in widths}
-    else:
-        row = {w: float(prices) * w for w in widths}
-    return lambda state: row
+def _price_row(prices: Prices, l: int, widths: Sequence[int]) -> dict[int, float]:
+    if not isinstance(prices, Mapping):
+        return {w: float(prices) * w for w in widths}
+    missing = [w for w in widths if w not in prices]
+    if missing:
+        raise UsageError(f"prices of block {l} lack width {missing[0]}")
+    return {w: float(prices[w]) for w in widths}
 
 
 def _floors(

@@ -16,14 +16,20 @@ the attention's `proj`, before `fc2` and by the same regression (x and x' after 
 the classifier at the end, whose target is the dense network's logits. The classifier sees one row
 an image, so its ridge is a prior worth `PRIOR_IMAGES` of them.
 
+Where tokens merge, those of the dense network's stream merge with the pruned one's, the same ones:
+what is refitted is what was taken away, on the tokens that are left. (Means of tokens that never
+merged as a target do harm: merging moves the stream in ways that no layer should follow.) A token
+counts as much as those that it holds.
+
 Source: layer-wise reconstruction on the pruned network's own inputs as in SparseGPT (Frantar and
 Alistarh, 2023) and He et al. (ICCV 2017), who regress on the dense network's output.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +39,7 @@ from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement, layers_replaced, replaced
 from npprune.core.compression.statistics import Moments, Sums
 from npprune.core.recording import recorded
+from npprune.core.tokens import Merge, Tokens, followed, gathered
 from npprune.core.view import VitView
 from npprune.errors import ModelError
 
@@ -82,6 +89,7 @@ def compensate_in_sequence(
     *,
     fit: Fit | None = None,
     changed: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
+    merged: Sequence[int] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
 ) -> Refitted:
     """Refit every block on the network whose earlier blocks are pruned already.
@@ -93,46 +101,71 @@ def compensate_in_sequence(
         changed: per block, layers that stand in for those of its attention, in the pruned
             network alone: what they lose is an error of the stream like that of earlier blocks.
             A `proj` among them says which of its inputs stay; it is refitted.
+        merged: per block, tokens that the pruned network merges; None: none.
         on_block: called with each block's number and how its second layer was found.
     """
     fit = fit or Fit()
     beta, shrinkage = fit.beta, fit.shrinkage
     fitted = len(batches)  # the streams after these are held out
-    pruned = [view.embed(images) for images in (*batches, *fit.held_out)]
-    dense = [x.clone() for x in pruned] if beta else []
+    embedded = [view.embed(images) for images in (*batches, *fit.held_out)]
+    pruned: list[Any] = embedded if merged is None else [followed(x) for x in embedded]
+    dense: list[Any] = list(pruned) if beta else []
     out = Refitted([], {}, [])
     for l in range(len(view.widths)):
         fc2 = view.fc2(l)
         weight = None if fit.weights is None else fit.weights[l]
         layers = dict(changed[l]) if changed is not None else {}
         proj = _projection(view, l) if beta else None
-        goals = _advanced(view, l, dense)
+        given = [view.attention_output(l, x) for x in dense]
         if proj is None:
             with layers_replaced(layers):
                 attended = [view.attention_output(l, x) for x in pruned]
-            for _ in goals:  # the dense streams go on all the same
-                pass
         else:
             sums = _Sums(fitted)
+            goals = (_attended(view, l, x, a) for x, a in zip(dense, given, strict=True))
             stays, inputs = _projected(view, l, proj, pruned, goals, layers, weight, sums)
             found = sums.refit(proj, stays, beta, shrinkage, diagnose=False)
             w, b = found.weight.to(proj.weight), found.bias.to(proj.weight)
             out.projections[l] = Replacement(stays, w, b)
             attended = [nn.functional.linear(a, w, b) for a in inputs]
+        pairs: list[Merge | None] = [None] * len(pruned)
+        if merged is not None and merged[l]:
+            both = zip(pruned, attended, strict=True)
+            pairs = [view.pairs(l, x, a, merged[l]) for x, a in both]
+        for i, a in enumerate(given):
+            dense[i] = view.tail(l, dense[i], a, merge=pairs[i])
         sums = _Sums(fitted)
-        for i, (x, a) in enumerate(zip(pruned, attended, strict=True)):
+        for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
             with recorded([fc2]) as seen:
-                after = view.tail(l, x, a)
-            sums.add(seen[fc2][0], dense[i] - after if beta else None, weight)
+                after = view.tail(l, x, a, merge=join)
+            error = _values(dense[i]) - _values(after) if beta else None
+            sums.add(seen[fc2][0], error, _weights(weight, after))
         found = sums.refit(fc2, keep[l], beta, shrinkage)
         out.second.append(Replacement(list(keep[l]), found.weight, found.bias))
         if on_block is not None:
             on_block(l, found)
         with replaced(view, {l: out.second[-1]}):
-            pruned = [view.tail(l, x, a) for x, a in zip(pruned, attended, strict=True)]
+            pruned = [
+                view.tail(l, x, a, merge=join)
+                for x, a, join in zip(pruned, attended, pairs, strict=True)
+            ]
     if beta:
         out.classifiers = _refit_classifiers(view, dense[:fitted], pruned[:fitted])
     return out
+
+
+def _values(x: Tensor | Tokens) -> Tensor:
+    """The stream [b, t, d]."""
+    return x.x if isinstance(x, Tokens) else x
+
+
+def _weights(weight: Tensor | None, at: Tensor | Tokens) -> Tensor | None:
+    """The weights [t] of positions as those of tokens [b, t]: a token has those of all it holds."""
+    if not isinstance(at, Tokens) or at.where is None:
+        return weight
+    each = torch.ones(at.where.shape[1]) if weight is None else weight
+    each = each.to(at.x)[None, :, None].expand(len(at.x), -1, -1)
+    return gathered(each, at.where, at.x.shape[1])[..., 0]
 
 
 def _projection(view: VitView, l: int) -> nn.Linear | None:
@@ -144,25 +177,18 @@ def _projection(view: VitView, l: int) -> nn.Linear | None:
     return proj if proj.bias is not None else None
 
 
-def _advanced(view: VitView, l: int, dense: list[Tensor]) -> Iterator[Tensor]:
-    """Take the dense streams through block l, in place; gives each as it is after the attention."""
-    for i, x in enumerate(dense):
-        dense[i], attention = view.block_and_attention(l, x)
-        yield _attended(view, l, x, attention)
-
-
-def _attended(view: VitView, l: int, x: Tensor, attention: Tensor) -> Tensor:
+def _attended(view: VitView, l: int, x: Any, attention: Tensor) -> Any:
     """The stream between block l's attention and its MLP."""
-    nothing = x.new_zeros(1, 1, 1).expand(*x.shape)
-    return view.tail(l, x, attention, given=(slice(None), nothing))
+    nothing = attention.new_zeros(1, 1, 1).expand(*attention.shape)
+    return view.tail(l, x, attention, given=(slice(None), nothing), merge=0)
 
 
 def _projected(
     view: VitView,
     l: int,
     proj: nn.Linear,
-    streams: Sequence[Tensor],
-    goals: Iterable[Tensor],
+    streams: Sequence[Any],
+    goals: Iterable[Any],
     changed: dict[nn.Linear, Replacement],
     weight: Tensor | None,
     sums: _Sums,
@@ -178,13 +204,14 @@ def _projected(
         with layers_replaced(others), recorded([proj]) as seen:
             attention = view.attention_output(l, x)
         h, _ = seen[proj]
-        sums.add(h, goal - _attended(view, l, x, attention), weight)
+        error = _values(goal) - _values(_attended(view, l, x, attention))
+        sums.add(h, error, _weights(weight, x))
         inputs.append(h[..., stays])
     return stays, inputs
 
 
 def _refit_classifiers(
-    view: VitView, dense: Sequence[Tensor], pruned: Sequence[Tensor]
+    view: VitView, dense: Sequence[Any], pruned: Sequence[Any]
 ) -> list[Replacement]:
     """The classifiers that come closest to the dense network's logits on the pruned streams."""
     layers = view.classifiers()
@@ -212,14 +239,14 @@ class _Part(Sums):
     """Sums over the tokens of some images, of the inputs h of a layer and of an error e."""
 
     def add_batch(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
-        """Add h [b, t, h] and the error [b, t, d], tokens weighted by position [t]."""
+        """Add h [b, t, h] and the error [b, t, d], tokens weighted [t], or [b, t] one by one."""
         w = torch.ones(h.shape[1]) if weights is None else weights
-        w = w.to(h)[None, :, None]
+        w = w.to(h).expand(len(w) if w.dim() > 1 else 1, -1)[..., None]
         rows, scaled = h.flatten(0, 1), (w * h).flatten(0, 1)
         # products of one batch in the model's precision, sums in float64: half the time, and the
         # ridge is a thousand times the difference
         self.add(
-            float(w.sum()) * len(h),
+            float(w.sum()) * (len(h) // len(w)),
             hidden=_sum(scaled),
             absolute=_sum(scaled.abs()),
             gram=(rows.T @ scaled).cpu().to(torch.float64),
@@ -245,7 +272,8 @@ class _Sums:
         self.fit, self.held = _Part(), _Part()
 
     def add(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
-        """Add the next batch: h [b, t, h] and the error [b, t, d], tokens weighted [t]."""
+        """Add the next batch: h [b, t, h] and the error [b, t, d], tokens weighted [t] or
+        [b, t]."""
         part = self.fit if self.left > 0 else self.held
         part.add_batch(h, error, weights)
         self.left -= 1

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from npprune.core.compression.harm import predict
 from npprune.core.metrics import divergence
-from npprune.core.tokens import Tokens
+from npprune.core.tokens import Tokens, followed
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 
@@ -89,9 +89,7 @@ def schedule_divergence(
 def token_maps(view: VitView, images: Tensor, merged: Sequence[int] | None = None) -> list[Tensor]:
     """After each block, the token that holds each of the original ones: positions [b, t], equal
     ones having merged. `merged`: None takes the network's own."""
-    x = view.embed(images)
-    b, t, _ = x.shape
-    tokens = Tokens(x, where=torch.arange(t, device=x.device).expand(b, -1))
+    tokens = followed(view.embed(images))
     maps = []
     for l in range(len(view.widths)):
         tokens = view.block(l, tokens, merge=None if merged is None else merged[l])

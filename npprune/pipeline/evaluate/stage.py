@@ -25,6 +25,7 @@ from npprune.pipeline.common.inputs import (
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import run_of, update_variant
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.evaluate.merging import merged_images
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
 from npprune.store.checkpoints import is_checkpoint
@@ -71,6 +72,7 @@ def evaluate(
         logits[0].argmax(1), labels, dense.info.num_classes, images.source
     )
     evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
+    evaluation.merged = merged_images(pruned, sample, labels, images)
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:
         evaluation.latency = [

@@ -38,7 +38,9 @@ from npprune.files import (
     sha256_file,
     staging,
 )
+from npprune.models.info import model_info
 from npprune.models.load import load_timm_folder
+from npprune.models.tokens import apply_tokens, tokens_of
 from npprune.pipeline.common.inputs import (
     Network,
     class_names,
@@ -85,9 +87,10 @@ def export_checkpoint(
     reads = [*reads_of(checkpoint), *([dense_checkpoint] if dense_checkpoint else [])]
     _check(settings, provider, target, reads)
     network = open_checkpoint(checkpoint, work)
-    config = network.config
+    config, own = network.config, network.info
     assert config is not None
     recorded = recordable(run_of(checkpoint, config), work)
+    network = _for_file(network, settings)
     dense = _dense(config, checkpoint, settings, dense_checkpoint, work)
     read = read_images(
         network.info, config, data, settings.precision, work,
@@ -110,9 +113,7 @@ def export_checkpoint(
     with keeping(record):
         atomic.write_json(record_path(target, settings.format), record)
         if recorded:
-            update_variant(
-                checkpoint, config, network.info, network.info, update, command=work.command
-            )
+            update_variant(checkpoint, config, own, own, update, command=work.command)
     return record
 
 
@@ -134,7 +135,7 @@ def export_model(
     """
     work = (work or Work()).on(STAGE).on_cpu()
     _check(settings, provider, out, reads_of(model))
-    network = open_network(model, work)
+    network = _for_file(open_network(model, work), settings)
     info = network.info
     read = read_images(
         info, None, data, settings.precision, work, num_classes=info.num_classes,
@@ -147,6 +148,18 @@ def export_model(
     with keeping(record):
         atomic.write_json(record_path(out, settings.format), record)
     return record
+
+
+def _for_file(network: Network, settings: ExportSection) -> Network:
+    """The network as the file is to have it.
+
+    Raises:
+        ModelError: its last block has to compute every token.
+    """
+    if settings.last_for_read:
+        apply_tokens(network.model, tokens_of(network.model)[0], last=True)
+        network.info = model_info(network.model, network.info.source)
+    return network
 
 
 def default_target(checkpoint: Path, format: str) -> Path:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core.compression.healing import Reconstructed, reconstruct_blocks
-from npprune.errors import DataError, GateError, setting
+from npprune.errors import DataError, GateError, ModelError, setting
+from npprune.models.tokens import tokens_of
 from npprune.models.view import make_view
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.heal.image_cache import MEMORY_SHARE, ImagesInMemory
@@ -59,6 +60,12 @@ def reconstruct(
             f"{setting('heal.layerwise')} holds its images in memory, and {memory.count} do not "
             "fit",
             hint=f"{setting('data.images_per_class', 'N')} takes fewer",
+        )
+    if tokens_of(student) != ([0] * len(tokens_of(student)[0]), False):
+        raise ModelError(
+            f"{setting('heal.layerwise')} compares every token block by block, and the network "
+            "merges some or leaves some out",
+            hint=f"leave {setting('heal.layerwise')} out",
         )
     student.eval().requires_grad_(True)
     view = make_view(student)

@@ -4,6 +4,9 @@ One block's MLP is timed alone at several widths: that gives the shape of the pr
 alone its weights stay in the cache, so the level comes from whole networks: the dense one and one
 of narrower blocks, exported and timed in turn. What is left of the dense time is not prunable.
 Then the widths that the budget leads to are timed as a network too, and the level corrected.
+
+Where attention and tokens share the budget, it is met in MACs: `LatencySearch` times the networks
+that a few budgets in MACs lead to, until one takes the time asked for.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ LATENCY_TOLERANCE = 0.05  # of the latency asked for
 FIRST_SHARE = 0.4  # of all widths, in the network that gives the level first
 CORRECTIONS = 2  # of the level, at most
 CLOSE = 0.02  # predicted and measured latency need no correction
+SEARCHED = 5  # networks timed at most, where MACs stand for milliseconds
 WIDTHS = 8  # timed between the least and the full one
 WIDTH_SECONDS = 0.5  # for each of them, at least
 PAIR_SECONDS = 3.0  # for two whole networks, at least
@@ -228,6 +232,103 @@ class LatencyTarget:
         self.work.say(f"timing a network of widths {least} to {most} against the dense one")
         plan = Plan(keep=[list(range(w)) for w in widths], widths=self.dense_widths)
         return self.timer.against(apply_plan(self.model, plan))
+
+
+class LatencySearch:
+    """A latency asked for, met by way of MACs: a context, for the file that it holds."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing,
+        settings: PruneSection,
+        work: Work,
+    ) -> None:
+        target = budget_of(settings)
+        assert target is not None
+        self.target, self.work = target, work.on(STAGE)
+        self.timer = DenseTimer(
+            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
+        )
+        self.tried: list[tuple[float, float]] = []
+
+    def __enter__(self) -> LatencySearch:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.timer.__exit__(*error)
+
+    def asked(self, pair: Latency) -> float:
+        """The share of the dense latency that was asked for."""
+        return self.target.amount if self.target.amount <= 1 else self.target.amount / pair.dense_ms
+
+    def macs(self, whole: float, least: float, network: Callable[[float], nn.Module]) -> float:
+        """MACs of the largest network found that takes no longer than asked.
+
+        Args:
+            whole: the dense network's MACs; `least`: those that a network has to have.
+            network: of the sizes that so many MACs lead to.
+
+        Raises:
+            GateError: even the least takes longer.
+        """
+        low, high = (least / whole, 0.0), (1.0, 1.0)  # shares of MACs and of milliseconds
+        best, share = None, min(1.0, max(self.target.amount, low[0]))
+        if self.target.amount > 1:
+            share = 0.5
+        for _ in range(SEARCHED):
+            pair = self.timer.against(network(share * whole))
+            asked = self.asked(pair)
+            self.tried.append((share, pair.ratio))
+            self.work.say(
+                f"{share:.1%} of the MACs take {pair.ratio:.1%} of the dense latency "
+                f"(asked: {asked:.1%})"
+            )
+            if pair.ratio <= asked * (1 + CLOSE):
+                best, low = share, (share, pair.ratio)
+            else:
+                high = share, pair.ratio
+            if abs(pair.ratio / asked - 1) <= CLOSE:
+                break
+            slope = (high[1] - low[1]) / max(high[0] - low[0], 1e-9)
+            share = low[0] + max(0.0, asked - low[1]) / max(slope, 1e-9)
+            share = min(max(share, low[0] + 0.05 * (high[0] - low[0])), high[0])
+        if best is None:
+            pair = self.timer.against(network(least))
+            self.tried.append((least / whole, pair.ratio))
+            if pair.ratio > self.asked(pair) * (1 + CLOSE):
+                raise GateError(
+                    f"a latency of {self.asked(pair):.1%} of the dense one is below the "
+                    f"{pair.ratio:.1%} that the smallest network allowed takes (dense "
+                    f"{pair.dense_ms:.4g} ms, batch {pair.batch}, {pair.provider})",
+                    hint=f"raise the target, or lower {setting('prune.min_keep')}",
+                )
+            best = least / whole
+        return best * whole
+
+    def check(self, model: nn.Module) -> tuple[dict[str, Any], list[str]]:
+        """Time what was made: what was asked for and measured; and why they differ, if they do."""
+        latency = self.timer.against(model)
+        asked = self.asked(latency)
+        record = {
+            "target": self.target.amount,
+            "asked_share": asked,
+            "achieved_share": latency.ratio,
+            "tried": [{"macs": m, "latency": r} for m, r in self.tried],
+            "measured": to_dict(latency),
+        }
+        self.work.say(
+            f"{latency.pruned_ms:.4g} ms, {latency.ratio:.1%} of the dense network's "
+            f"(asked: {asked:.1%}), batch {latency.batch}, {latency.provider}"
+        )
+        warnings = []
+        if (off := latency.ratio / asked - 1) > LATENCY_TOLERANCE:
+            warnings.append(
+                f"latency is {latency.ratio:.1%} of the dense network's, and {asked:.1%} was asked "
+                f"for ({off:+.1%}): "
+                + (noise_warning(latency) or "the load of the machine has changed")
+            )
+        return record, warnings
 
 
 def build_table(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from npprune import words
 from npprune.budget import Budget, budget_of
-from npprune.core.compression.cost import Sizes
+from npprune.core.compression.cost import Price, Sizes
 from npprune.core.compression.scores import Context, score
 from npprune.core.compression.selection import Ranking
 from npprune.core.compression.statistics import Statistics, collect_statistics
@@ -26,6 +26,14 @@ from npprune.errors import UsageError, setting
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Option, beyond_hidden
 from npprune.pipeline.prune.axes.hidden import HiddenUnits
+from npprune.pipeline.prune.axes.tokens import (
+    WORD,
+    Schedule,
+    count,
+    measured_schedules,
+    own,
+    read_alone,
+)
 from npprune.pipeline.prune.statistics_cache import Collected, StatisticsCache, collect
 from npprune.recipe import PruneSection
 
@@ -47,17 +55,31 @@ class PlanSettings:
     selection: words.Selection = "measured"
     compensation: words.Compensation = "sequential"
     shrinkage: float | None = None
-    protect_paths: bool = True
+    paths: words.PathUse = "auto"
     round_to: int = 16
     min_keep: int = 16
     max_drop: float | None = None
 
+    @property
+    def price(self) -> Price:
+        """What the budget counts; milliseconds are bought with MACs."""
+        unit = self.budget.unit if self.budget is not None else None
+        if unit == "params":
+            return unit
+        return "macs" if unit == "macs" or self.axes != ("mlp",) else "neurons"
+
+    def by_paths(self, paths: Paths | None) -> bool:
+        """Whether the paths' neurons are the budget."""
+        budget = self.budget is not None or self.max_drop is not None
+        return paths is not None and paths.alone and not budget and self.paths != "off"
+
     @classmethod
     def of(cls, s: PruneSection) -> PlanSettings:
         """Those of a recipe's section."""
+        paths = s.paths if s.protect_paths is None else "protect" if s.protect_paths else "off"
         return cls(
-            budget_of(s), tuple(s.axes), s.criterion, s.selection, s.compensation, s.shrinkage,
-            s.protect_paths, s.round_to, s.min_keep, s.max_drop,
+            budget_of(s), tuple(s.axes or ("mlp",)), s.criterion, s.selection, s.compensation,
+            s.shrinkage, paths, s.round_to, s.min_keep, s.max_drop,
         )  # fmt: skip
 
 
@@ -82,7 +104,8 @@ class Subject:
     """What is planned for: a network, its calibration images [b, 3, H, W], a run's paths.
 
     `held_out`: images that nothing is fitted on; unless the settings name a shrinkage, each refit
-    takes the one that loses least on them.
+    takes the one that loses least on them. `last_for_read`: the network's last block computes only
+    what is read, where the view computes all of it.
     """
 
     view: VitView
@@ -90,6 +113,7 @@ class Subject:
     sizes: Callable[[], Sizes]
     held_out: list[Tensor] = field(default_factory=list)
     paths: Paths | None = None
+    last_for_read: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -109,15 +133,20 @@ class Subject:
 
 @dataclass(frozen=True)
 class Harm:
-    """Nats per block and option: of the hidden units, and of each further axis."""
+    """Nats per block and option: of the hidden units, and of each further axis; and of ways to
+    merge tokens, the least harmful first."""
 
     hidden: list[dict[int, float]]
     further: list[list[dict[Option, float]]]
+    schedules: list[Schedule]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """All that calibration says and no budget changes. `seconds`: what each part took."""
+    """All that calibration says and no budget changes. `seconds`: what each part took.
+
+    `read`: the tokens that the last block computes, where others change nothing; None: all.
+    """
 
     subject: Subject
     criterion: str
@@ -128,6 +157,7 @@ class Measured:
     seconds: dict[str, float]
     harm: Harm | None = None
     held_out: Statistics | None = None
+    read: int | None = None
 
     def spent(self, settings: PlanSettings) -> dict[str, float]:
         """Seconds of the parts that a run of these settings alone would have had."""
@@ -168,7 +198,8 @@ def measure(
     else:
         collected = collect(view, subject.fit, needs, generator, cache or StatisticsCache(), work)
     seconds["statistics"] = collected.seconds
-    protected = paths.union if paths is not None and settings.protect_paths else None
+    first = settings.paths == "protect" or settings.by_paths(paths)
+    protected = paths.union if paths is not None and first else None
     blocks = range(len(view.widths))
     with timed(seconds, "scores"):
         context = Context(
@@ -196,7 +227,8 @@ def measure(
             fit = subject.placed(subject.fit)
             further.append(axis.measured(view, settings.axes, fit, generator, told))
     hidden = HiddenUnits(view, collected.statistics, ranking, salience)
-    return Measured(subject, criterion, collected, hidden, further, notes, seconds)
+    read = read_alone(view) if settings.price == "macs" or subject.last_for_read else None
+    return Measured(subject, criterion, collected, hidden, further, notes, seconds, read=read)
 
 
 def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured:
@@ -210,7 +242,13 @@ def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured
                 axis.harm(few, tell(work, axis.name, blocks, "blocks")) for axis in measured.further
             ]
             hidden = measured.hidden.harm(few, tell(work, "harm", blocks, "blocks"))
-        measured = replace(measured, harm=Harm(hidden, further), seconds=seconds)
+        merging = [own(subject.view)]
+        if WORD in settings.axes:
+            view = subject.view
+            with timed(seconds, WORD):
+                told = tell(work, WORD, count(view), "schedules")
+                merging = measured_schedules(view, few, told)
+        measured = replace(measured, harm=Harm(hidden, further, merging), seconds=seconds)
     if needs_held_out(measured, settings) and measured.held_out is None:
         with timed(seconds, "held-out"):
             statistics = collect_statistics(
@@ -283,7 +321,7 @@ def told_apart(settings: PlanSettings, view: VitView) -> tuple[str, list[str]]:
             "one output never do",
             hint=hint,
         )
-    if beyond_hidden(settings.axes):
+    if set(settings.axes) != {"mlp"}:
         raise UsageError(
             f"{setting('prune.axes', ','.join(settings.axes))} compares harm to the predictions, "
             "and those of one output never change",

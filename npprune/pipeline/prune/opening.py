@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from npprune.core.attribution.votes import attribution, class_top, class_votes
 from npprune.core.view import VitView
 from npprune.data.labels import KnownNames
 from npprune.errors import StoreError, UsageError, setting
-from npprune.models.surgery import check_axes, check_prunable, cut_head
+from npprune.models.surgery import check_prunable, cut_head
+from npprune.models.tokens import apply_tokens, tokens_of
 from npprune.models.view import make_view
 from npprune.pipeline.common.inputs import (
     PREPROCESSING,
@@ -80,21 +82,18 @@ def open_source(
     run: RunFolder | None,
     work: Work,
     *,
-    axes: Sequence[str] = ("mlp",),
     topk: int | None = None,
     keep_head: bool = False,
 ) -> Opened:
     """The network, checked to be prunable, and the calibration images.
 
     Args:
-        axes: what is to be taken from.
         topk: path neurons per block of each class; must fit the blocks.
         keep_head: all outputs stay, although classes were chosen.
     """
     network = open_network(model, work)
     check_prunable(network.model)
-    check_axes(network.model, axes)
-    view = make_view(network.model)
+    view = _measurable(network.model)
     if topk is not None and topk > min(view.widths):
         raise UsageError(
             f"{setting(f'{work.stage}.topk')} must be at most {min(view.widths)}, the hidden units "
@@ -108,8 +107,14 @@ def open_source(
     classes = images.source.selected if data.classes is not None else None
     outputs = None if keep_head else classes
     if outputs is not None:  # what is measured is the network with the head that it will have
-        view = make_view(cut_head(network.model, outputs))
+        view = _measurable(cut_head(network.model, outputs))
     return Opened(network, view, images, names, classes, run, outputs)
+
+
+def _measurable(model: nn.Module) -> VitView:
+    """The network with every token of its last block computed, which changes no logit."""
+    merged, last = tokens_of(model)
+    return make_view(apply_tokens(copy.deepcopy(model), merged) if last else model)
 
 
 def read_paths(opened: Opened, topk: int | None) -> Paths | None:

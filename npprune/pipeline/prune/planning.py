@@ -5,25 +5,37 @@ measured -> choose -> `Selection` -> refit -> `Chosen`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
-from npprune.budget import Budget
+import torch
+from torch import Tensor
+
 from npprune.core.compression.compensation import Compensated, choose_shrinkage, compensate
-from npprune.core.compression.cost import Price, Sizes, hidden_budget
+from npprune.core.compression.cost import Price, Sizes, hidden_budget, macs, params
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement
 from npprune.core.compression.selection import Selection, select
 from npprune.core.compression.sequential import Fit, Refitted, compensate_in_sequence
 from npprune.core.compression.solver import Item
-from npprune.errors import plural
+from npprune.errors import GateError, plural
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.prune.axes import Axis, Kept, Option
+from npprune.pipeline.prune.axes import Axis, Kept
 from npprune.pipeline.prune.axes.hidden import HiddenUnits
+from npprune.pipeline.prune.axes.tokens import WORD, Schedule, between, own
 from npprune.pipeline.prune.latency import LATENCY_TOLERANCE, LatencyTable
-from npprune.pipeline.prune.measuring import Measured, PlanSettings, needs_held_out, tell, timed
+from npprune.pipeline.prune.measuring import (
+    Measured,
+    PlanSettings,
+    Subject,
+    needs_held_out,
+    tell,
+    timed,
+)
+from npprune.pipeline.prune.path_neurons import with_path_neurons
+from npprune.records import Plan
 
 Further = list[tuple[Axis, list[Kept]]]
 """What stays of each block, by axis."""
@@ -39,80 +51,190 @@ class Chosen:
     warnings: list[str] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     further: Further = field(default_factory=list)
+    merged: list[int] | None = None  # tokens, per block
+    last_for_read: bool = False  # the last block computes only what the classifier reads
+
+    def fields(self) -> dict[str, Any]:
+        """What further axes and tokens put into the plan."""
+        found: dict[str, Any] = {"merged": self.merged, "last_for_read": self.last_for_read}
+        for axis, kept in self.further:
+            found |= axis.plan(kept)
+        return found
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Options within a budget: hidden units and further axes, and how tokens merge."""
+
+    selection: Selection
+    schedule: Schedule
+
+    @property
+    def widths(self) -> list[int]:
+        """Hidden units that stay in each block."""
+        return self.selection.widths
+
+    @property
+    def nats(self) -> float:
+        """Predicted harm of all of it."""
+        return self.schedule.nats + (self.selection.harm or 0.0)
 
 
 # ---------------------------------------------------------------- choose
 
 
-def price_of(measured: Measured, settings: PlanSettings) -> Price:
-    """What the budget counts, where it is not milliseconds."""
-    unit = settings.budget.unit if settings.budget is not None else None
-    if unit == "params" or unit == "macs":
-        return unit
-    return "macs" if measured.further else "neurons"
-
-
 def amount(
     measured: Measured, settings: PlanSettings, latency: LatencyTable | None = None
 ) -> float | None:
-    """What the hidden units (with further axes: all that they share) may cost, in units of the
-    price; None where the budget is to be searched for.
+    """What the network may cost: hidden units or milliseconds of them, parameters or MACs of all;
+    None where the budget is to be searched for, by predicted drop or by measured time.
 
     latency: the prices that a budget in milliseconds needs.
     """
-    budget, paths, widths = settings.budget, measured.subject.paths, measured.subject.view.widths
+    budget, paths = settings.budget, measured.subject.paths
     if budget is None:
         if paths is None or not paths.alone or settings.max_drop is not None:
             return None
         return float(sum(len(u) for u in paths.union))
-    if budget.unit == "neurons":
-        return budget.absolute(sum(widths))
     if budget.unit == "latency":
-        assert latency is not None
-        return latency.budget(budget)
-    return hidden_budget(measured.subject.sizes(), budget, attention=bool(measured.further))
+        return latency.budget(budget) if latency is not None else None
+    return budget.absolute(_whole(measured, settings.price))
 
 
-def bounds(measured: Measured) -> tuple[float, float]:
-    """The least amount there is a choice for, and the one at which all stays, where no budget was
-    asked for: in hidden units, or in MACs where further axes share it."""
-    if not measured.further:
-        return 0.0, float(sum(measured.subject.view.widths))
+def bounds(measured: Measured, settings: PlanSettings) -> tuple[float, float]:
+    """The least amount that there is a choice for, and the one at which all stays."""
+    whole = _whole(measured, settings.price)
+    if settings.price == "neurons":
+        return 0.0, whole
+    least = min(_least(measured, settings, schedule) for schedule in _schedules(measured))
+    return least, whole
+
+
+def _whole(measured: Measured, price: Price) -> float:
+    """What the dense network costs."""
+    if price == "neurons":
+        return float(sum(measured.subject.view.widths))
     sizes = measured.subject.sizes()
+    return float(macs(sizes) if price == "macs" else params(sizes))
+
+
+def _least(measured: Measured, settings: PlanSettings, schedule: Schedule) -> float:
+    """What is left of a network with the smallest options allowed."""
+    sizes = schedule.sizes(measured.subject.sizes(), measured.read)
     axes: list[HiddenUnits | Axis] = [measured.hidden, *measured.further]
     blocks = range(len(measured.subject.view.widths))
-    least = sum(min(axis.prices(l, sizes, "macs").values()) for axis in axes for l in blocks)
-    return least, hidden_budget(sizes, Budget("macs", 1.0), attention=True)
+    least = sum(
+        min(axis.prices(l, sizes, settings.price).values()) for axis in axes for l in blocks
+    )
+    whole = macs(sizes) if settings.price == "macs" else params(sizes)
+    return (
+        whole
+        - hidden_budget(sizes, whole, settings.price, attention=bool(measured.further))
+        + least
+    )
+
+
+def _schedules(measured: Measured) -> list[Schedule]:
+    """The ways to merge tokens, the least harmful first, each cheaper than those before it."""
+    if measured.harm is None or len(measured.harm.schedules) == 1:
+        return [own(measured.subject.view)]
+    sizes, least, found = measured.subject.sizes(), math.inf, []
+    for schedule in measured.harm.schedules:
+        cost = macs(schedule.sizes(sizes, measured.read))
+        if cost < least:
+            least = cost
+            found.append(schedule)
+    return found
 
 
 def choose(
     measured: Measured, settings: PlanSettings, amount: float, latency: LatencyTable | None = None
-) -> Selection:
-    """The kept hidden units of every block, and the options of further axes, within the budget.
+) -> Choice:
+    """The options with the least predicted harm within the budget: the best for each way of merging
+    tokens, and of these the best.
 
     measured: `prepared` for these settings.
     """
+    tried = _schedules(measured)
+    best, refused = _best(measured, settings, amount, tried, latency)
+    if best is None:
+        assert refused is not None
+        raise refused
+    if len(tried) > 1:
+        assert measured.harm is not None
+        finer = between(measured.subject.view, measured.harm.schedules, best.schedule)
+        better, _ = _best(measured, settings, amount, finer, latency, best)
+        best = better or best
+    return best
+
+
+def _best(
+    measured: Measured,
+    settings: PlanSettings,
+    amount: float,
+    schedules: Sequence[Schedule],
+    latency: LatencyTable | None,
+    best: Choice | None = None,
+) -> tuple[Choice | None, GateError | None]:
+    """The choice of least harm, `best` or one with these schedules, the least harmful first; and
+    why the first of them that is too dear was refused."""
+    refused = None
+    for schedule in schedules:
+        if best is not None and schedule.nats >= best.nats:
+            break  # nor can any that follow
+        try:
+            found = _selected(measured, settings, amount, schedule, latency)
+        except GateError as err:  # what this schedule leaves is too dear
+            refused = refused or err
+            continue
+        choice = Choice(found, schedule)
+        if best is None or choice.nats < best.nats:
+            best = choice
+    return best, refused
+
+
+def skeleton(measured: Measured, choice: Choice) -> Plan:
+    """A plan of the sizes that a choice leads to, for timing; the values are not refitted."""
+    fields: dict[str, Any] = {}
+    for axis, options in zip(measured.further, choice.selection.others, strict=True):
+        fields |= axis.plan([axis.kept(l, option, "none") for l, option in enumerate(options)])
+    return Plan(
+        choice.selection.keep,
+        list(measured.subject.view.widths),
+        merged=choice.schedule.counts,
+        last_for_read=measured.read is not None,
+        **fields,
+    )
+
+
+def _selected(
+    measured: Measured,
+    settings: PlanSettings,
+    amount: float,
+    schedule: Schedule,
+    latency: LatencyTable | None,
+) -> Selection:
+    """The best options of all axes but tokens."""
     blocks = range(len(measured.subject.view.widths))
     harm = measured.harm if settings.selection == "measured" else None
-    price = price_of(measured, settings)
-    by_latency = settings.budget is not None and settings.budget.unit == "latency"
-    start = None
+    price = settings.price
     further: list[list[Item]] = []
-    if by_latency:
-        assert latency is not None
+    if latency is not None:
         prices: list[Any] = list(latency.prices)
     elif price == "neurons":
         prices = [1.0 for _ in blocks]
     else:
-        sizes = measured.subject.sizes()
-        if any(axis.changes_tokens for axis in measured.further):
-            start = sizes.tokens
-        prices = [_priced(measured.hidden, l, sizes, price) for l in blocks]
+        sizes = schedule.sizes(measured.subject.sizes(), measured.read)
+        amount = hidden_budget(sizes, amount, price, attention=bool(measured.further))
+        prices = [measured.hidden.prices(l, sizes, price) for l in blocks]
         if harm is not None:
             further = [
-                [Item(table[l], _priced(axis, l, sizes, price), _after(axis, l)) for l in blocks]
+                [Item(table[l], axis.prices(l, sizes, price)) for l in blocks]
                 for axis, table in zip(measured.further, harm.further, strict=True)
             ]
+        whole = [max(row.values()) for row in prices]
+        whole += [max(item.prices.values()) for axis in further for item in axis]
+        amount = min(amount, sum(whole))  # merging tokens may have met the budget already
     return select(
         measured.hidden.ranking,
         amount,
@@ -120,35 +242,20 @@ def choose(
         prices=prices,
         harm=harm.hidden if harm is not None else None,
         others=further,
-        start=start,
-        tolerance=LATENCY_TOLERANCE if by_latency else 0.01,
+        tolerance=LATENCY_TOLERANCE if latency is not None else 0.01,
     )
-
-
-def _priced(
-    axis: HiddenUnits | Axis, l: int, sizes: Sizes, price: Price
-) -> Callable[[int | None], dict[Any, float]]:
-    """Prices of block l's options by the tokens that reach it; None: all of them."""
-
-    @cache
-    def rows(tokens: int | None) -> dict[Any, float]:
-        here = sizes if tokens is None else replace(sizes, tokens=tokens)
-        return axis.prices(l, here, price)
-
-    return rows
-
-
-def _after(axis: Axis, l: int) -> Callable[[int | None, Option], int | None]:
-    """The tokens that block l leaves; None where no axis changes them."""
-    return lambda tokens, option: None if tokens is None else axis.tokens_after(l, option, tokens)
 
 
 # ---------------------------------------------------------------- refit
 
 
-def refit(measured: Measured, settings: PlanSettings, selection: Selection, work: Work) -> Chosen:
-    """What a selection keeps, with the compensation of what goes."""
+def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work) -> Chosen:
+    """What a choice keeps, with the compensation of what goes."""
+    schedule = choice.schedule
     seconds: dict[str, float] = {}
+    with timed(seconds, "paths"):
+        selection, paths = with_path_neurons(measured, settings, choice.selection)
+    choice = replace(choice, selection=selection)
     with timed(seconds, "compensation"):
         mode = settings.compensation
         alone = "least-squares" if mode == "sequential" else mode  # `proj` is refitted once more
@@ -156,9 +263,10 @@ def refit(measured: Measured, settings: PlanSettings, selection: Selection, work
             (axis, [axis.kept(l, option, alone) for l, option in enumerate(options)])
             for axis, options in zip(measured.further, selection.others, strict=True)
         ]
-        compensated = _in_sequence if mode == "sequential" else _block_by_block
-        refitted, found = compensated(measured, settings, selection.keep, further, work)
-    protected = measured.hidden.ranking.protected
+        if mode == "sequential":
+            refitted, found = _in_sequence(measured, settings, choice, further, work)
+        else:
+            refitted, found = _block_by_block(measured, settings, selection.keep, further)
     details: dict[str, Any] = {
         "shrinkage": [c.shrinkage for c in found],
         "condition_number": [c.condition for c in found],
@@ -166,32 +274,66 @@ def refit(measured: Measured, settings: PlanSettings, selection: Selection, work
     }
     if selection.harm is not None:
         details["harm_nats"] = selection.harm
+    if paths:
+        details["paths"] = paths
     details |= {axis.name: axis.described(kept) for axis, kept in further}
+    if measured.harm is not None and settings.price == "macs":
+        details["axes"] = _by_axis(measured, choice, further)
     details["seconds"] = {**measured.spent(settings), **seconds}
     return Chosen(
         selection.keep,
         refitted,
-        [
-            len(set(kept) & set(union))
-            for kept, union in zip(
-                selection.keep, protected or [[]] * len(selection.keep), strict=True
-            )
-        ],
+        _path_neurons(measured, settings, selection.keep),
         [*measured.notes, *selection.warnings, *_crowded(measured, selection)],
         details,
         further,
+        schedule.counts,
+        measured.read is not None,
     )
+
+
+def _path_neurons(
+    measured: Measured, settings: PlanSettings, keep: Sequence[Sequence[int]]
+) -> list[int]:
+    """How many neurons of paths stay in each block; 0 where paths have no say."""
+    paths = measured.subject.paths
+    if paths is None or settings.paths == "off":
+        return [0] * len(keep)
+    return [len(set(kept) & set(union)) for kept, union in zip(keep, paths.union, strict=True)]
+
+
+def _by_axis(measured: Measured, choice: Choice, further: Further) -> list[dict[str, Any]]:
+    """What each axis takes of the dense network's MACs, and its predicted harm: one after the
+    other, as the list has them."""
+    dense = measured.subject.sizes()
+    whole, selection = macs(dense), choice.selection
+    steps: list[tuple[str, Sizes, float]] = []
+    sizes = dense.with_tokens(None, measured.read)
+    if measured.read is not None:
+        steps.append(("last block", sizes, 0.0))
+    sizes = choice.schedule.sizes(dense, measured.read)
+    steps.append((WORD, sizes, choice.schedule.nats))
+    for (axis, kept), nats in zip(further, selection.shares[1:], strict=True):
+        sizes = axis.resized(sizes, kept)
+        steps.append((axis.name, sizes, nats))
+    steps.append(("mlp", sizes.with_hidden(selection.widths), selection.shares[0]))
+    rows, before = [], whole
+    for name, after, nats in steps:
+        rows.append({"axis": name, "macs": (before - macs(after)) / whole, "nats": nats})
+        before = macs(after)
+    return rows
 
 
 def _in_sequence(
     measured: Measured,
     settings: PlanSettings,
-    keep: Sequence[Sequence[int]],
+    choice: Choice,
     further: Further,
     work: Work,
 ) -> tuple[Refitted, list[Compensated]]:
     """Each block refitted on the network pruned so far."""
     subject, salience = measured.subject, measured.hidden.salience
+    keep = choice.selection.keep
     found: list[Compensated] = []
     told = tell(work, "compensation", len(keep), "blocks")
 
@@ -202,7 +344,9 @@ def _in_sequence(
     weights = None
     if salience:
         statistics = measured.collected.statistics
-        weights = [statistics.position_weights(l, salience) for l in range(len(keep))]
+        weights = [
+            _at_patches(subject, statistics.position_weights(l, salience)) for l in range(len(keep))
+        ]
     changed: list[dict[Any, Replacement]] = [{} for _ in keep]
     for axis, kept in further:
         for row, layers in zip(changed, axis.stand_ins(kept), strict=True):
@@ -217,9 +361,16 @@ def _in_sequence(
             held_out=subject.placed(subject.held_out if settings.shrinkage is None else []),
         ),
         changed=changed if further else None,
+        merged=choice.schedule.counts,
         on_block=on_block,
     )
     return refitted, found
+
+
+def _at_patches(subject: Subject, weights: Tensor) -> Tensor:
+    """The weights [t] of a block's tokens as weights of the image's patches, where some merged."""
+    missing = subject.sizes().tokens - len(weights) if own(subject.view).counts else 0
+    return torch.cat([weights, weights[subject.view.num_prefix_tokens :].mean().expand(missing)])
 
 
 def _block_by_block(
@@ -227,7 +378,6 @@ def _block_by_block(
     settings: PlanSettings,
     keep: Sequence[Sequence[int]],
     further: Further,
-    work: Work,
 ) -> tuple[Refitted, list[Compensated]]:
     """Each block from the dense network's statistics alone."""
     assert settings.compensation != "sequential"
@@ -265,5 +415,5 @@ def _crowded(measured: Measured, selection: Selection) -> list[str]:
     return [
         f"the paths' neurons fill the budget of {len(full)} of "
         f"{plural(len(selection.keep), 'block')}: "
-        "there the paths alone decide (`--no-protect-paths` lets the criterion decide)"
+        "there the paths alone decide (`--paths auto` keeps as many as cost nothing)"
     ]

@@ -26,9 +26,9 @@ from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordab
 from npprune.pipeline.common.results import add_command
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_reference
-from npprune.pipeline.prune.latency import LatencyTarget
+from npprune.pipeline.prune.axes import axes_for
+from npprune.pipeline.prune.latency import LatencySearch, LatencyTarget
 from npprune.pipeline.prune.measuring import (
-    Measured,
     PlanSettings,
     Subject,
     check_budget,
@@ -45,7 +45,7 @@ from npprune.pipeline.prune.opening import (
     origin,
     read_paths,
 )
-from npprune.pipeline.prune.planning import Chosen, amount, bounds, choose, refit
+from npprune.pipeline.prune.planning import Chosen, amount, bounds, choose, refit, skeleton
 from npprune.pipeline.prune.statistics_cache import StatisticsCache, identity, statistics_home
 from npprune.recipe import DataSection, ModelSection, PruneSection, check
 from npprune.records import (
@@ -92,10 +92,8 @@ def prune(
     model, data, run = origin(source, data)
     _check(settings, run)
     recorded = dry_run or run is None or recordable(run, work)
-    opened = open_source(
-        model, data, run, work,
-        axes=settings.axes, topk=settings.topk, keep_head=settings.keep_head,
-    )  # fmt: skip
+    opened = open_source(model, data, run, work, topk=settings.topk, keep_head=settings.keep_head)
+    settings = settings.model_copy(update={"axes": axes_for(settings, opened.view.model)})
     cache = StatisticsCache(
         statistics_home(run, out), identity(opened.network, opened.outputs),
         settings.memory, write=recorded and not dry_run,
@@ -162,19 +160,17 @@ def _planned(
     doubt = _label_doubt(opened, fit, held_out, work)
     asked = PlanSettings.of(settings)
     subject = Subject(
-        opened.view, fit.images, lambda: model_sizes(network.model), held_out.images, paths
-    )
+        opened.view, fit.images, lambda: model_sizes(network.model), held_out.images, paths,
+        network.info.last_for_read,
+    )  # fmt: skip
     with ExitStack() as held:
-        latency = None
+        latency: LatencyTarget | LatencySearch | None = None
         if settings.target_latency is not None:
-            latency = held.enter_context(
-                LatencyTarget(
-                    network.model, opened.images.preprocessing, opened.view.widths, settings, work
-                )
-            )
-        table = latency.table if latency is not None else None
+            latency = _latency(opened, settings, work)
+            held.enter_context(latency)  # type: ignore[arg-type]
+        table = latency.table if isinstance(latency, LatencyTarget) else None
         measured = prepared(measure(subject, asked, work, cache=cache), asked, work)
-        if latency is not None:
+        if isinstance(latency, LatencyTarget):
             latency.correct(lambda budget: choose(measured, asked, budget, table).widths)
         settings = settings.model_copy(update={"criterion": measured.criterion})
         refits = 0.0  # seconds, over all attempts
@@ -188,30 +184,51 @@ def _planned(
             smaller = carried_out(network, plan, chosen)
             return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, work))
 
+        def sized(budget: float) -> nn.Module:
+            choice = choose(measured, asked, budget)
+            return apply_plan(network.model, skeleton(measured, choice))
+
         budget = amount(measured, asked, table)
+        if isinstance(latency, LatencySearch):
+            least, whole = bounds(measured, asked)
+            budget = latency.macs(whole, least, sized)
         if budget is not None:
             done = attempt(budget)
             _gate(done, settings)
         else:
-            done = _smallest(attempt, measured, settings, work)
+            done = _smallest(attempt, bounds(measured, asked), settings, work)
         done.images, done.doubt = len(fit) + len(held_out), doubt
         done.chosen.details["statistics"] = measured.collected.record
         if latency is not None and not dry_run:
-            record, warnings = latency.check(done.model, done.plan.kept_widths)
+            record, warnings = (
+                latency.check(done.model)
+                if isinstance(latency, LatencySearch)
+                else latency.check(done.model, done.plan.kept_widths)
+            )
             done.chosen.details["latency"] = record
             done.chosen.warnings[:0] = warnings
     return done
 
 
+def _latency(opened: Opened, settings: PruneSection, work: Work) -> LatencyTarget | LatencySearch:
+    """How a latency is met: by a price list of the widths, or by way of MACs."""
+    model, preprocessing = opened.network.model, opened.images.preprocessing
+    if settings.axes == ["mlp"]:
+        return LatencyTarget(model, preprocessing, opened.view.widths, settings, work)
+    return LatencySearch(model, preprocessing, settings, work)
+
+
 def _smallest(
-    attempt: Callable[[float], Attempt], measured: Measured, settings: PruneSection, work: Work
+    attempt: Callable[[float], Attempt],
+    bounds: tuple[float, float],
+    settings: PruneSection,
+    work: Work,
 ) -> Attempt:
     """The smallest attempt whose predicted drop is within `max_drop`.
 
-    Bisection over the share of hidden units (with other axes: of all they cost) that stays, to
-    1/64.
+    Bisection over the share of hidden units (with other axes: of the MACs) that stays, to 1/64.
     """
-    least, whole = bounds(measured)
+    least, whole = bounds
     # the drop at `low` is too large; at `high` all stays
     low, high = int(SEARCH_STEPS * least / whole), SEARCH_STEPS
     best: Attempt | None = None
@@ -270,9 +287,6 @@ def _plan(opened: Opened, chosen: Chosen, settings: PruneSection, seed: int) -> 
         how["classes"] = classes
     if opened.run is not None:
         how["paths"] = opened.run.read_manifest().settings_sha256
-    fields: dict[str, Any] = {}
-    for axis, kept in chosen.further:
-        fields |= axis.plan(kept)
     return Plan(
         keep=chosen.keep,
         widths=opened.network.info.widths,
@@ -281,7 +295,7 @@ def _plan(opened: Opened, chosen: Chosen, settings: PruneSection, seed: int) -> 
         how=how,
         classes=classes if classes is not None and not settings.keep_head else None,
         notes=chosen.warnings,
-        **fields,
+        **chosen.fields(),
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
+from npprune import words
+from npprune.budget import Unit
 from npprune.criteria import CRITERIA
 from npprune.errors import UsageError, setting
 from npprune.pipeline.prune.measuring import check_criterion, draws, needs_of
@@ -26,14 +28,22 @@ class Setting:
     criterion: str
     selection: str
     compensation: str
-    keep: float  # share of the hidden units that stay
+    keep: float  # share of the hidden units that stay; of the MACs, where `unit` says so
     protect: bool  # path neurons first
     seed: int
+    unit: Unit = "neurons"
+    axes: str = "mlp"  # joined by +
+
+    @property
+    def kept(self) -> str:
+        """The budget, for people."""
+        return f"{100 * self.keep:g} %" + (" MACs" if self.unit == "macs" else "")
 
     @property
     def how(self) -> str:
         """Everything but budget and seed."""
-        return ", ".join([self.label, self.selection, self.compensation])
+        axes = [] if self.axes == "mlp" else [self.axes]
+        return ", ".join([self.label, *axes, self.selection, self.compensation])
 
     @property
     def label(self) -> str:
@@ -43,26 +53,27 @@ class Setting:
     @property
     def name(self) -> str:
         """For people."""
-        return f"{self.how}, {100 * self.keep:g} % kept, seed {self.seed}"
+        return f"{self.how}, {self.kept} kept, seed {self.seed}"
 
     @property
     def file_name(self) -> str:
         """For the file of the row, without suffix."""
         paths = "_paths" if self.protect else ""
+        budget = "keep" if self.unit == "neurons" else f"{self.unit}_{self.axes}_"
         return (
-            f"keep{self.keep!r}_{self.criterion}{paths}_{self.selection}_{self.compensation}"
+            f"{budget}{self.keep!r}_{self.criterion}{paths}_{self.selection}_{self.compensation}"
             f"_seed{self.seed}"
         )
 
     @property
-    def scores(self) -> tuple[str, bool, int]:
-        """Equal for rows that rank the neurons alike."""
-        return self.criterion, self.protect, self.seed
+    def scores(self) -> tuple[str, bool, int, Unit, str]:
+        """Equal for rows that measure alike: the same ranking of neurons, the same axes."""
+        return self.criterion, self.protect, self.seed, self.unit, self.axes
 
     @property
-    def group(self) -> tuple[float, str, bool, str, str]:
+    def group(self) -> Setting:
         """Equal for rows that differ in the seed alone."""
-        return self.keep, self.criterion, self.protect, self.selection, self.compensation
+        return replace(self, seed=0)
 
 
 @dataclass
@@ -136,14 +147,32 @@ def settings_of(study: StudySection, with_paths: bool) -> list[Setting]:
     for name in names:
         check_criterion(name, with_paths)
     protect = study.protect or (["off", "on"] if with_paths else ["off"])
+    neurons = study.keep or ([] if study.target_macs else [0.5])
+    budgets: list[tuple[Unit, float, str]] = [("neurons", keep, "mlp") for keep in neurons]
+    for macs, axes in itertools.product(study.target_macs or [], study.axes):
+        budgets.append(("macs", macs, _axes(axes)))
     rows = [
-        Setting(criterion, selection, compensation, keep, word == "on", seed)
-        for keep, criterion, word, selection, compensation in itertools.product(
-            study.keep, names, protect, study.selections, study.compensations
+        Setting(criterion, selection, compensation, keep, word == "on", seed, unit, axes)
+        for (unit, keep, axes), criterion, word, selection, compensation in itertools.product(
+            budgets, names, protect, study.selections, study.compensations
         )
+        if axes == "mlp" or selection == "measured"
         for seed in (study.seeds if draws(criterion) else study.seeds[:1])
     ]
+    if not rows:
+        raise UsageError(
+            f"{setting('study.axes')} other than `mlp` need {setting('study.selections')} "
+            f"`measured`, got {', '.join(f'`{s}`' for s in study.selections)}"
+        )
     return list(dict.fromkeys(rows))
+
+
+def _axes(named: str) -> str:
+    """Axes joined by +, in their order; `all` stands for all of them."""
+    each = list(words.AXES) if named == "all" else named.split("+")
+    for word in each:
+        words.check_word("study.axes", word, [*words.AXES, "all"])
+    return "+".join(axis for axis in words.AXES if axis in each)
 
 
 def grouped(rows: Iterable[Setting]) -> list[Setting]:

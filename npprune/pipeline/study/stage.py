@@ -186,7 +186,7 @@ class _World:
         model = self.opened.network.model
         return Subject(
             self.opened.view, self.fit.images, lambda: model_sizes(model), self.held.images,
-            self.paths,
+            self.paths, self.opened.network.info.last_for_read,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -289,7 +289,9 @@ class _Maker:
             spent = sum(measured.spent(settings).values())
             return StudyRow(setting=row, refused=err.message, seconds=spent)
         start = time.perf_counter()
-        plan = Plan(keep=chosen.keep, widths=network.info.widths, classes=world.opened.classes)
+        plan = Plan(
+            chosen.keep, network.info.widths, classes=world.opened.classes, **chosen.fields()
+        )
         smaller = carried_out(network, plan, chosen)
         surgery = round(time.perf_counter() - start, 3)
         made = _measured_row(world, row, smaller)
@@ -306,11 +308,12 @@ class _Maker:
 
 def _plan_settings(study: StudySection, row: Setting) -> PlanSettings:
     return PlanSettings(
-        Budget("neurons", row.keep),
+        Budget(row.unit, row.keep),
+        tuple(row.axes.split("+")),  # type: ignore[arg-type]
         criterion=row.criterion,
         selection=row.selection,  # type: ignore[arg-type]
         compensation=row.compensation,  # type: ignore[arg-type]
-        protect_paths=row.protect,
+        paths="protect" if row.protect else "off",
         round_to=study.round_to,
         min_keep=study.min_keep,
     )

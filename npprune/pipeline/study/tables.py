@@ -103,8 +103,9 @@ def analyses(
     if dense is not None and dense.label_doubt:
         said = f"{dense.label_doubt}. {said}"
     if dense is None or not lines:
-        columns = ["kept", *_words(paths), "seed"]
-        rows: list[Row] = [[f"{100 * s.keep:g} %", *_word(s, paths), s.seed] for s in missing]
+        axes = any(s.axes != "mlp" for s in missing)
+        columns = ["kept", *_words(paths, axes), "seed"]
+        rows: list[Row] = [[s.kept, *_word(s, paths, axes), s.seed] for s in missing]
         return {"study": Analysis("Study", said, columns, rows)}
     out = {"study": _table(lines, dense, said, paths)}
     if any(row.latency is not None for line in lines for row in line.rows):
@@ -120,43 +121,51 @@ def _lines(rows: Sequence[StudyRow]) -> list[_Line]:
     for row in rows:
         groups.setdefault(row.setting.group, []).append(row)
     lines = [_Line(group) for group in groups.values()]
-    return sorted(lines, key=lambda x: (-x.setting.keep, -x.top1))
+    return sorted(lines, key=lambda x: (x.setting.unit != "neurons", -x.setting.keep, -x.top1))
 
 
-def _words(paths: bool) -> list[str]:
-    return ["criterion", *(["path neurons"] if paths else []), "selection", "compensation"]
+def _series(s: Setting) -> str:
+    """Rows that are one line of the picture."""
+    return s.label if s.axes == "mlp" else f"{s.label}, {s.axes}"
 
 
-def _word(s: Setting, paths: bool) -> list[str]:
+def _words(paths: bool, axes: bool) -> list[str]:
+    more = [*(["path neurons"] if paths else []), *(["axes"] if axes else [])]
+    return ["criterion", *more, "selection", "compensation"]
+
+
+def _word(s: Setting, paths: bool, axes: bool) -> list[str]:
     first = ["kept first" if s.protect else "not used"] if paths else []
     if paths and not s.protect and CRITERIA[s.criterion].paths:
         first = ["criterion"]
-    return [s.criterion, *first, s.selection, s.compensation]
+    return [s.criterion, *first, *([s.axes] if axes else []), s.selection, s.compensation]
 
 
 def _table(lines: list[_Line], dense: StudyDense, said: str, paths: bool) -> Analysis:
     before = _values(dense.correct)
+    axes = any(line.setting.axes != "mlp" for line in lines)
     seeds = any(len(line.rows) > 1 for line in lines)
     timed = any(row.latency is not None for line in lines for row in line.rows)
     trained = any(line.healed is not None for line in lines)
     columns = [
-        "kept", *_words(paths), "top-1, %", "from", "to", *(["seeds", "±, seeds"] if seeds else []),
+        "kept", *_words(paths, axes), "top-1, %", "from", "to",
+        *(["seeds", "±, seeds"] if seeds else []),
         "to dense, points", "from", "to", "to best, points", "from", "to", "KL, nats", "MACs, %",
         "parameters, M", *(["latency, %"] if timed else []), "seconds",
         *(HEALED if trained else []),
     ]  # fmt: skip
     rows: list[Row] = []
     points: dict[str, list[tuple[float, float, float, float]]] = {}
-    best: dict[float, _Line] = {}
+    best: dict[str, _Line] = {}
     for line in lines:
         s = line.setting
-        top = best.setdefault(s.keep, line)  # the first of its budget is the best
+        top = best.setdefault(s.kept, line)  # the first of its budget is the best
         low, high = line.ends
         macs = 100 * line.mean(lambda r: r.macs) / dense.macs
         kl = line.mean(lambda r: r.divergence.value if r.divergence is not None else 0.0)
         spread = line.spread()
         rows.append([
-            f"{100 * s.keep:g} %", *_word(s, paths),
+            s.kept, *_word(s, paths, axes),
             _percent(line.top1), _percent(low), _percent(high),
             *([len(line.rows), None if spread is None else _percent(spread)] if seeds else []),
             *_points(line.against(before)),
@@ -165,7 +174,7 @@ def _table(lines: list[_Line], dense: StudyDense, said: str, paths: bool) -> Ana
             *([_ratio(line)] if timed else []),
             line.mean(lambda r: r.seconds), *(_healing(line) if trained else []),
         ])  # fmt: skip
-        points.setdefault(s.label, []).append((macs, 100 * line.top1, 100 * low, 100 * high))
+        points.setdefault(_series(s), []).append((macs, 100 * line.top1, 100 * low, 100 * high))
     return pareto(
         "Study", points, x_label="MACs in % of dense", columns=columns, rows=rows,
         dense=100 * dense.top1.value, text=said,
@@ -194,11 +203,11 @@ def _latency(lines: list[_Line], dense: StudyDense) -> Analysis:
         if ratio is None:
             continue
         low, high = line.ends
-        points.setdefault(line.setting.label, []).append(
+        points.setdefault(_series(line.setting), []).append(
             (ratio, 100 * line.top1, 100 * low, 100 * high)
         )
         rows.append([
-            f"{100 * line.setting.keep:g} %", line.setting.how, _percent(line.top1),
+            line.setting.kept, line.setting.how, _percent(line.top1),
             ratio, _percent(statistics.fmean(t.ratio_low for t in timed)),
             _percent(statistics.fmean(t.ratio_high for t in timed)),
             round(statistics.fmean(t.pruned_ms for t in timed), 3),
@@ -224,15 +233,15 @@ def _paths(lines: list[_Line]) -> Analysis | None:
     for line in lines:  # the best first
         s = line.setting
         if not s.protect and not CRITERIA[s.criterion].paths:
-            others.setdefault((s.keep, s.selection, s.compensation), line)
-            others.setdefault((s.keep, s.selection, s.compensation, s.criterion), line)
+            others.setdefault((s.kept, s.axes, s.selection, s.compensation), line)
+            others.setdefault((s.kept, s.axes, s.selection, s.compensation, s.criterion), line)
     rows: list[Row] = []
     verdicts = {"better": 0, "worse": 0, "not told apart": 0}
     for line in lines:
         s = line.setting
         if not s.protect and not CRITERIA[s.criterion].paths:
             continue
-        place = (s.keep, s.selection, s.compensation)
+        place = (s.kept, s.axes, s.selection, s.compensation)
         # path neurons first: against the same criterion without; as the criterion: against the best
         other = others.get((*place, s.criterion)) or others.get(place)
         if other is None:
@@ -241,7 +250,7 @@ def _paths(lines: list[_Line]) -> Analysis | None:
         verdict = "better" if change.low > 0 else "worse" if change.high < 0 else "not told apart"
         verdicts[verdict] += 1
         rows.append([
-            f"{100 * s.keep:g} %", s.label, other.setting.criterion, s.selection, s.compensation,
+            s.kept, s.label, other.setting.criterion, s.selection, s.compensation,
             verdict, _percent(line.top1), _percent(other.top1), *_points(change),
         ])  # fmt: skip
     if not rows:

@@ -5,7 +5,8 @@ costs. The planner takes one option per block and axis within the budget; the ax
 the rest of the network sees the choice, what goes into the plan, and carries it out.
 
 Hidden units are the base of every plan (`HiddenUnits`); `Axis` is what further axes implement. A
-new one is its file, a line in `further_axes`, a field of `records.Plan` and its surgery.
+new one is its file, a line in `further_axes`, a field of `records.Plan` and its surgery. Tokens
+(`tokens`) are chosen for the network as a whole, and change what all others cost.
 """
 
 from __future__ import annotations
@@ -17,10 +18,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from npprune import words
+from npprune.budget import budget_of
 from npprune.core.compression.compensation import Mode
 from npprune.core.compression.cost import Sizes
 from npprune.core.compression.harm import Replacement
 from npprune.core.view import VitView
+from npprune.errors import ModelError
+from npprune.models.surgery import check_axes
+from npprune.models.view import classifiers
+from npprune.recipe import PruneSection
 
 Option = Any
 Kept = Any
@@ -61,15 +68,7 @@ class Axis(ABC):
 
     @abstractmethod
     def prices(self, l: int, sizes: Sizes, unit: str) -> dict[Option, float]:
-        """What block l's options cost in params or MACs, exactly, with `sizes.tokens` reaching
-        the block."""
-
-    def tokens_after(self, l: int, option: Option, tokens: int) -> int:
-        """How many of the tokens that reach block l reach what comes after."""
-        return tokens
-
-    changes_tokens: ClassVar[bool] = False
-    """Whether `tokens_after` ever gives another number."""
+        """What block l's options cost in params or MACs, exactly, in a network of these sizes."""
 
     @abstractmethod
     def kept(self, l: int, option: Option, mode: Mode) -> Kept:
@@ -88,6 +87,10 @@ class Axis(ABC):
         """Its fields of `records.Plan`."""
 
     @abstractmethod
+    def resized(self, sizes: Sizes, kept: Sequence[Kept]) -> Sizes:
+        """The sizes of a network with what stays."""
+
+    @abstractmethod
     def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[Kept]) -> None:
         """Give the pruned network the values that calibration found; the plan is applied."""
 
@@ -103,6 +106,32 @@ def further_axes() -> list[type[Axis]]:
     return [Attention]
 
 
-def beyond_hidden(words: Collection[str]) -> list[type[Axis]]:
+def beyond_hidden(named: Collection[str]) -> list[type[Axis]]:
     """The further axes that `axes` names."""
-    return [axis for axis in further_axes() if set(axis.words) & set(words)]
+    return [axis for axis in further_axes() if set(axis.words) & set(named)]
+
+
+def axes_for(settings: PruneSection, model: nn.Module) -> list[words.Axis]:
+    """The axes asked for, else those that suit the budget: hidden units where it counts them or
+    parameters; all that the network has where it asks for fewer MACs, less time, or the smallest
+    network within a drop.
+
+    Raises:
+        ModelError: an axis asked for, and there is nothing of it to take from.
+    """
+    if settings.axes is not None:
+        check_axes(model, settings.axes)
+        return settings.axes
+    budget = budget_of(settings)
+    fast = budget.unit in ("macs", "latency") if budget else settings.max_drop is not None
+    one_output = classifiers(model)[0].out_features == 1  # no axis but the first can be measured
+    if not fast or settings.selection != "measured" or one_output:
+        return ["mlp"]
+    found: list[words.Axis] = []
+    for axis in words.AXES:
+        try:
+            check_axes(model, [axis])
+        except ModelError:
+            continue
+        found.append(axis)
+    return found

@@ -8,7 +8,7 @@ that one change; the harm of a pair is the sum of its two.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Attention(Axis):
     def prices(self, l: int, sizes: Sizes, unit: str) -> dict[Pair, float]:
         p = self.parts[l]
         return {
-            (n, r): float(attention_price(sizes, n * r, n * p.value_dims, unit))  # type: ignore[arg-type]
+            (n, r): float(attention_price(sizes, n * r, n * p.value_dims, unit, l))  # type: ignore[arg-type]
             for n, r in self.options(l)
         }
 
@@ -123,6 +123,14 @@ class Attention(Axis):
             "heads": [s.heads for s in kept] if "heads" in self.asked else None,
             "query_dims": [s.query_dims for s in kept] if "qk" in self.asked else None,
         }
+
+    def resized(self, sizes: Sizes, kept: Sequence[SmallerAttention]) -> Sizes:
+        counts = [len(s.heads) for s in kept]
+        return replace(
+            sizes,
+            queries=tuple(n * s.query_dims for n, s in zip(counts, kept, strict=True)),
+            values=tuple(n * p.value_dims for n, p in zip(counts, self.parts, strict=True)),
+        )
 
     def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[SmallerAttention]) -> None:
         for l, smaller in enumerate(kept):

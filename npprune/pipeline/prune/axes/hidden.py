@@ -51,6 +51,6 @@ class HiddenUnits:
         return table
 
     def prices(self, l: int, sizes: Sizes, unit: Price) -> dict[int, float]:
-        """What block l's widths cost, with `sizes.tokens` reaching the block."""
+        """What block l's widths cost in a network of these sizes."""
         each = float(neuron_price(sizes, l, unit))
         return {w: each * w for w in self.ranking.widths[l]}

@@ -1,0 +1,54 @@
+"""What a network that merges tokens does to a few images, for the report to show."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from npprune.core.compression.token_harm import token_maps
+from npprune.models.view import make_view
+from npprune.pipeline.common.inputs import Images, Network
+from npprune.records import MergedImage, Preprocessing
+
+SHOWN = 3  # images
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the blocks, after which tokens are shown
+SIDE = 160  # pixels at most
+
+
+@torch.no_grad()
+def merged_images(network: Network, x: Tensor, labels: Tensor, images: Images) -> list[MergedImage]:
+    """Some of the images x [b, 3, H, W]; none where no token merges, or patches are no grid."""
+    view = make_view(network.model)
+    grid = getattr(getattr(network.model, "patch_embed", None), "grid_size", None)
+    if not view.merges or grid is None:
+        return []
+    step = max(1, len(x) // SHOWN)
+    x, labels = x[::step][:SHOWN], labels[::step][:SHOWN]
+    maps = token_maps(view, x.to(next(network.model.parameters()).device))
+    blocks = sorted({max(0, round(share * len(maps)) - 1) for share in SHARES})
+    prefix = view.num_prefix_tokens
+    return [
+        MergedImage(
+            images.source.name(int(label)),
+            _png(image, images.preprocessing),
+            list(grid),
+            blocks,
+            [maps[l][i, prefix:].tolist() for l in blocks],
+        )
+        for i, (image, label) in enumerate(zip(x, labels, strict=True))
+    ]
+
+
+def _png(image: Tensor, preprocessing: Preprocessing) -> str:
+    """A normalised image [3, H, W] as a base64 PNG."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
+    pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture.thumbnail((SIDE, SIDE))
+    out = io.BytesIO()
+    picture.save(out, "PNG", optimize=True)
+    return base64.b64encode(out.getvalue()).decode()

@@ -1,0 +1,136 @@
+"""How many path neurons are kept: as many as cost nothing that could be measured.
+
+The paths of many classes together name more neurons than a small network has room for, and votes
+alone would decide which stay. So the criterion chooses first. Then path neurons, the most voted for
+first, take a growing share of each block's kept width (or votes raise the criterion's scores by a
+growing weight). Every share is refitted by least squares and its predictions on images that nothing
+is fitted on compared with those of share 0; the largest that is not worse by more than one standard
+error of the paired difference is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from npprune.core.compression.compensation import compensate
+from npprune.core.compression.elimination import SHRINKAGE
+from npprune.core.compression.harm import Replacement, predict
+from npprune.core.compression.selection import Selection, keep_sets
+from npprune.core.metrics import divergence, mean_interval
+from npprune.pipeline.prune.measuring import HARM_IMAGES, Measured, Paths, PlanSettings
+
+SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Of a block's kept width, for the paths' neurons."""
+WEIGHTS = (0.0, 0.5, 1.0, 2.0, 4.0)
+"""Of the votes: a score times (1 + weight x votes, as a share of the block's most)."""
+
+
+def with_path_neurons(
+    measured: Measured, settings: PlanSettings, selection: Selection
+) -> tuple[Selection, dict[str, Any]]:
+    """The selection with as many path neurons as cost nothing, at the same widths; and the record.
+
+    The record: per share or weight, nats from the dense network, the paired difference to 0 and its
+    standard error; which was taken; and what it keeps of the paths' neurons and of their votes.
+    """
+    paths = measured.subject.paths
+    if paths is None or settings.paths == "off":
+        return selection, {}
+    tried: list[dict[str, float]] = []
+    keep = selection.keep
+    if settings.paths in ("auto", "prior") and not settings.by_paths(paths):
+        keep, tried = _largest(measured, settings, selection, paths)
+    record = {"use": settings.paths, "tried": tried, **held(paths, keep)}
+    if tried:
+        record["taken"] = next(row["share"] for row in reversed(tried) if row["taken"])
+    return replace(selection, keep=keep), record
+
+
+def held(paths: Paths, keep: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The paths' neurons that stay, how many there are, and the share of the votes that stay."""
+    stay = [set(kept) & set(union) for kept, union in zip(keep, paths.union, strict=True)]
+    votes = sum(float(v[sorted(s)].sum()) for v, s in zip(paths.votes, stay, strict=True))
+    whole = sum(float(v[u].sum()) for v, u in zip(paths.votes, paths.union, strict=True))
+    return {
+        "neurons": sum(map(len, stay)),
+        "of": sum(map(len, paths.union)),
+        "votes": votes / whole if whole else 1.0,
+    }
+
+
+def _largest(
+    measured: Measured, settings: PlanSettings, selection: Selection, paths: Paths
+) -> tuple[list[list[int]], list[dict[str, float]]]:
+    """The keep sets of the largest share that costs nothing, and all that were tried."""
+    subject, tried = measured.subject, []
+    images = subject.placed(subject.held_out) or subject.few(HARM_IMAGES)
+    dense = predict(subject.view, images)
+    keep, base = selection.keep, None
+    for share in WEIGHTS if settings.paths == "prior" else SHARES:
+        sets = _sets(measured, settings, selection, paths, share)
+        nats = divergence(dense, predict(subject.view, images, _refitted(measured, sets)))
+        base = nats if base is None else base
+        change = mean_interval(nats - base)
+        error = float((nats - base).std() / math.sqrt(len(nats))) if len(nats) > 1 else 0.0
+        taken = change.value <= error
+        if taken:
+            keep = sets
+        tried.append(
+            {
+                "share": share,
+                "nats": float(nats.mean()),
+                "change": change.value,
+                "standard_error": error,
+                "taken": taken,
+                **held(paths, sets),
+            }
+        )
+    return keep, tried
+
+
+def _sets(
+    measured: Measured, settings: PlanSettings, selection: Selection, paths: Paths, share: float
+) -> list[list[int]]:
+    """Keep sets at the selection's widths, with path neurons by a share or a weight."""
+    scores, widths = measured.hidden.ranking.scores, selection.widths
+    if share == 0:
+        return selection.keep
+    if settings.paths == "prior":
+        raised = [_raised(s, v, share) for s, v in zip(scores, paths.votes, strict=True)]
+        return keep_sets(raised, widths, [()] * len(widths))[0]
+    first = [
+        _most_voted(union, votes, int(share * width))
+        for union, votes, width in zip(paths.union, paths.votes, widths, strict=True)
+    ]
+    return keep_sets(scores, widths, first, paths.votes)[0]
+
+
+def _raised(scores: Tensor, votes: Tensor, weight: float) -> Tensor:
+    """Scores, from 0 up, times what the votes add."""
+    low = scores.double().cpu() - scores.min().double().cpu()
+    return low * (1 + weight * votes / votes.max().clamp_min(1e-12))
+
+
+def _most_voted(union: Sequence[int], votes: Tensor, count: int) -> list[int]:
+    ranked = sorted(union, key=lambda j: (-float(votes[j]), j))
+    return sorted(ranked[:count])
+
+
+def _refitted(measured: Measured, keep: Sequence[Sequence[int]]) -> dict[int, Replacement]:
+    """Second layers of the kept units, by least squares, each block by itself."""
+    view, out = measured.subject.view, {}
+    for l, kept in enumerate(keep):
+        fc2 = view.fc2(l)
+        if len(kept) == fc2.in_features:
+            continue
+        found = compensate(
+            measured.hidden.moments(l), fc2.weight, fc2.bias, kept,
+            shrinkage=SHRINKAGE, diagnose=False,
+        )  # fmt: skip
+        out[l] = Replacement(kept, found.weight.to(fc2.weight), found.bias.to(fc2.weight))
+    return out
