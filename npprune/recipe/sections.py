@@ -16,6 +16,7 @@ from npprune.recipe.settings import OneOf, Rule, setting
 BUDGET = "Budget (one of keep, target-params, target-macs, target-latency)"
 CHOICE = "Which neurons stay"
 COMPARED = "Compared (lists are separated by commas, and all combined)"
+EXPLORER = "What is shown"
 EDIT = "Edit the neurons of a run's paths; nothing is removed from the network"
 FILE = "File"
 IMAGES = "Images"
@@ -514,6 +515,36 @@ class EditSection(Section):
         ["auto"], "tokens at which neurons are edited", panel=EDIT, metavar="LIST"
     )
     seeds: int = setting(1, "keep: draws of each share below 1", panel=EDIT, metavar="N", ge=1)
+
+
+class ExploreSection(Section):
+    """How much the explorer shows of a run."""
+
+    methods: list[words.Method] | None = setting(
+        None,
+        "beside the run's own, paths of these; found now where they are not there yet",
+        panel=EXPLORER,
+        metavar="LIST",
+        shown="those that are there",
+    )
+    images_per_class: int | None = setting(
+        None, "pictures of at most N images of each class", panel=EXPLORER, metavar="N",
+        shown="all", ge=1,
+    )  # fmt: skip
+    neurons: int = setting(
+        256,
+        "pages for at most N neurons of each block, those of the most paths",
+        panel=EXPLORER,
+        metavar="N",
+        ge=1,
+    )
+    ablate: int = setting(
+        100,
+        "images whose path neurons are removed one at a time, shared by the classes",
+        panel=EXPLORER,
+        metavar="N",
+        ge=0,
+    )
 
 
 class ExportSection(Section):

@@ -23,6 +23,8 @@ CONFIG = "config.json"
 PLAN = "plan.json"
 EXPORT = "export.json"
 RESULT = ("result.json", "report.html", "report.md")  # of a network pruned without a run
+CARD = "README.md"
+CARD_MARK = "<!-- written by npprune"
 EXPORTED = (".onnx", ".onnx.data", ".pt2", ".export.json")
 
 
@@ -112,6 +114,11 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def _is_card(path: Path) -> bool:
+    """Whether a file is the model card that npprune wrote, not a README of someone else."""
+    return path.name == CARD and path.is_file() and CARD_MARK in atomic.read_text(path)
+
+
 def objection(folder: Path) -> str | None:
     """Why a folder must not be replaced by a new checkpoint, or None."""
     try:
@@ -120,7 +127,7 @@ def objection(folder: Path) -> str | None:
         return f"it is not empty, and not a checkpoint of npprune (no valid `{CONFIG}`)"
     for path in sorted(folder.iterdir()):
         ours = path.name in (WEIGHTS, CONFIG, PLAN, EXPORT, *RESULT)
-        ours = ours or path.name.endswith(EXPORTED)
+        ours = ours or path.name.endswith(EXPORTED) or _is_card(path)
         if not (ours and path.is_file()) and not atomic.is_leftover(path):
             return f"it also holds `{path.name}`, which npprune did not write"
     return None
