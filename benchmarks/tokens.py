@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from npprune.core.compression.token_harm import measure_token_harm
 from npprune.core.metrics import divergence
 from npprune.data.loading import batches
 from npprune.data.opening import open_source
@@ -47,6 +48,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=800)
     parser.add_argument("--img-size", type=int)
     parser.add_argument("--merged", nargs="+", default=SCHEDULES, metavar="SCHEDULE")
+    parser.add_argument(
+        "--single", action="store_true", help="also the sum of nats of its blocks merging alone"
+    )
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="for latency")
     args = parser.parse_args()
@@ -64,8 +68,9 @@ def main() -> None:
     whole = count_macs(dense, pre.input_size)
     print(f"{args.model}, {whole / 1e9:.4f} G MACs, torch {torch.__version__}\n")
     timed = [f" batch {b} |" for b in args.batches] if args.latency else []
-    print("| tokens merged | last block | MACs | top-1 | nats |" + "".join(timed))
-    print("| --- " * (5 + len(timed)) + "|")
+    sums = [" sum of single blocks |"] if args.single else []
+    print("| tokens merged | last block | MACs | top-1 | nats |" + "".join(sums + timed))
+    print("| --- " * (5 + len(sums + timed)) + "|")
     read_alone = make_view(dense).tokens_read is not None
     with tempfile.TemporaryDirectory() as folder:
         dense_file = Path(folder) / "dense.onnx"
@@ -83,6 +88,8 @@ def main() -> None:
                 top1 = float((logits.argmax(1) == labels).double().mean())
                 nats = float(divergence(reference, logits).mean())
                 cells = [f"{100 * top1:.2f}", f"{nats:.4f}"]
+            if args.single:
+                cells.append(f"{single(dense, images, reference, schedule(name, dense)):.4f}")
             if args.latency:
                 cells += [f"{r:.3f}" for r in ratios(model, pre, dense_file, args.batches)]
             for last, share in shares.items():  # the same logits; times are the second's
@@ -105,6 +112,14 @@ def schedule(name: str, model: Any) -> list[int]:
 
 def predict(model: nn.Module, images: Any, batch: int = 25) -> Tensor:
     return torch.cat([model(part) for part in images.split(batch)])
+
+
+def single(model: Any, images: Any, reference: Any, merged: list[int]) -> float:
+    """The nats of each block merging alone, added up."""
+    options = [[r] for r in merged]
+    parts = list(images.split(25))
+    table = measure_token_harm(make_view(model), parts, options, reference=reference)
+    return sum(row[r] for row, r in zip(table, merged, strict=True))
 
 
 def ratios(model: nn.Module, pre: Preprocessing, dense_file: Path, sizes: list[int]) -> list[float]:

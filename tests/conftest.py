@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,17 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _traced_once() -> Iterator[None]:
+    """Tests of a process share ONNX traces of the same network, which take seconds each."""
+    from npprune.export import onnx
+    from tests.helpers import traces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx, "_trace", traces.once(onnx._trace))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import torch
 
 from npprune.data.loading import Batch, batches
 from npprune.data.sources import ImageSource, Sample
-from npprune.data.transforms import Transform, resolve
+from npprune.data.transforms import Transform, from_timm, resolve
 from npprune.records import DataInfo, Preprocessing
 
 if TYPE_CHECKING:
@@ -54,23 +54,9 @@ def augmented_batches(
 
 
 def _training_transform(preprocessing: Preprocessing) -> Transform:
-    from timm.data import create_transform
-
-    pre = resolve(preprocessing)
-    transform = create_transform(
-        input_size=pre.input_size,
-        is_training=True,
-        scale=AREA,
-        auto_augment=AUTO_AUGMENT,
-        interpolation=pre.interpolation,
-        mean=pre.mean,
-        std=pre.std,
+    return from_timm(
+        resolve(preprocessing), is_training=True, scale=AREA, auto_augment=AUTO_AUGMENT
     )
-    if pre.input_size[0] == 1:
-        from torchvision import transforms
-
-        transform.transforms.insert(0, transforms.Grayscale())
-    return transform  # type: ignore[no-any-return]
 
 
 class _Seeded:

@@ -6,14 +6,12 @@ rest (1,097 in all) for training.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from npprune.data.labels import KnownNames, choose_classes, find_labels
+from npprune.data.labels import Asked, find_labels
 from npprune.data.sources import MapSource
 from npprune.errors import DataError, setting
 
@@ -28,16 +26,11 @@ SEED = 0
 
 def open_digits(
     spec: str,
-    *,
-    num_classes: int | None = None,
-    class_map: str | Path | None = None,
-    known: KnownNames | None = None,
-    classes: Sequence[str | int] | str | None = None,
-    images_per_class: int | None = None,
+    asked: Asked,
 ) -> MapSource:
     """`digits` (all images) or one split of them; labels and names are the digits 0..9.
 
-    known: of a network that was cut to some digits, the names that say which.
+    asked.known: of a network that was cut to some digits, the names that say which.
 
     Raises:
         DataError: unknown split, a class map (the labels are given), unknown class.
@@ -48,21 +41,22 @@ def open_digits(
             f"the digits have the splits {', '.join(SPLITS)}, got `{split}`",
             hint="write `digits` for all of them",
         )
-    if class_map is not None:
+    if asked.class_map is not None:
         raise DataError(
             f"`{spec}` has labels of its own and takes no class map",
             hint=f"leave {setting('data.class_map')} out",
         )
+    known = asked.known
     cut = known if known is not None and known.within is not None else None
     labels = find_labels(
         [str(digit) for digit in range(10)],
-        num_classes=num_classes,
+        num_classes=asked.num_classes,
         known=cut,
-        some=classes is not None,
+        some=asked.some,
         ranked="the digit shown",
         where=spec,
     )
-    chosen = None if classes is None else choose_classes(classes, labels, where=spec)
+    chosen = asked.chosen(labels, where=spec)
     _, targets = _digits()
     positions = split_positions(split) if colon else list(range(len(targets)))
     entries = (
@@ -70,7 +64,7 @@ def open_digits(
         for i in positions
         if str(targets[i]) in labels.index
     )
-    return MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
+    return MapSource(spec, labels, entries, chosen=chosen, images_per_class=asked.images_per_class)
 
 
 def split_positions(split: str) -> list[int]:

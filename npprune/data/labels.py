@@ -45,6 +45,26 @@ class KnownNames:
         return [c for c in self.classes if c.synset is not None or c.name != str(c.index)]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of a source, whatever its kind: the keywords of `opening.open_source`."""
+
+    num_classes: int | None = None
+    class_map: str | Path | None = None
+    known: KnownNames | None = None
+    classes: Sequence[str | int] | str | None = None
+    images_per_class: int | None = None
+
+    @property
+    def some(self) -> bool:
+        """Whether classes are chosen."""
+        return self.classes is not None
+
+    def chosen(self, labels: Labels, where: str) -> list[int] | None:
+        """The labels of the chosen classes; None: all."""
+        return None if self.classes is None else choose_classes(self.classes, labels, where=where)
+
+
 @dataclass
 class Labels:
     """A rule applied to the class names of one source."""

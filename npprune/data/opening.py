@@ -8,7 +8,7 @@ from pathlib import Path
 
 from npprune.data.digits import open_digits
 from npprune.data.folders import hinting, read_classes, without_images
-from npprune.data.labels import KnownNames, choose_classes, find_labels
+from npprune.data.labels import Asked, KnownNames, find_labels
 from npprune.data.readers import PACKAGES, open_reader
 from npprune.data.sources import ImageSource, MapSource
 from npprune.errors import DataError
@@ -40,19 +40,13 @@ def open_source(
     """
     if images_per_class is not None and images_per_class < 1:
         raise DataError(f"`images_per_class` must be 1 or more, got {images_per_class}")
-    options = {
-        "num_classes": num_classes,
-        "class_map": class_map,
-        "known": known,
-        "classes": classes,
-        "images_per_class": images_per_class,
-    }
+    asked = Asked(num_classes, class_map, known, classes, images_per_class)
     if spec.startswith("folder:"):
-        return _open_folder(spec, **options)  # type: ignore[arg-type]
+        return _open_folder(spec, asked)
     if spec.split(":")[0] == "digits":
-        return open_digits(spec, **options)  # type: ignore[arg-type]
+        return open_digits(spec, asked)
     if spec.split("/")[0].lower() in PACKAGES and "/" in spec:
-        return open_reader(spec, **options)  # type: ignore[arg-type]
+        return open_reader(spec, asked)
     raise DataError(
         f"unknown data source `{spec}`",
         hint=f"did you mean `folder:{spec}`?"
@@ -62,33 +56,25 @@ def open_source(
     )
 
 
-def _open_folder(
-    spec: str,
-    *,
-    num_classes: int | None,
-    class_map: str | Path | None,
-    known: KnownNames | None,
-    classes: Sequence[str | int] | str | None,
-    images_per_class: int | None,
-) -> ImageSource:
+def _open_folder(spec: str, asked: Asked) -> ImageSource:
     root = Path(spec.removeprefix("folder:")).expanduser()
-    tree, folders, notes = read_classes(root, named=class_map is not None)
+    tree, folders, notes = read_classes(root, named=asked.class_map is not None)
     empty = [name for name, paths in folders.items() if not paths]
     shown = {plain_text(name): name for name in folders}
-    some = classes is not None or (known is not None and known.within is not None)
+    some = asked.some or (asked.known is not None and asked.known.within is not None)
     with hinting(notes):
         if empty and not some:  # before ranks, which these folders have shifted
             raise without_images(tree, empty[0])
         labels = find_labels(
             list(shown),
-            num_classes=num_classes,
-            class_map=class_map,
-            known=known,
-            some=classes is not None,
+            num_classes=asked.num_classes,
+            class_map=asked.class_map,
+            known=asked.known,
+            some=asked.some,
             images={name: len(folders[folder]) for name, folder in shown.items()},
             where=str(root),
         )
-        chosen = None if classes is None else choose_classes(classes, labels, where=spec)
+        chosen = asked.chosen(labels, where=spec)
         taken = {
             shown[name]: label
             for name, label in labels.index.items()
@@ -102,6 +88,8 @@ def _open_folder(
         for name, label in taken.items()
         for path in folders[name]
     )
-    source = MapSource(spec, labels, entries, chosen=chosen, images_per_class=images_per_class)
+    source = MapSource(
+        spec, labels, entries, chosen=chosen, images_per_class=asked.images_per_class
+    )
     source.notes = [*notes, *labels.notes, *tree.notes(list(taken))]
     return source

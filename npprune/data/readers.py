@@ -11,14 +11,14 @@ place. So timm finds and opens the data here, and the images are decoded one by 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.data.labels import KnownNames, Labels, choose_classes, find_labels
+from npprune.data.labels import Asked, Labels, find_labels
 from npprune.data.sources import ImageSource, MapSource, StreamSource
 from npprune.errors import DataError, setting
 from npprune.images.decoding import ENDINGS, UnreadableImage, decode, reading, to_rgb
@@ -81,12 +81,7 @@ def parse_spec(spec: str) -> ReaderSpec:
 
 def open_reader(
     spec: str,
-    *,
-    num_classes: int | None = None,
-    class_map: str | Path | None = None,
-    known: KnownNames | None = None,
-    classes: Sequence[str | int] | str | None = None,
-    images_per_class: int | None = None,
+    asked: Asked,
 ) -> ImageSource:
     """A data set of timm's factory as a source.
 
@@ -100,9 +95,9 @@ def open_reader(
     dataset = _create(spec, parsed)
     reader = getattr(dataset, "reader", dataset)
     names = _class_names(dataset, reader)
-    labels = _labels(spec, names, num_classes, class_map, known, classes is not None)
-    chosen = None if classes is None else choose_classes(classes, labels, where=spec)
-    to_label = partial(_label, spec, names, labels, num_classes)
+    labels = _labels(spec, names, asked)
+    chosen = asked.chosen(labels, where=spec)
+    to_label = partial(_label, spec, names, labels, asked.num_classes)
     if parsed.prefix in ("torch", "hfds"):
         entries = _torch_entries if parsed.prefix == "torch" else _hfds_entries
         return MapSource(
@@ -114,7 +109,7 @@ def open_reader(
                 if (label := to_label(target)) is not None
             ),
             chosen=chosen,
-            images_per_class=images_per_class,
+            images_per_class=asked.images_per_class,
         )
     passes = {"wds": _wds_samples, "hfids": _hfids_samples, "tfds": _decoded_samples}
     samples = passes[parsed.prefix]
@@ -136,7 +131,7 @@ def open_reader(
         labels,
         one_pass,
         chosen=chosen,
-        images_per_class=images_per_class,
+        images_per_class=asked.images_per_class,
         length=length,
     )
 
@@ -196,32 +191,25 @@ def _class_names(dataset: Any, reader: Any) -> list[str] | None:
     return [plain_text(str(name)) for name in names]
 
 
-def _labels(
-    spec: str,
-    names: list[str] | None,
-    num_classes: int | None,
-    class_map: str | Path | None,
-    known: KnownNames | None,
-    some: bool,
-) -> Labels:
+def _labels(spec: str, names: list[str] | None, asked: Asked) -> Labels:
     if names is not None:
         return find_labels(
             names,
-            num_classes=num_classes,
-            class_map=class_map,
-            known=known,
-            some=some,
+            num_classes=asked.num_classes,
+            class_map=asked.class_map,
+            known=asked.known,
+            some=asked.some,
             ranked="class index of the data set",
             where=spec,
         )
-    if class_map is not None:
+    if asked.class_map is not None:
         raise DataError(
             f"`{spec}` has class indices without names, which a class map cannot match",
             hint=f"leave {setting('data.class_map')} out",
         )
-    numbers = [str(i) for i in range(num_classes or 0)]
+    numbers = [str(i) for i in range(asked.num_classes or 0)]
     return find_labels(
-        numbers, known=known, ranked="class index of the data set", indices=True, where=spec
+        numbers, known=asked.known, ranked="class index of the data set", indices=True, where=spec
     )
 
 

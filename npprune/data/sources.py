@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from npprune.data.labels import Labels
 from npprune.errors import DataError
-from npprune.records import ClassInfo, DataInfo
+from npprune.records import DataInfo
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,13 +43,15 @@ class ImageSource(ABC):
     ranked as plain text, where labels are ranks and the two orders differ.
     """
 
-    spec: str
-    label_rule: str
-    classes: list[ClassInfo]
     selected: list[int]
     items: list[Item] | None
-    notes: list[str]
-    text_order: dict[int, int] | None = None
+
+    def __init__(self, spec: str, labels: Labels) -> None:
+        self.spec = spec
+        self.label_rule = labels.rule
+        self.classes = labels.classes
+        self.notes = labels.notes
+        self.text_order = labels.text_order
 
     @property
     @abstractmethod
@@ -96,11 +98,7 @@ class MapSource(ImageSource):
         chosen: list[int] | None = None,
         images_per_class: int | None = None,
     ) -> None:
-        self.spec = spec
-        self.label_rule = labels.rule
-        self.classes = labels.classes
-        self.notes = labels.notes
-        self.text_order = labels.text_order
+        super().__init__(spec, labels)
         self.items: list[Item] = []
         self._open: list[Callable[[], Image.Image]] = []
         wanted = None if chosen is None else set(chosen)
@@ -161,11 +159,7 @@ class StreamSource(ImageSource):
         images_per_class: int | None = None,
         length: int | None = None,
     ) -> None:
-        self.spec = spec
-        self.label_rule = labels.rule
-        self.classes = labels.classes
-        self.notes = labels.notes
-        self.text_order = labels.text_order
+        super().__init__(spec, labels)
         self.items = None
         within = labels.within
         every = [c.index for c in labels.classes if within is None or c.index in within]

@@ -29,17 +29,20 @@ def make_transform(preprocessing: Preprocessing) -> Transform:
     Raises:
         UsageError: a value out of range.
     """
+    pre = resolve(preprocessing)
+    return from_timm(pre, crop_pct=pre.crop_pct, crop_mode=pre.crop_mode)
+
+
+def from_timm(pre: Preprocessing, **more: Any) -> Transform:
+    """timm's transform of the given size and normalisation; grey where the network is."""
     from timm.data import create_transform
 
-    pre = resolve(preprocessing)
     transform = create_transform(
         input_size=pre.input_size,
-        is_training=False,
         interpolation=pre.interpolation,
         mean=pre.mean,
         std=pre.std,
-        crop_pct=pre.crop_pct,
-        crop_mode=pre.crop_mode,
+        **more,
     )
     if pre.input_size[0] == 1:
         from torchvision import transforms

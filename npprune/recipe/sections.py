@@ -63,10 +63,17 @@ class ModelSection(Section):
     """Which network. `auto` as the name builds the architecture from the checkpoint."""
 
     name: str = setting(
-        ..., "timm name, or `auto`: the architecture is read from the checkpoint", flag="MODEL"
+        ...,
+        "timm name; folder or hub name of a transformers or timm network; or `auto`: the "
+        "architecture is read from the checkpoint",
+        flag="MODEL",
     )
     checkpoint: str | None = setting(
-        None, ".safetensors, .pth or .npz", panel=MODEL, metavar="FILE", shown="timm's own weights"
+        None,
+        ".safetensors, .pth or .npz, or a folder",
+        panel=MODEL,
+        metavar="FILE",
+        shown="timm's own weights",
     )
     num_classes: int | None = setting(
         None, "outputs of the classifier", panel=MODEL, metavar="N", ge=1
@@ -82,6 +89,15 @@ class ModelSection(Section):
     )
     num_heads: int | None = setting(
         None, "attention heads per block", panel=MODEL, metavar="N", ge=1
+    )
+    activation: words.Activation | None = setting(
+        None, "of the hidden units, where neither name nor file says", panel=MODEL
+    )
+    pooling: words.Pooling | None = setting(
+        None,
+        "the classifier reads the class token or the mean patch token, where neither name nor file "
+        "says",
+        panel=MODEL,
     )
     released_head: bool = setting(
         False, "normalise MAE's pooled tokens twice, as the paper's released program", panel=MODEL
@@ -534,7 +550,11 @@ class ExploreSection(Section):
 class ExportSection(Section):
     """How it is shipped."""
 
-    format: words.Format = setting("onnx", "torch is a torch.export archive", panel=FILE)
+    format: words.Format = setting(
+        "onnx",
+        "torch is a torch.export archive; timm and transformers are folders that these load",
+        panel=FILE,
+    )
     opset: int = setting(20, "ONNX operator set, 17 to 23", panel=FILE, metavar="N", ge=17, le=23)
     precision: words.FilePrecision = setting("fp32", "of the weights", panel=FILE)
     batch: Annotated[words.Dynamic | Count, Rule("`dynamic` or a whole number of at least 1")] = (

@@ -42,6 +42,31 @@ __all__ = [
 R = TypeVar("R")
 
 
+@contextlib.contextmanager
+def locked(folder: Path, name: str, holder: Callable[[], str]) -> Iterator[None]:
+    """Hold a folder, which is made, by a lock file; it ends with the process, however that ends.
+
+    holder: says who has it, for the StoreError that refuses a second process at once.
+    """
+    import filelock
+
+    make_folder(folder)
+    lock = filelock.FileLock(folder / name)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as err:
+        raise StoreError(
+            f"`{folder}` is in use by {holder()}",
+            hint=f"wait for it to end, or choose another {setting('out')}",
+        ) from err
+    except OSError as err:
+        raise store_error(err, folder / name, "lock") from err
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_text(path: Path, text: str) -> None:
     """As `write_bytes`, UTF-8; paths that are not UTF-8 keep their bytes as JSON's `\\udcff`."""
     write_bytes(path, text.encode("utf-8", "backslashreplace"))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from npprune import records
 from npprune.errors import StoreError
+from npprune.files import foreign_folder
 from npprune.records import CheckpointConfig, Plan
 from npprune.store import atomic
 
@@ -54,8 +55,9 @@ def write_checkpoint(
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder has the files of a checkpoint."""
-    return (Path(folder) / CONFIG).is_file() and (Path(folder) / WEIGHTS).is_file()
+    """Whether a folder has the files of a checkpoint, and is not another library's."""
+    there = (Path(folder) / CONFIG).is_file() and (Path(folder) / WEIGHTS).is_file()
+    return there and foreign_folder(folder) is None
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -67,6 +69,10 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise StoreError(f"`{folder}` is not a checkpoint: it has no `{name}`", hint=_HINT)
+    if (library := foreign_folder(folder)) is not None:
+        raise StoreError(
+            f"`{folder}` is a folder of {library}, not a pruned checkpoint", hint=_FOREIGN
+        )
     return atomic.read_json(CheckpointConfig, folder / CONFIG)
 
 
@@ -90,6 +96,7 @@ def read_checkpoint(folder: str | Path) -> tuple[CheckpointConfig, dict[str, Ten
         raise StoreError(f"`{folder / WEIGHTS}` is not a safetensors file: {err}") from err
 
 
+_FOREIGN = "it is a MODEL for `npprune discover`, `prune` and `export`"
 _HINT = "give a folder that `npprune prune ... --out FOLDER` wrote"
 
 

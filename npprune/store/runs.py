@@ -40,33 +40,17 @@ class RunFolder:
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder; a second process is refused at once, with who holds it.
-
-        The lock ends with the process, however it ends.
-        """
-        import filelock
-
+        """Hold the folder; a second process is refused at once, with who holds it."""
         self.refuse_foreign()
-        atomic.make_folder(self.path)
-        lock = filelock.FileLock(self.path / _LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as err:
-            raise StoreError(
-                f"`{self.path}` is in use by {self._holder()}",
-                hint=f"wait for it to end, or choose another {setting('out')}",
-            ) from err
-        except OSError as err:
-            raise atomic.store_error(err, self.path / _LOCK, "lock") from err
-        holder = self.path / _HOLDER
-        try:
-            about = {"pid": os.getpid(), "host": socket.gethostname()}
-            atomic.write_text(holder, json.dumps(about) + "\n")
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # it only serves a message
-                holder.unlink(missing_ok=True)
-            lock.release()
+        with atomic.locked(self.path, _LOCK, self._holder):
+            holder = self.path / _HOLDER
+            try:
+                about = {"pid": os.getpid(), "host": socket.gethostname()}
+                atomic.write_text(holder, json.dumps(about) + "\n")
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # it only serves a message
+                    holder.unlink(missing_ok=True)
 
     def create_or_resume(self, manifest: Manifest, recipe_yaml: str = "") -> bool:
         """Begin a run here, or resume one of the same settings. True: an earlier run resumes.

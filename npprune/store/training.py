@@ -37,28 +37,13 @@ class TrainingFolder:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder; a second process is refused at once."""
-        import filelock
-
         if self.path.exists() and not self.path.is_dir():
             raise StoreError(
                 f"`{self.path}` is a file, not a folder", hint=f"choose another {setting('out')}"
             )
-        atomic.make_folder(self.path)
-        lock = filelock.FileLock(self.path / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout as err:
-            raise StoreError(
-                f"`{self.path}` is in use by another process",
-                hint=f"wait for it to end, or choose another {setting('out')}",
-            ) from err
-        except OSError as err:
-            raise atomic.store_error(err, self.path / LOCK, "lock") from err
-        atomic.remove_leftovers(self.path)
-        try:
+        with atomic.locked(self.path, LOCK, lambda: "another process"):
+            atomic.remove_leftovers(self.path)
             yield
-        finally:
-            lock.release()
 
     def save(self, about: dict[str, Any], tensors: Tensors) -> None:
         """Replace the state. `about` is plain JSON and holds the `settings` and the `step`."""

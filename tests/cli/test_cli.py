@@ -756,16 +756,11 @@ def test_a_reader_that_leaves_is_no_failure(as_json: bool) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_behind_stdout_is_an_error(tmp_path: Path) -> None:
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("name: tiny\nmodel: {name: vit_test}\ndiscover: null\n")
+def test_a_full_disk_behind_stdout_is_an_error() -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "npprune", "run", str(recipe), "--dry-run", "--json"],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=300,
-        )
+            [sys.executable, "-m", "npprune", "--version"],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=300,
+        )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.startswith("error: no space left on device")

@@ -30,6 +30,7 @@ NAMED = {
 }
 RECIPE_ONLY = {"name", "discover.batch_size"}  # the folder; discover's --batch-size sets both
 COMMANDS = {
+    "model": ["discover", "x", "--data", "digits"],
     "data": ["discover", "x", "--data", "digits"],
     "discover": ["discover", "x", "--data", "digits"],
     "prune": ["prune", "x", "--out", "o"],
@@ -68,7 +69,9 @@ def test_a_misspelt_word_is_refused_with_the_nearest(
         start = "name: x\nmodel: {name: vit}\n"
         value = f"[{wrong}]" if item_of(field) is not None else wrong
         place = f"{key}.0" if item_of(field) is not None else key
-        path.write_text(f"{start}{top}:\n  {inner}: {value}\n")
+        before = "name: x\n" if top == "model" else start
+        first = "  name: vit\n" if top == "model" else ""
+        path.write_text(f"{before}{top}:\n{first}  {inner}: {value}\n")
         with pytest.raises(RecipeError) as caught:
             load_recipe(path)
         assert caught.value.message.startswith(f"`{place}` must be one of `")

@@ -66,20 +66,20 @@ def check_baseline(model: nn.Module, x: Tensor, label: int, rows: list, factor: 
     torch.testing.assert_close(found.scores * factor, scores, rtol=1e-4, atol=5e-12)
 
 
-@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("label", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_vit_neuron_paths(vit: nn.Module, shared_golden: Path, label: int) -> None:
     rows, x = lines(shared_golden, "vit/neuron_path", label), images(shared_golden, label)
     check(vit, x, label, rows, factor=1)
     check_baseline(vit, x, label, rows, 1)
 
 
-@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("label", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_vit_five_neurons_a_block(vit: nn.Module, shared_golden: Path, label: int) -> None:
     rows, x = lines(shared_golden, "vit/topk5", label), images(shared_golden, label)
     check(vit, x, label, rows, factor=1, topk=5, accumulation="last")
 
 
-@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("label", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_vit_influence_pattern(vit: nn.Module, shared_golden: Path, label: int) -> None:
     rows, x = lines(shared_golden, "vit/influence_pattern", label), images(shared_golden, label)
     labels = torch.full((len(x),), label)
@@ -87,7 +87,7 @@ def test_vit_influence_pattern(vit: nn.Module, shared_golden: Path, label: int) 
     assert found.neurons[..., 0].tolist() == [[int(n) for n in row["path"][0]] for row in rows]
 
 
-@pytest.mark.parametrize("label", [0, 1])
+@pytest.mark.parametrize("label", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_mae_neuron_paths(mae: nn.Module, shared_golden: Path, label: int) -> None:
     rows, x = lines(shared_golden, "mae/neuron_path", label), images(shared_golden, label)
     assert len(rows) == 10

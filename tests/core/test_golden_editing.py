@@ -38,6 +38,7 @@ def test_removed_and_doubled_paths(shared_golden: Path, paths: str) -> None:
         assert logits.argmax(-1).tolist() == [int(row[edit][0]) for row in predicted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vit", "mae"])
 def test_the_command_line_has_the_released_programs_settings(
     shared_golden: Path, tmp_path: Path, kind: str

@@ -156,7 +156,8 @@ def naive(
 ])  # fmt: skip
 @pytest.mark.parametrize(("kind", "scope"), [
     ("cls", "cls"), ("patch", "patch"), ("cls+registers", "cls"), ("cls", "all"),
-    ("cls+layerscale+qknorm", "cls"), ("cls+registers", "patch"),
+    pytest.param("cls+layerscale+qknorm", "cls", marks=pytest.mark.slow),
+    pytest.param("cls+registers", "patch", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_agrees_with_loops_over_neurons_points_and_images(
     kind: str, scope: str, rule: str, accumulation: str

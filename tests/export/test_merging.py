@@ -27,8 +27,8 @@ __all__ = ["images"]
 
 @pytest.fixture(scope="module")
 def merging() -> nn.Module:
-    """Merges 3 and 2 of 16 patches; the last block computes the class token alone."""
-    return apply_tokens(tiny(), [3, 2, 0], last=True)
+    """Merges 3 of 16 patches; the last block computes the class token alone."""
+    return apply_tokens(tiny(depth=2), [3, 0], last=True)
 
 
 def test_onnx_agrees_at_every_batch_size(merging, images, tmp_path: Path) -> None:
@@ -39,11 +39,12 @@ def test_onnx_agrees_at_every_batch_size(merging, images, tmp_path: Path) -> Non
     assert all(row.max_relative_error < 1e-5 for row in record.parity)
     kinds = Counter(node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node)
     assert not [kind for kind in kinds if "Scatter" in kind or kind in ("NonZero", "Loop", "If")]
-    assert kinds["TopK"] == 4
+    assert kinds["TopK"] == 2
 
 
+@pytest.mark.slow
 def test_onnx_of_an_average_pooled_network(images, tmp_path: Path) -> None:
-    model = apply_tokens(tiny(global_pool="avg"), [3, 2, 1])
+    model = apply_tokens(tiny(global_pool="avg", depth=2), [3, 2])
     record = export_checked(model, PREPROCESSING, CLASSES, tmp_path / "m.onnx", Comparison(images))
     assert all(row.max_relative_error < 1e-5 for row in record.parity)
 

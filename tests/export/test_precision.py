@@ -27,7 +27,7 @@ INT8 = OnnxForm(precision="int8")
 def model() -> torch.nn.Module:
     torch.manual_seed(0)
     model = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2,
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=64, depth=1, num_heads=2,
         num_classes=5,
     ).eval()  # fmt: skip
     with torch.no_grad():

@@ -37,6 +37,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["npprune.api", "npprune.pipeline.discover.stage", "npprune.cli.app"])
 
 COUNTS = (6, 6, 1, 6, 6, 6, 6)  # images per class: 37
+FEW = {"images_per_class": 1}  # 7 images, where one batch or two say as much
 
 
 @dataclass
@@ -53,10 +54,10 @@ class World:
     def discover(
         self, out: str | Path = "run", data: Any = None, command: str = "", **settings: Any
     ) -> Result:
-        """Batches of 4, shards of 8 images: five shards."""
+        """A batch a shard, of 8 images: five shards."""
         self.events = []
         data = {"train": f"folder:{self.images}", **(data or {})}
-        settings = {"topk": 2, "batch_size": 4, "shard_size": 8, **settings}
+        settings = {"topk": 2, "batch_size": 8, "shard_size": 8, **settings}
         return discover(
             ModelSection(name="auto", checkpoint=str(self.root / "w.safetensors"), num_heads=3),
             DataSection(**data),
@@ -139,7 +140,7 @@ def measure_peaks(scope: Scope, answer: Any) -> None:
 
 def large_search() -> tuple[VitView, Tensor, Tensor]:
     """A network and 12 images whose activations are large beside everything else."""
-    options = {"img_size": 160, "patch_size": 16, "embed_dim": 192, "depth": 6, "mlp_ratio": 4}
+    options = {"img_size": 160, "patch_size": 16, "embed_dim": 192, "depth": 2, "mlp_ratio": 4}
     images, labels = tiny_batch(4, size=160)
     view = make_view(tiny_vit(**options).float())
     return view, images.float().repeat(3, 1, 1, 1), labels.repeat(3)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,7 +87,13 @@ def images_of(world: Path) -> DataSection:
 # ---------------------------------------------------------------- every kind of network
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("vit", "attention pool")))
+        for name in FAMILIES
+    ],
+)
 def test_families_with_heads_and_classes_removed(name: str, world: Path, tmp_path: Path) -> None:
     architecture, more = FAMILIES[name]
     dense = write_dense(tmp_path / "dense", architecture, **more)
@@ -168,14 +172,8 @@ def test_a_torch_archive(world: Path) -> None:
     assert record.format == "torch"
     assert record.bytes == path.stat().st_size
     assert (world / "uneven" / "model.export.json").is_file()
-    code = (
-        "import sys, torch\n"
-        f"net = torch.export.load({str(path)!r}).module()\n"
-        "print(tuple(net(torch.zeros(2, 3, 32, 32)).shape))\n"
-        "assert not {'npprune', 'timm'} & set(sys.modules)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout == "(2, 6)\n", done.stderr
+    loaded = torch.export.load(path).module()  # in a process without npprune: tests/export
+    assert loaded(torch.zeros(2, 3, 32, 32)).shape == (2, 6)
 
 
 def test_timm_reads_its_own_format(world: Path, tmp_path: Path) -> None:
@@ -311,6 +309,7 @@ def _labelled_by_itself(world: Path, folder: Path) -> DataSection:
     return DataSection(val=f"folder:{folder}", class_map=str(folder.parent / "map.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("random_weights")
 def test_int8_with_a_fixed_batch_and_a_cut_head(world: Path, tmp_path: Path) -> None:
     settings = section(precision="int8", batch=8, with_preprocessing=True, max_drop=100)
@@ -481,11 +480,9 @@ def test_two_files_side_by_side(world: Path, tmp_path: Path, events: list[Event]
     paths = [tmp_path / "dense.onnx", tmp_path / "small.onnx"]
     for folder, path in zip(("dense", "uneven"), paths, strict=True):
         export_checkpoint(world / folder, images_of(world), section(), out=path, **CPU)
-    settings = BenchSettings(batches=[1, 3], threads=[1, 2], seconds=0.01, provider="cpu")
+    settings = BenchSettings(batches=[3], threads=[1, 2], seconds=0.01, provider="cpu")
     found = bench_files(*paths, settings, out=tmp_path / "bench", work=Work(emit=events.append))
-    assert [(r.latency.threads, r.latency.batch) for r in found.rows] == [
-        (1, 1), (1, 3), (2, 1), (2, 3),
-    ]  # fmt: skip
+    assert [(r.latency.threads, r.latency.batch) for r in found.rows] == [(1, 3), (2, 3)]
     assert found.macs_ratio is not None
     assert 0 < found.macs_ratio < 1
     for row in found.rows:
@@ -498,13 +495,13 @@ def test_two_files_side_by_side(world: Path, tmp_path: Path, events: list[Event]
     picture = ElementTree.parse(tmp_path / "bench" / "bench.svg").getroot()  # a file of its own
     assert picture.tag == "{http://www.w3.org/2000/svg}svg"
     assert "var(" not in ElementTree.tostring(picture, encoding="unicode")
-    assert [e.done for e in events if e.level == "progress"] == [1, 2, 3, 4]
+    assert [e.done for e in events if e.level == "progress"] == [1, 2]
 
 
 def test_files_of_different_images_are_not_compared(world: Path, tmp_path: Path) -> None:
     paths = [tmp_path / "a.onnx", tmp_path / "b.onnx"]
     for path, pixels in zip(paths, (False, True), strict=True):
-        settings = section(with_preprocessing=pixels)
+        settings = section(with_preprocessing=pixels, batch=4)
         export_checkpoint(world / "uneven", images_of(world), settings, out=path, **CPU)
     with pytest.raises(UsageError, match="must take the same images"):
         bench_files(*paths, BenchSettings(provider="cpu"))

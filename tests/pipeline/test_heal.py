@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +30,20 @@ from npprune.pipeline.heal import stage as stage
 from npprune.pipeline.heal.stage import heal, heal_pruned
 from npprune.pipeline.prune.stage import prune
 from npprune.pipeline.run import run_recipe
-from npprune.recipe import DataSection, EvaluateSection, HealSection, ModelSection, Recipe
+from npprune.recipe import (
+    DataSection,
+    EvaluateSection,
+    ExportSection,
+    HealSection,
+    ModelSection,
+    Recipe,
+)
 from npprune.records import Preprocessing, Variant
 from npprune.store.checkpoints import read_checkpoint, read_config, write_checkpoint
 from npprune.store.runs import RunFolder
 from tests.helpers.digits_network import random_digits_network
+from tests.helpers.discovering import FORK
+from tests.helpers.processes import Team
 from tests.pipeline.test_line import half
 
 DATA = DataSection(train="digits:calibration")
@@ -197,13 +205,17 @@ def test_every_way_of_teaching_helps(half_network: Path, more: dict[str, object]
 
 
 def test_labels_are_learnt_where_they_count(half_network: Path) -> None:
-    settings = short(epochs=20, label_weight=20.0, patience=100, augment="none")
+    settings = short(epochs=10, label_weight=20.0, patience=100, augment="none")
     found = heal(half_network, DATA, settings, half_network.with_name("healed")).heal
     assert found is not None
     assert found.curve[-1].top1 > found.curve[0].top1 + 0.2  # the dense one knows no digits
 
 
-def test_long_runs_are_augmented_and_the_seed_decides(half_network: Path) -> None:
+def test_long_runs_are_augmented_and_the_seed_decides(
+    half_network: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert stage.LONG_EPOCHS == 30
+    monkeypatch.setattr(stage, "LONG_EPOCHS", 6)
     a, b, c = (half_network.with_name(n) for n in "abc")
     small = DATA.model_copy(update={"images_per_class": 2})
     settings = short(epochs=stage.LONG_EPOCHS, batch_size=4)
@@ -310,6 +322,7 @@ def test_a_recipe_heals_and_exports_the_healed_network(half_network: Path) -> No
         prune=half(),
         heal=short(epochs=1),
         evaluate=EvaluateSection(latency=False),
+        export=ExportSection(latency=False),
     )
     result = run_recipe(recipe, root=root)
     pruned, healed = result.variants
@@ -331,8 +344,15 @@ def interrupted_at(step: int, unit: str = "steps") -> Callable[[Event], None]:
     return emit
 
 
-@pytest.mark.parametrize(("step", "more"), [(5, {}), (17, {}), (11, {"epochs": 2}),
-                                            (9, {"feature_weight": 0.2})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("step", "more"),
+    [
+        (17, {}),
+        (9, {"feature_weight": 0.2}),
+        pytest.param(5, {}, marks=pytest.mark.slow),
+        pytest.param(11, {"epochs": 2}, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_training_goes_on_with_the_same_bits(
     half_network: Path, step: int, more: dict[str, object]
 ) -> None:
@@ -360,23 +380,24 @@ def test_layers_go_on_with_the_same_bits(half_network: Path) -> None:
     assert weights(out) == weights(straight)
 
 
+def heal_and_die(student: Path, out: Path, threads: int) -> None:
+    """In a process of its own: healing that is killed after 13 steps."""
+
+    def emit(event: Event) -> None:
+        if event.level == "progress" and event.unit == "steps" and event.done == 13:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.set_num_threads(threads)
+    heal(student, DATA, short(), out, work=Work(emit=emit))
+
+
 def test_a_killed_process_goes_on_with_the_same_bits(half_network: Path) -> None:
     straight, out = half_network.with_name("straight"), half_network.with_name("healed")
     heal(half_network, DATA, short(), straight)
-    code = (
-        "import os, signal, sys\nfrom pathlib import Path\n"
-        "from npprune.pipeline.heal.stage import heal\n"
-        "from npprune.pipeline.common.work import Work\n"
-        "from npprune.recipe import DataSection, HealSection\n"
-        "def emit(e):\n"
-        "    if e.level == 'progress' and e.unit == 'steps' and e.done == 13:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "heal(Path(sys.argv[1]), DataSection(train='digits:calibration'),\n"
-        "     HealSection(epochs=3, lr=2e-3), Path(sys.argv[2]), work=Work(emit=emit))\n"
-    )
-    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", code, half_network, out], env=env, timeout=120)
-    assert done.returncode == -9
+    process = FORK.Process(target=heal_and_die, args=(half_network, out, torch.get_num_threads()))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -9
     assert out.with_name("healed.partial").is_dir()
     heal(half_network, DATA, short(), out)
     assert weights(out) == weights(straight)
@@ -407,13 +428,13 @@ def test_two_processes_come_to_what_one_comes_to(half_network: Path) -> None:
     one, two = half_network.with_name("one"), half_network.with_name("two")
     heal(half_network, DATA, short(), one)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "npprune",
         "heal", str(half_network), "--data", "digits:calibration", "--epochs", "3",
         "--lr", "2e-3", "--device", "cpu", "--out", str(two), "--json",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count('"processes": 2') == 1
+    team = Team(two.parent, command)
+    assert team.end() == [0, 0], team.text("err0") + team.text("err1")
+    assert team.text("out0").count('"processes": 2') == 1
+    assert team.text("out1") == ""
     (_, a), (_, b) = read_checkpoint(one), read_checkpoint(two)
     start = read_checkpoint(half_network)[1]
     moved = sum(float((a[k] - start[k]).square().sum()) for k in a) ** 0.5
@@ -446,7 +467,7 @@ def pruned_for(root: Path, *, keep_head: bool) -> Path:
     return out
 
 
-@pytest.mark.parametrize("keep_head", [True, False])
+@pytest.mark.parametrize("keep_head", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_specialised_networks_heal_on_their_classes(half_network: Path, keep_head: bool) -> None:
     some = pruned_for(half_network.parent, keep_head=keep_head)
     out = some.with_name("healed")

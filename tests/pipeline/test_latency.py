@@ -181,7 +181,7 @@ def test_not_faster_than_dense_comes_first() -> None:
 
 
 def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    args = {**MODEL_ARGS, "depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 16}
+    args = {**MODEL_ARGS, "depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 16}
     model = create(ARCHITECTURE, args)
     info = model_info(model, ModelSource(ARCHITECTURE, args))
     dense = tmp_path / "dense"
@@ -198,7 +198,7 @@ def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(timing, "PAIR_SECONDS", 0.2)
     settings = PruneSection(
         target_latency=0.7, latency_batch=32, latency_threads=1, criterion="magnitude",
-        selection="uniform", compensation="none", calibration_images=20,
+        selection="uniform", compensation="none", calibration_images=20, round_to=64,
     )  # fmt: skip
     data = DataSection(calibration="digits:calibration")
     variant = prune(ModelSection(name=str(dense)), data, settings, tmp_path / "half")
@@ -206,7 +206,7 @@ def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert record["asked_share"] == 0.7
     assert record["measured"]["batch"] == 32
     assert sum(variant.prune.widths) < sum(variant.prune.dense_widths)
-    assert set(map(int, record["alone_ms"])) >= {16, 512}
+    assert set(map(int, record["alone_ms"])) >= {64, 512}
 
 
 def test_one_budget() -> None:

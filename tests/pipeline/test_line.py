@@ -90,7 +90,9 @@ def test_the_whole_line(run: Path) -> None:
     assert found.dense.top1.total == found.pruned.top1.total == 400
     assert found.pruned_model is not None
     assert found.pruned_model.widths == [64, 64]
-    record = export_checkpoint(checkpoint, DataSection(val="digits:test"), ExportSection())
+    record = export_checkpoint(
+        checkpoint, DataSection(val="digits:test"), ExportSection(latency=False)
+    )
     assert record.passed
     assert [row.batch for row in record.parity] == [1, 3, 17]
     html, markdown = render_report(run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -18,9 +17,8 @@ from npprune.errors import PeerError
 from npprune.pipeline.common.processes import Processes, backend
 from npprune.records import Manifest, from_json
 from npprune.store.runs import RunFolder
-from tests.helpers.discovering import COUNTS, FORK, World, make_world, run_rank
-
-PATIENCE = 60.0  # seconds; what hangs is a failure
+from tests.helpers.discovering import COUNTS, World, make_world
+from tests.helpers.processes import PATIENCE, Team
 
 
 @pytest.fixture
@@ -31,38 +29,9 @@ def world(tmp_path: Path) -> World:
 def command(world: World, *more: str, out: str = "run") -> list[str]:
     return [
         "discover", "auto", "--checkpoint", str(world.root / "w.safetensors"), "--num-heads", "3",
-        "--data", f"folder:{world.images}", "--topk", "2", "--batch-size", "4",
+        "--data", f"folder:{world.images}", "--topk", "2", "--batch-size", "8",
         "--shard-size", "8", "--device", "cpu", "--out", str(world.root / out), *more,
     ]  # fmt: skip
-
-
-class Team:
-    """Processes as torchrun starts them, without its start-up time; texts go to files."""
-
-    def __init__(self, root: Path, args: list[str], count: int = 2, pause: float = 0.0) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.root = root
-        self.ranks = [
-            FORK.Process(target=run_rank, args=(root, args, rank, count, port, pause))
-            for rank in range(count)
-        ]
-        for process in self.ranks:
-            process.start()
-
-    def end(self) -> list[int | None]:
-        """The exit codes; a rank that hangs is a failure."""
-        for process in self.ranks:
-            process.join(PATIENCE)
-        hung = [process for process in self.ranks if process.is_alive()]
-        for process in hung:
-            process.kill()
-        assert not hung
-        return [process.exitcode for process in self.ranks]
-
-    def text(self, name: str) -> str:
-        return (self.root / name).read_text()
 
 
 def test_two_processes_give_the_bits_of_one(world: World) -> None:
@@ -83,6 +52,7 @@ def test_two_processes_give_the_bits_of_one(world: World) -> None:
     assert one.settings_sha256 == two.settings_sha256
 
 
+@pytest.mark.slow
 def test_more_processes_than_shards(world: World) -> None:
     world.discover("one", shard_size=64)
     team = Team(world.root, command(world, "--shard-size", "64"), count=3)
@@ -92,7 +62,7 @@ def test_more_processes_than_shards(world: World) -> None:
 
 def test_one_of_two_killed_ends_both_and_the_same_command_resumes(world: World) -> None:
     world.discover("one")
-    team = Team(world.root, command(world), pause=0.3)
+    team = Team(world.root, command(world), pause=0.6)
     first = world.root / "run" / "paths" / "00001.json"  # rank 1's first shard
     deadline = time.monotonic() + PATIENCE
     while not first.is_file() and time.monotonic() < deadline:
@@ -221,7 +191,7 @@ def test_torchrun(world: World) -> None:
     assert json.loads(done.stdout)["discovery"]["images"] == sum(COUNTS)
     assert world.files() == world.files("one")
     before = world.files()
-    done = finish(world, "--batch-size", "8")
+    done = finish(world, "--batch-size", "4")
     assert done.returncode != 0
     assert done.stderr.count("error: `") == 1
     assert world.files() == before

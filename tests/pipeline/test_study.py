@@ -137,7 +137,7 @@ def test_neighbours_share_statistics_and_scores() -> None:
     [
         ("random", "uniform", "none"),
         ("curvature-obs", "measured", "sequential"),
-        ("fisher", "global", "least-squares"),
+        pytest.param("fisher", "global", "least-squares", marks=pytest.mark.slow),
     ],
 )
 def test_a_row_is_what_prune_and_eval_would_give(
@@ -166,7 +166,7 @@ def test_a_row_is_what_prune_and_eval_would_give(
     assert row.correct.count("1") == row.top1.correct
 
 
-@pytest.mark.parametrize("classes", [None, [1, 4, 7]])
+@pytest.mark.parametrize("classes", [None, pytest.param([1, 4, 7], marks=pytest.mark.slow)])
 def test_a_healed_row_is_what_prune_heal_and_eval_would_give(
     tmp_path: Path, classes: list[int | str] | None
 ) -> None:
@@ -317,6 +317,7 @@ def test_a_dry_run_lists_the_rows_and_writes_nothing(world: Path, tmp_path: Path
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_latency_is_measured_beside_dense(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,9 +14,10 @@ import torch
 import npprune
 from npprune.core.compression import cost
 from npprune.core.compression.selection import smooth
+from npprune.core.metrics import divergence
 from npprune.errors import ModelError, UsageError
 from npprune.models.info import count_macs, model_sizes
-from npprune.models.surgery import apply_plan, mask_plan
+from npprune.models.surgery import apply_plan, mask_plan, set_fc2
 from npprune.models.tokens import tokens_of
 from npprune.models.view import make_view
 from npprune.pipeline.common.results import render_report
@@ -38,9 +39,10 @@ from npprune.recipe import (
     PruneSection,
     StudySection,
 )
-from npprune.records import Variant
+from npprune.records import Plan, Variant
 from npprune.store.runs import read_plan
 from tests.helpers.tiny import tiny_batch, tiny_vit
+from tests.models.test_tokens import family
 from tests.pipeline.test_axes import DIGITS, dense
 
 __all__ = ["dense"]
@@ -213,3 +215,33 @@ def test_between_two_measured_schedules_nats_are_read_from_both() -> None:
         assert low < s.nats < high
         assert sum(s.merged) == round(s.share * 16)
     assert between(view, [Schedule((0, 0, 0)), one, two], Schedule((0, 0, 0)))
+
+
+@pytest.mark.parametrize(
+    "name", ["vit", "vit, average", "vit, registers", "deit distilled", "dinov3"]
+)
+def test_families_are_measured_chosen_refitted_and_made_smaller(name: str) -> None:
+    model, images = family(name)
+    batch = images[:1] + 0.5 * torch.randn(12, *images.shape[1:], dtype=images.dtype)
+    asked = replace(
+        PlanSettings.of(PruneSection(target_macs=0.75, round_to=1, min_keep=4)),
+        axes=("mlp", "tokens"),
+    )
+    subject = Subject(make_view(model), [batch], lambda: model_sizes(model))
+    measured = prepared(measure(subject, asked, Work()), asked, Work())
+    budget = amount(measured, asked) or 0
+    chosen = refit(measured, asked, choose(measured, asked, budget), Work())
+    plan = Plan(chosen.keep, list(subject.view.widths), **chosen.fields())
+    assert plan.last_for_read is (subject.view.tokens_read is not None)
+    small = apply_plan(model, plan)
+    size = tuple(images.shape[1:])
+    assert cost.macs(model_sizes(small)) <= budget
+    assert count_macs(small, size) < count_macs(model, size)  # type: ignore[arg-type]
+    for l, layer in enumerate(chosen.refitted.second):
+        set_fc2(small, l, layer.weight.to(images), layer.bias.to(images))
+    with torch.no_grad():
+        assert small(batch).isfinite().all()
+        assert (
+            divergence(model(batch), small(batch)).mean()
+            < divergence(model(batch), apply_plan(model, plan)(batch)).mean() + 1e-6
+        )
