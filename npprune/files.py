@@ -310,3 +310,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+OUR_FOLDERS = ("reports", "ckpt")
+"""Where runs and checkpoints go: what begins with one of these is a path, never a hub's name."""
