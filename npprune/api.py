@@ -33,7 +33,18 @@ from npprune.models.view import classifiers, make_view
 from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.records import Plan
 from npprune.store.checkpoints import is_checkpoint, read_checkpoint
-from npprune.words import METHODS, Accumulation, Method, RuleOrAuto, ScopeOrAuto, check_word
+from npprune.words import (
+    ACTIVATIONS,
+    METHODS,
+    POOLINGS,
+    Accumulation,
+    Activation,
+    Method,
+    Pooling,
+    RuleOrAuto,
+    ScopeOrAuto,
+    check_word,
+)
 
 __all__ = ["PathBatch", "Plan", "apply_plan", "discover_paths", "load_model"]
 
@@ -49,20 +60,26 @@ def load_model(
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     num_heads: int | None = None,
+    activation: Activation | None = None,
+    pooling: Pooling | None = None,
 ) -> nn.Module:
     """A vision transformer with its weights, in evaluation mode on the CPU.
 
     What was assumed in loading it is warned of (`UserWarning`).
 
     Args:
-        name_or_path: a checkpoint folder written by npprune; a timm name; or `auto`, which reads
-            the architecture off `checkpoint`.
-        checkpoint: a safetensors, PyTorch or JAX `.npz` file; None takes timm's published weights
-            from the hub.
+        name_or_path: a checkpoint folder written by npprune; a timm name; a folder of
+            `transformers` or timm, or its name on the hub; or `auto`, which reads the architecture
+            off `checkpoint`.
+        checkpoint: a safetensors, PyTorch or JAX `.npz` file, or such a folder; None takes timm's
+            published weights from the hub.
         num_classes: outputs of the head, by default the checkpoint's.
         img_size: input side in pixels, or (height, width); position embeddings are resampled,
             unless the file has just as many as it needs.
         num_heads: attention heads, where neither name nor file says.
+        activation: of the hidden units, likewise: gelu, gelu-tanh, quick-gelu, relu or silu.
+        pooling: what the classifier reads, likewise: token (the class token) or avg (the mean patch
+            token).
 
     Raises:
         UsageError: a number that cannot be one of classes, pixels or heads.
@@ -71,6 +88,10 @@ def load_model(
     """
     num_classes = _number("num_classes", num_classes, 1)
     num_heads = _number("num_heads", num_heads, 1)
+    if activation is not None:
+        check_word("activation", activation, ACTIVATIONS)
+    if pooling is not None:
+        check_word("pooling", pooling, POOLINGS)
     if isinstance(img_size, (tuple, list)) and len(img_size) == 2:
         img_size = (_whole("img_size", img_size[0], 1), _whole("img_size", img_size[1], 1))
     else:
@@ -84,6 +105,8 @@ def load_model(
         num_classes=num_classes,
         img_size=img_size,
         num_heads=num_heads,
+        activation=activation,
+        pooling=pooling,
     )
 
 

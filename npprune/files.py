@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -21,6 +22,7 @@ from typing import Any
 
 from npprune.errors import StoreError, UnstoredError, UsageError, setting
 
+_CONFIG_BYTES = 16 * 2**20  # of a config.json that is read
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
 
 _REASONS: dict[int, tuple[str, str]] = {
@@ -44,6 +46,22 @@ def store_error(err: OSError, path: Path, action: str = "write") -> StoreError:
         err.errno or 0, (err.strerror or str(err), "check that the place can be read and written")
     )
     return StoreError(f"cannot {action} `{path}`: {reason}", hint=hint)
+
+
+def foreign_folder(path: str | Path) -> str | None:
+    """`transformers` or `timm`, where a folder's `config.json` is one of theirs; None otherwise."""
+    config = Path(path) / "config.json"
+    try:
+        if config.stat().st_size > _CONFIG_BYTES:
+            return None
+        said = json.loads(config.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or "kind" in said:
+        return None
+    if isinstance(said.get("architecture"), str):
+        return "timm"
+    return "transformers" if "model_type" in said or "architectures" in said else None
 
 
 # ---------------------------------------------------------------- before the work
@@ -292,3 +310,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+OUR_FOLDERS = ("reports", "ckpt")
+"""Where runs and checkpoints go: what begins with one of these is a path, never a hub's name."""

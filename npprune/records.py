@@ -45,6 +45,21 @@ def to_dict(record: Any) -> dict[str, Any]:
     return data
 
 
+def json_schema(cls: type[Document]) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a document, as `to_dict` writes it."""
+    schema = _adapter(cls).json_schema(mode="serialization")
+    head = {
+        "schema_version": {"type": "integer", "minimum": 1, "maximum": SCHEMA_VERSION},
+        "kind": {"const": cls.kind},
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **schema,
+        "properties": {**head, **schema["properties"]},
+        "required": [*head, *schema.get("required", [])],
+    }
+
+
 def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
     """A record from parsed JSON. StoreError names the field that is wrong, and `where`."""
     place = f" ({where})" if where else ""

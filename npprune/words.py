@@ -33,6 +33,14 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 Compensation = Literal["none", "mean", "least-squares", "sequential"]
 COMPENSATIONS: tuple[Compensation, ...] = get_args(Compensation)
 
+Activation = Literal["gelu", "gelu-tanh", "quick-gelu", "relu", "silu"]
+"""Of the hidden units, where a weights file does not say it."""
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+
+Pooling = Literal["token", "avg"]
+"""What a classifier reads, where a file does not say: class token or mean patch token."""
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
 Axis = Literal["mlp", "heads", "qk", "tokens"]
 """What may be removed: hidden units, attention heads, query/key dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -52,7 +60,7 @@ FILE_PRECISIONS: tuple[FilePrecision, ...] = get_args(FilePrecision)
 Dynamic = Literal["dynamic"]
 """A file that takes any number of images at once."""
 
-Format = Literal["onnx", "torch", "timm"]
+Format = Literal["onnx", "torch", "timm", "transformers"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
 Provider = Literal["auto", "cpu", "cuda", "tensorrt"]

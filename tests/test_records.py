@@ -8,13 +8,23 @@ import subprocess
 import sys
 import types
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 
 from npprune import records
 from npprune.errors import StoreError
-from npprune.records import ClassInfo, Document, Plan, Preprocessing, Result
+from npprune.records import (
+    ClassInfo,
+    Document,
+    ExportRecord,
+    Plan,
+    Preprocessing,
+    Result,
+    json_schema,
+    to_json,
+)
 
 DOCUMENTS = [c for c in Document.__subclasses__() if c.__module__ == records.__name__]
 
@@ -168,3 +178,29 @@ def test_a_variant_is_found_by_name() -> None:
 def test_records_load_without_torch() -> None:
     code = "import sys, npprune.records; assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "docs" / "schema"
+
+
+def _fields(schema: dict[str, Any]) -> dict[str, list[str]]:
+    parts = {"": schema, **schema.get("$defs", {})}
+    return {name: sorted(part.get("properties", {})) for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("cls", [Result, Plan, ExportRecord], ids=lambda c: c.kind)
+def test_the_published_schemas_are_of_today(cls: type[Document]) -> None:
+    published = json.loads((PUBLISHED / f"{cls.kind}.json").read_text())
+    assert _fields(published) == _fields(json_schema(cls)), "run `python docs/schema.py`"
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("cls", [Result, Plan, ExportRecord], ids=lambda c: c.kind)
+def test_documents_are_as_the_published_schemas_say(cls: type[Document], full: bool) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="needs jsonschema (the dev extra)")
+    published = json.loads((PUBLISHED / f"{cls.kind}.json").read_text())
+    data = json.loads(to_json(_example(cls, full)))
+    jsonschema.validate(data, published)
+    for wrong in ({**data, "schema_version": 99}, {**data, "kind": "letter"}, {**data, "more": 1}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(wrong, published)

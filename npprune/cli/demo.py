@@ -27,7 +27,7 @@ def command(
     ] = Path("."),
 ) -> None:
     """Show everything on a small network and handwritten digits, in under three minutes."""
-    from npprune.pipeline.run import run_demo
+    from npprune.pipeline.run import EXPLORER, run_demo
 
     output = Output(as_json=run.as_json)
     with output.working() as emit:
@@ -36,5 +36,6 @@ def command(
             root=out,
             work=run.work(emit),
         )
-    show.result(output, result, out)
+    explorer = out / "reports" / "demo" / EXPLORER / "index.html"
+    show.result(output, result, out, also=[("explorer", explorer)])
     output.finish()

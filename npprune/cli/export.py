@@ -11,6 +11,7 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, of, option
 from npprune.errors import UsageError, setting
+from npprune.files import foreign_folder
 from npprune.recipe.sections import FILE, DataSection, ExportSection
 from npprune.words import PROVIDERS, check_word
 
@@ -87,7 +88,7 @@ def command(
                 work=run.work(emit),
             )
         else:
-            suffix = {"onnx": ".onnx", "torch": ".pt2", "timm": "_timm"}[settings.format]
+            suffix = stage.SUFFIXES[settings.format] or f"_{settings.format}"
             target = out or Path(flags.folder_name(model) + suffix)
             record = output.result(
                 stage.export_model,
@@ -107,9 +108,9 @@ def command(
 def _checkpoint(source: str, network: dict[str, Any], dense: str | None) -> Path | None:
     """The checkpoint folder that is meant, or None: a model's name."""
     path = Path(source)
-    if not (path / "config.json").is_file():
-        like_path = "/" in source and not source.startswith(flags.HUB_PREFIXES)
-        if not network and (path.is_dir() or like_path):
+    foreign = foreign_folder(path) is not None
+    if foreign or not (path / "config.json").is_file():
+        if not foreign and not network and (path.is_dir() or flags.like_path(source)):
             return flags.checkpoint_folder(path)
         if dense is not None:
             raise UsageError(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from npprune.errors import DataError, ModelError, StoreError, UsageError, setting
+from npprune.files import OUR_FOLDERS, foreign_folder
 from npprune.recipe.rules import check
 from npprune.recipe.sections import DataSection, ModelSection, Section
 from npprune.recipe.settings import item_of, rule_of, told, words_of
@@ -25,6 +26,16 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound="Section")
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+def like_path(text: str) -> bool:
+    """Whether MODEL looks like a folder here, not like a network's name (`OWNER/NAME` is one on
+    the hub, unless `OWNER` is a folder here)."""
+    if "/" not in text or text.startswith(HUB_PREFIXES):
+        return False
+    owner, _, name = text.partition("/")
+    here = owner in OUR_FOLDERS or Path(owner).is_dir()
+    return "/" in name or not owner[:1].isalnum() or not name or here
 
 
 def section(cls: type[S], /, **values: Any) -> S:
@@ -165,7 +176,8 @@ def folder_name(model: ModelSection) -> str:
     """A folder's name for a network: the checkpoint's stem for `auto`, else the timm name."""
     if model.name == "auto" and model.checkpoint:
         return Path(model.checkpoint).stem
-    return model.name.split("/")[-1].split(".")[0]
+    last = model.name.rstrip("/").replace(":", "/").split("/")[-1].partition("@")[0]
+    return last.split(".")[0] or "model"
 
 
 def run_folder(path: Path, what: str = "RUN") -> Path:
@@ -182,6 +194,12 @@ def run_folder(path: Path, what: str = "RUN") -> Path:
 
 def checkpoint_folder(path: Path) -> Path:
     """A checkpoint folder that exists; StoreError otherwise."""
+    if (library := foreign_folder(path)) is not None:
+        raise StoreError(
+            f"CHECKPOINT must be a folder written by `npprune prune`, got a network of {library}: "
+            f"`{path}`",
+            hint="it is a MODEL for `npprune discover`, `prune` and `export`",
+        )
     if (path / "config.json").is_file():
         return path
     reason = "it holds no config.json" if path.exists() else "there is no such folder"
@@ -196,7 +214,6 @@ def run_or_model(text: str, given: Mapping[str, Any]) -> Path | ModelSection:
     path = Path(text)
     if (path / "config.json").is_file():  # a checkpoint of ours, to be pruned further
         return model_section(text, given)
-    looks_like_path = "/" in text and not text.startswith(HUB_PREFIXES)
-    if given.get("checkpoint") is None and (path.is_dir() or looks_like_path):
+    if given.get("checkpoint") is None and (path.is_dir() or like_path(text)):
         return run_folder(path, "RUN_OR_MODEL")
     return model_section(text, given)

@@ -346,9 +346,15 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
         _end(output, [("JSON", folder / "bench.json"), ("plot", folder / "bench.svg")], None)
 
 
-def result(output: Output, found: Result | Variant | Evaluation | ExportRecord, root: Path) -> None:
-    """The whole line: every variant, dense against pruned, and where things lie; or what one
-    stage of it found, where that could not be stored."""
+def result(
+    output: Output,
+    found: Result | Variant | Evaluation | ExportRecord,
+    root: Path,
+    *,
+    also: Sequence[tuple[str, Path]] = (),
+) -> None:
+    """The whole line: every variant, dense against pruned, and where things lie, `also` among
+    them; or what one stage of it found, where that could not be stored."""
     from npprune.report import summary
     from npprune.report.numbers import doubts
 
@@ -376,7 +382,7 @@ def result(output: Output, found: Result | Variant | Evaluation | ExportRecord, 
         places.append(("checkpoint", checkpoint))
         if variant.export is not None:
             places.append(("ONNX file", checkpoint / variant.export.file))
-    _end(output, places, None)
+    _end(output, [*places, *also], None)
 
 
 # ---------------------------------------------------------------- pieces

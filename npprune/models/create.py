@@ -3,21 +3,91 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+from timm.layers import LayerNorm
 from timm.models._registry import _deprecated_models
-from torch import nn
+from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
+CLASS_AND_PATCHES = "class+patches"
+
+_SIDE, _WIDTH, _DEPTH, _CLASSES = 16384, 16384, 256, 2**20
+_ARGUMENTS: dict[str, Any] = {  # name -> largest whole number or number, bool, or words
+    "img_size": _SIDE,
+    "patch_size": 256,
+    "in_chans": 64,
+    "num_classes": _CLASSES,
+    "embed_dim": _WIDTH,
+    "depth": _DEPTH,
+    "num_heads": 1024,
+    "mlp_ratio": 64.0,
+    "init_values": 1e3,
+    "reg_tokens": 256,
+    "norm_eps": 1.0,
+    "global_pool": ("token", "avg", "avgmax", "max", "map", "prr", ""),
+    "pos_embed": ("learn", "none", ""),
+    "act_layer": ACTIVATIONS,
+    "norm_layer": ("layernorm", "layernormfp32", "rmsnorm", "rmsnormfp32"),
+    "head_reads": (CLASS_AND_PATCHES,),
+}
+_SWITCHES = {
+    "qkv_bias",
+    "qkv_fused",
+    "qk_norm",
+    "proj_bias",
+    "scale_attn_norm",
+    "scale_mlp_norm",
+    "scale_mlp",
+    "scale_attn_inner",
+    "class_token",
+    "no_embed_class",
+    "pre_norm",
+    "final_norm",
+    "fc_norm",
+    "use_fc_norm",
+    "pool_include_prefix",
+    "swiglu_mlp",
+    "use_abs_pos_emb",
+    "use_rel_pos_bias",
+    "use_shared_rel_pos_bias",
+    "use_rot_pos_emb",
+    "use_post_norm",
+    "use_pre_transformer_norm",
+    "use_post_transformer_norm",
+    "dynamic_img_size",
+}
+_NO_MATTER = re.compile(r"(?:\w+_)?drop(?:_path)?_rate$|weight_init$|fix_init$|head_init_scale$")
+"""Arguments that change nothing at inference."""
 
 _HUB = re.compile(r"^(?:hf-hub|hf_hub|local-dir):|/")
 
 
+class ClassAndPatches(nn.Module):
+    """Pools as DINOv2's linear classifier reads: [b, t, d] -> the class token and the mean patch
+    token side by side, [b, 2 d]."""
+
+    def __init__(self, prefix: int) -> None:
+        super().__init__()
+        self.prefix = prefix  # class and register tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, 0], x[:, self.prefix :].mean(1)], 1)
+
+
 def create(name: str, args: dict[str, Any], **timm_options: Any) -> nn.Module:
     """`timm.create_model` in evaluation mode, leaving the global random state as it was.
+
+    Two arguments are npprune's own: `norm_eps`, the epsilon of the layer norms, and `head_reads`
+    (`class+patches`), two parts of the tokens that a twice as wide classifier reads.
 
     Raises:
         ModelError: the architecture does not take these arguments.
@@ -25,9 +95,15 @@ def create(name: str, args: dict[str, Any], **timm_options: Any) -> nn.Module:
     name, _ = current_name(name)
     published(name)
     known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    if (eps := known.pop("norm_eps", None)) is not None:
+        known["norm_layer"] = partial(LayerNorm, eps=eps)
+    two_parts = known.pop("head_reads", None) == CLASS_AND_PATCHES
+    if two_parts:
+        known["global_pool"] = "map"
     with torch.random.fork_rng(devices=[]):
         try:
-            return timm.create_model(name, **timm_options, **known).eval()
+            model = timm.create_model(name, **timm_options, **known).eval()
+            return _reading_two_parts(model) if two_parts else model
         except (TypeError, AssertionError, ValueError, ZeroDivisionError) as err:
             given = ", ".join(f"{k}={v}" for k, v in args.items())
             lines = str(err).strip().splitlines() or [type(err).__name__]
@@ -35,6 +111,50 @@ def create(name: str, args: dict[str, Any], **timm_options: Any) -> nn.Module:
                 f"timm cannot build {name} with {given or 'its defaults'}: {lines[0][:160]}",
                 hint="check the image size and the number of heads",
             ) from err
+
+
+def _reading_two_parts(model: Any) -> nn.Module:
+    model.attn_pool = ClassAndPatches(model.num_prefix_tokens)  # timm's place for pooling
+    model.pool_include_prefix = True
+    model.head = nn.Linear(2 * model.embed_dim, model.num_classes)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def checked_args(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The arguments of a file, for `create`: known ones, of their type, within bounds.
+
+    Raises:
+        ModelError: an argument that could do more than describe a network.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in given.items():
+        if _NO_MATTER.match(name):
+            continue
+        rule = _ARGUMENTS.get(name)
+        right = value is None
+        if name in _SWITCHES:
+            right |= isinstance(value, bool)
+        elif isinstance(rule, tuple):
+            right |= value in rule
+        elif rule is not None:
+            numbers = (
+                value if isinstance(value, list | tuple) and name.endswith("_size") else [value]
+            )
+            kinds = int if isinstance(rule, int) else (int, float)
+            right |= 1 <= len(numbers) <= 2 and all(
+                isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v)
+                and 0 <= v <= rule
+                for v in numbers
+            )  # fmt: skip
+        if not right:
+            raise ModelError(
+                f"{where}: the network is described by `{name}` = {str(value)[:60]!r}, which is "
+                "not taken from a file",
+                hint="plain sizes and switches of timm's transformers are; build the network in "
+                "Python, and give its weights with its timm name",
+            )
+        checked[name] = value
+    return checked
 
 
 def current_name(name: str) -> tuple[str, list[str]]:

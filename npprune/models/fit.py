@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
 from npprune.models.create import create
-from npprune.models.foreign import UnknownGrid, by, infer, with_timm_scales
+from npprune.models.foreign import UnknownGrid, by, infer, projection, with_timm_scales
 from npprune.models.layouts import foreign_layout
 
 TRANSLATED = ("mask_token", "register_tokens")
@@ -73,6 +73,33 @@ def outputs(
     return found
 
 
+_PROJECTIONS = re.compile(
+    r"(?:.*\.)?(?:visual\.(?:proj|head\.proj\.weight)|text_projection)$|proj$"
+)
+_CLIP = re.compile(r".*_(?:clip|pe_core)_")
+
+
+def refuse_projection(name: str, cfg: dict[str, Any], tensors: dict[str, Tensor] | None) -> None:
+    """ModelError where an image tower's projection would be taken for a classifier.
+
+    Args:
+        name: timm's, or empty.
+        cfg: timm's `pretrained_cfg` of that name.
+        tensors: of a file; None for timm's own weights.
+    """
+    tag = name.partition(".")[2] or str(cfg.get("tag") or "")
+    if tensors is None:
+        if _CLIP.match(name) and "ft_" not in tag and "_in1k" not in tag:
+            raise projection(f"the last layer of {name} ({tag or 'its published weights'})")
+        return
+    found = next((k for k in tensors if _PROJECTIONS.match(k)), None)
+    if found is not None:
+        raise projection(f"the file's `{found}` {list(tensors[found].shape)}")
+    bias = tensors.get("head.bias")
+    if _CLIP.match(name) and "head.weight" in tensors and (bias is None or not bias.any()):
+        raise projection("the file's `head`, which has no bias,")
+
+
 def no_classifier(name: str) -> ModelError:
     return ModelError(
         f"the weights of {name} have no classifier, and neurons are found by a class's probability",
@@ -112,7 +139,7 @@ def check_patches(
 
 
 def own_grid(
-    model: nn.Module, tensors: dict[str, Tensor], name: str, path: Path, *, sized: bool
+    model: nn.Module, tensors: dict[str, Tensor], name: str, path: Path
 ) -> tuple[dict[str, Any], list[str]]:
     """Which grid the positions of a named network's file are resampled from.
 
@@ -124,7 +151,6 @@ def own_grid(
         tensors: the file's.
         name: of the network, and `path` of the file, for messages.
         path: see above.
-        sized: the image size was asked for.
 
     Returns:
         entries for timm's `pretrained_cfg`, and notes.
@@ -161,7 +187,7 @@ def own_grid(
         f"position embeddings resampled from {by(source)} to {by(grid)} patches; image "
         f"size {by(trained)} keeps them as they were trained"
     )
-    return {}, [] if sized else [said]
+    return {}, [said]
 
 
 def unknown_to(model: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
@@ -220,7 +246,7 @@ def other_architecture(tensors: dict[str, Tensor]) -> str:
         return f"the file is {known[0]}: {known[1]}"
     reads = "check the model name; `auto` builds the architecture from the file itself"
     try:  # any number of heads: it does not change the names
-        found = infer(tensors, num_heads=1, jax=False, wrapped=False)
+        found = infer(tensors, num_heads=1, jax=False, wrapped=False, activation="gelu")
     except UnknownGrid as err:
         return f"{reads}: {err.hint}"
     except ModelError:

@@ -148,6 +148,8 @@ def infer(
     jax: bool,
     wrapped: bool,
     img_size: Size | None = None,
+    activation: str | None = None,
+    pooling: str | None = None,
 ) -> Architecture:
     """The plain vision transformer that a state dict in timm's names belongs to.
 
@@ -173,7 +175,14 @@ def infer(
     qkv = tensors["blocks.0.attn.qkv.weight"]
     heads, said = _heads(tensors, width, qkv.shape[0] // 3, num_heads)
     notes += said
-    average = "fc_norm.weight" in names or "cls_token" not in names
+    average = "fc_norm.weight" in names or "cls_token" not in names or pooling == "avg"
+    if average and pooling == "token":
+        raise ModelError(
+            "the file's classifier reads the mean patch token, and `pooling` is token",
+            hint=f"leave {setting('model.pooling')} out",
+        )
+    act = _activation(names, activation)
+    _refuse_ambiguous(tensors)
     args: dict[str, Any] = {
         "img_size": [grid[0] * patch.shape[2], grid[1] * patch.shape[3]],
         "patch_size": patch.shape[2] if patch.shape[2] == patch.shape[3] else list(patch.shape[2:]),
@@ -194,6 +203,11 @@ def infer(
         "global_pool": "map" if "attn_pool.latent" in names else ("avg" if average else "token"),
         "fc_norm": "fc_norm.weight" in names,
     }
+    if "norm_pre.weight" in names:
+        args["norm_eps"] = 1e-5  # CLIP's
+    if act != "gelu":
+        args["act_layer"] = act.replace("-", "_")
+    notes.append(_assumed(names, args, activation, pooling))
     arch = "vit_base_patch16_224"
     if "dist_token" in names:  # its own class in timm, with fewer choices
         arch = "deit_base_distilled_patch16_224"
@@ -205,6 +219,62 @@ def infer(
         + ", bicubic, crop 0.9"
     )
     return Architecture(arch, args, HALF if half else IMAGENET, notes)
+
+
+def _activation(names: set[str], given: str | None) -> str:
+    """ModelError where it must be said: CLIP's layout comes with GELU and with quick-GELU."""
+    if given is None and "norm_pre.weight" in names:
+        raise ModelError(
+            "the file has a norm before its blocks, as CLIP's image towers, which exist with GELU "
+            "and with quick-GELU, and it does not say which",
+            hint=f"give {setting('model.activation', 'quick-gelu')} for OpenAI's weights and those "
+            f"that follow them, {setting('model.activation', 'gelu')} for others",
+        )
+    return given or "gelu"
+
+
+def _refuse_ambiguous(tensors: dict[str, Tensor]) -> None:
+    """ModelError for layouts whose tensors are those of other networks, too."""
+    names = set(tensors)
+    if {"norm_pre.weight", "attn_pool.latent"} <= names:
+        raise ModelError(
+            "the file is of a perception encoder or a relative, whose rotary positions are not in "
+            "the file",
+            hint="give its timm name instead of `auto`, such as `vit_pe_core_base_patch16_224`",
+        )
+    if not names & {"cls_token", "blocks.0.attn.qkv.bias", "attn_pool.latent"}:
+        raise ModelError(
+            "the file has neither a class token nor biases of queries, keys and values, as "
+            "networks whose norms follow attention and MLP (rpn) and others whose norms come first",
+            hint="give its timm name instead of `auto`, such as `vit_base_patch16_rpn_224`",
+        )
+    bias = tensors.get("head.bias")
+    if "norm_pre.weight" in names and (bias is None or not bias.any()):
+        raise projection("the file's `head`, which has no bias,")
+
+
+def projection(what: str) -> ModelError:
+    """For image towers of CLIP, whose last layer leads to a space shared with text."""
+    return ModelError(
+        f"{what} is a projection onto embeddings of images and texts: its outputs are no classes",
+        hint="use weights fine-tuned for classification, such as those with `_ft_in1k` in timm's "
+        "names",
+    )
+
+
+def _assumed(
+    names: set[str], args: dict[str, Any], activation: str | None, pooling: str | None
+) -> str:
+    """What no tensor says, in one line."""
+    eps = args.get("norm_eps", 1e-6)
+    said = [f"norms with epsilon {eps:g} before attention and MLP", "no rotary positions"]
+    if "blocks.0.gamma_1" in names:
+        said[-1] += " as in DeiT III (networks with them, `vit_*_rope_ape_*`, by their timm name)"
+    if activation is None:
+        said.insert(0, "GELU (activation)")
+    if pooling is None and args["global_pool"] == "token":
+        said.insert(0, "the classifier reads the class token (pooling)")
+    return f"a file of weights does not say all; assumed: {', '.join(said)}"
 
 
 def _landmarks(tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, int]:
@@ -356,7 +426,9 @@ def _heads(
         return attended // norm.shape[0], []
     if width in STANDARD_HEADS and attended == width:
         heads = STANDARD_HEADS[width]
-        return heads, [f"the file does not say its heads: took {heads}, usual at width {width}"]
+        return heads, [
+            f"the file does not say its heads: took {heads}, usual at width {width} (num_heads)"
+        ]
     raise ModelError(
         f"the number of attention heads is not in the file, and the width {width} is not a usual "
         f"one ({', '.join(map(str, STANDARD_HEADS))})",

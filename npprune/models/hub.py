@@ -1,7 +1,9 @@
-"""timm's published weights from the Hugging Face hub, or instructions where there is no network."""
+"""Weights and folders from the Hugging Face hub, or instructions where there is no network."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +67,89 @@ def fetch(name: str, cfg: dict[str, Any]) -> Path:
         f"the hub's {repo} holds none of {', '.join(files)}",
         hint=f"pass a weights file with {setting('model.checkpoint', 'FILE')}",
     )
+
+
+DESCRIPTION = "config.json"
+_WEIGHTS = (*FILES[:1], "model.safetensors.index.json", *FILES[1:], "pytorch_model.bin.index.json")
+_OPTIONAL = ("preprocessor_config.json", "processor_config.json")
+
+
+def fetch_folder(repo: str) -> Path:
+    """The local copy of a network on the hub: `config.json`, weights, preprocessing.
+
+    Args:
+        repo: `OWNER/NAME`, or `OWNER/NAME@REVISION`.
+
+    Raises:
+        ModelError: no such network, no weights in it, or the hub cannot be reached; the hint says
+            which files to fetch and how to pass them.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    name, _, revision = repo.partition("@")
+    where: dict[str, Any] = {"repo_id": name, "revision": revision or None}
+
+    def cached(file: str) -> Path:
+        return Path(hf_hub_download(filename=file, local_files_only=True, **where))
+
+    def downloaded(file: str) -> Path:
+        # One request without retries first, see `fetch`.
+        get_hf_file_metadata(hf_hub_url(filename=file, **where), timeout=TIMEOUT)
+        return Path(hf_hub_download(filename=file, **where))
+
+    try:
+        return _whole(cached)
+    except HFValidationError as err:
+        raise ModelError(f"`{repo}` is no name of the hub: {err}", hint="OWNER/NAME") from err
+    except EntryNotFoundError:
+        pass
+    try:
+        return _whole(downloaded)
+    except EntryNotFoundError as err:
+        raise ModelError(
+            f"the hub's {name} lacks {DESCRIPTION}, or weights ({', '.join(_WEIGHTS)})",
+            hint=f"pass a weights file with {setting('model.checkpoint', 'FILE')}",
+        ) from err
+    except Exception as err:
+        missing = isinstance(err, RepositoryNotFoundError)
+        lines = str(err).strip().splitlines() or [""]
+        raise ModelError(
+            f"{name} is not on this machine, and "
+            + (
+                "the hub has no network of that name that you may read"
+                if missing
+                else f"the hub cannot be reached: {type(err).__name__}: {lines[0][:160]}"
+            ),
+            hint=f"fetch `{DESCRIPTION}`, `{FILES[0]}` and, where there is one, `{_OPTIONAL[0]}` "
+            f"of https://huggingface.co/{name} elsewhere, into one folder, and give that folder as "
+            f"the model, or with {setting('model.checkpoint', 'FOLDER')}",
+        ) from err
+
+
+def _whole(get: Callable[[str], Path]) -> Path:
+    """All files of a network by one way; EntryNotFoundError where a needed one is missing."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    folder = get(DESCRIPTION).parent
+    for i, file in enumerate(_WEIGHTS):
+        try:
+            path = get(file)
+            break
+        except EntryNotFoundError:
+            if i == len(_WEIGHTS) - 1:
+                raise
+    if path.name.endswith(".index.json"):
+        parts = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        for part in sorted(set(parts)):
+            get(str(part))
+    for file in _OPTIONAL:
+        try:
+            get(file)
+        except EntryNotFoundError:
+            continue
+    return folder

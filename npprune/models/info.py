@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,17 +62,28 @@ def model_preprocessing(model: nn.Module) -> Preprocessing:
     size that the network was built for."""
     cfg = timm.data.resolve_model_data_config(model)
     channels, height, width = cfg["input_size"]
-    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    patch: Any = getattr(model, "patch_embed", None)
+    built = getattr(patch, "img_size", None)
     if built is not None:
         height, width = built
+    if not hasattr(patch, "backbone"):  # whose channels the projection takes
+        channels = int(getattr(getattr(patch, "proj", None), "in_channels", channels))
+    mean, std = (_per_channel(cfg[name], channels) for name in ("mean", "std"))
     return Preprocessing(
         input_size=(int(channels), int(height), int(width)),
-        mean=tuple(float(v) for v in cfg["mean"]),
-        std=tuple(float(v) for v in cfg["std"]),
+        mean=mean,
+        std=std,
         interpolation=str(cfg["interpolation"]),
         crop_pct=float(cfg["crop_pct"]),
         crop_mode=str(cfg["crop_mode"]),
     )
+
+
+def _per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """One value for each channel; where there are others than RGB, the mean of all."""
+    if len(values) == channels:
+        return tuple(float(v) for v in values)
+    return (sum(float(v) for v in values) / len(values),) * channels
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -22,9 +22,9 @@ _LAYOUTS = (  # a pattern that some name has, what the file is, the next step
         _RENAME,
     ),
     (
-        r"embeddings\.patch_embeddings\.|encoder\.layer\.\d+\.attention\.",
+        r"embeddings\.patch_embeddings?\.|encoder\.layer\.\d+\.attention\.",
         "Hugging Face's vision transformer (`embeddings.patch_embeddings`, `encoder.layer.0`)",
-        _RENAME,
+        "give the folder with its config.json as the model: a file alone does not say its heads",
     ),
     (
         r"(^|\.)visual\.|\bresblocks\.\d+\.",

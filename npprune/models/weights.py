@@ -53,13 +53,29 @@ def read_weights(path: Path, like: Callable[[], Shapes] | None = None) -> Weight
         found = unwrap(read(path), path, like)
         key = ".".join(found.path) or None
         weights = Weights(found.tensors, "torch", key, found.beside, found.notes)
-    for name, tensor in weights.tensors.items():
+    _check_finite(weights.tensors, path)
+    return weights
+
+
+def read_all(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a file of plain named tensors, under its name there; see `read_weights`."""
+    _check_file(path)
+    loaded = (_read_safetensors if path.suffix == ".safetensors" else _read_torch)(path)
+    named = loaded if isinstance(loaded, dict) else {}
+    tensors = {str(k): v for k, v in named.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise ModelError(f"checkpoint {path} must hold named tensors")
+    _check_finite(tensors, path)
+    return tensors
+
+
+def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
                 f"checkpoint {path}: tensor `{name}` holds values that are not finite",
                 hint="the file comes from a run that diverged, or is damaged",
             )
-    return weights
 
 
 def _check_file(path: Path) -> None:

@@ -12,13 +12,17 @@ from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo import network as digits_network
 from npprune.pipeline.discover.stage import discover
 from npprune.pipeline.evaluate.stage import evaluate
+from npprune.pipeline.explore import explore_run
 from npprune.pipeline.export.stage import export_checkpoint
 from npprune.pipeline.heal.stage import heal_pruned, healed_folder
 from npprune.pipeline.prune.measuring import check_budget
 from npprune.pipeline.prune.stage import prune
 from npprune.recipe import ModelSection, Recipe, load_recipe
+from npprune.recipe.sections import ExploreSection
 from npprune.records import Result
 from npprune.store.runs import RunFolder
+
+EXPLORER = "explore"  # the explorer's folder in the demo's run
 
 
 def run_recipe(
@@ -109,11 +113,21 @@ def run_demo(*, root: Path = Path("."), work: Work | None = None) -> Result:
     """Train a small network on scikit-learn's digits and run the shipped recipe `demo` on it.
 
     Writes `ckpt/demo_dense/` (the trained network), `ckpt/demo/` and `reports/demo/` below
-    `root`. A network trained before with this seed is used again.
+    `root`, the explorer among them. A network trained before with this seed is used again.
     """
     work = work or Work()
     chosen = {"seed": work.seed, "device": work.device}
-    return run_recipe(load_recipe("demo").model_copy(update=chosen), root=root, work=work)
+    result = run_recipe(load_recipe("demo").model_copy(update=chosen), root=root, work=work)
+    work.team.on_first(
+        lambda: explore_run(
+            root / "reports" / "demo",
+            ExploreSection(images_per_class=10, neurons=64, ablate=20),
+            root / "reports" / "demo" / EXPLORER,
+            plan=root / "ckpt" / "demo",
+            work=work,
+        )
+    )
+    return result
 
 
 def _check_outputs(recipe: Recipe, run: Path, checkpoint: Path, *, write: bool) -> None:

@@ -128,8 +128,8 @@ def _format(s: ExportSection) -> None:
     for field, value, wrong in (
         ("precision", s.precision, s.precision != "fp32"),
         ("with_preprocessing", None, s.with_preprocessing),
-        ("last_for_read", None, s.last_for_read and s.format == "timm"),
-        ("batch", s.batch, s.batch != "dynamic" and s.format == "timm"),
+        ("last_for_read", None, s.last_for_read and s.format in ("timm", "transformers")),
+        ("batch", s.batch, s.batch != "dynamic" and s.format in ("timm", "transformers")),
     ):
         if wrong:
             raise Conflict(

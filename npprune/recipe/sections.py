@@ -16,6 +16,7 @@ from npprune.recipe.settings import OneOf, Rule, setting
 BUDGET = "Budget (one of keep, target-params, target-macs, target-latency)"
 CHOICE = "Which neurons stay"
 COMPARED = "Compared (lists are separated by commas, and all combined)"
+EXPLORER = "What is shown"
 EDIT = "Edit the neurons of a run's paths; nothing is removed from the network"
 FILE = "File"
 IMAGES = "Images"
@@ -62,10 +63,17 @@ class ModelSection(Section):
     """Which network. `auto` as the name builds the architecture from the checkpoint."""
 
     name: str = setting(
-        ..., "timm name, or `auto`: the architecture is read from the checkpoint", flag="MODEL"
+        ...,
+        "timm name; folder or hub name of a transformers or timm network; or `auto`: the "
+        "architecture is read from the checkpoint",
+        flag="MODEL",
     )
     checkpoint: str | None = setting(
-        None, ".safetensors, .pth or .npz", panel=MODEL, metavar="FILE", shown="timm's own weights"
+        None,
+        ".safetensors, .pth or .npz, or a folder",
+        panel=MODEL,
+        metavar="FILE",
+        shown="timm's own weights",
     )
     num_classes: int | None = setting(
         None, "outputs of the classifier", panel=MODEL, metavar="N", ge=1
@@ -81,6 +89,15 @@ class ModelSection(Section):
     )
     num_heads: int | None = setting(
         None, "attention heads per block", panel=MODEL, metavar="N", ge=1
+    )
+    activation: words.Activation | None = setting(
+        None, "of the hidden units, where neither name nor file says", panel=MODEL
+    )
+    pooling: words.Pooling | None = setting(
+        None,
+        "the classifier reads the class token or the mean patch token, where neither name nor file "
+        "says",
+        panel=MODEL,
     )
     released_head: bool = setting(
         False, "normalise MAE's pooled tokens twice, as the paper's released program", panel=MODEL
@@ -500,10 +517,44 @@ class EditSection(Section):
     seeds: int = setting(1, "keep: draws of each share below 1", panel=EDIT, metavar="N", ge=1)
 
 
+class ExploreSection(Section):
+    """How much the explorer shows of a run."""
+
+    methods: list[words.Method] | None = setting(
+        None,
+        "beside the run's own, paths of these; found now where they are not there yet",
+        panel=EXPLORER,
+        metavar="LIST",
+        shown="those that are there",
+    )
+    images_per_class: int | None = setting(
+        None, "pictures of at most N images of each class", panel=EXPLORER, metavar="N",
+        shown="all", ge=1,
+    )  # fmt: skip
+    neurons: int = setting(
+        256,
+        "pages for at most N neurons of each block, those of the most paths",
+        panel=EXPLORER,
+        metavar="N",
+        ge=1,
+    )
+    ablate: int = setting(
+        100,
+        "images whose path neurons are removed one at a time, shared by the classes",
+        panel=EXPLORER,
+        metavar="N",
+        ge=0,
+    )
+
+
 class ExportSection(Section):
     """How it is shipped."""
 
-    format: words.Format = setting("onnx", "torch is a torch.export archive", panel=FILE)
+    format: words.Format = setting(
+        "onnx",
+        "torch is a torch.export archive; timm and transformers are folders that these load",
+        panel=FILE,
+    )
     opset: int = setting(20, "ONNX operator set, 17 to 23", panel=FILE, metavar="N", ge=17, le=23)
     precision: words.FilePrecision = setting("fp32", "of the weights", panel=FILE)
     batch: Annotated[words.Dynamic | Count, Rule("`dynamic` or a whole number of at least 1")] = (

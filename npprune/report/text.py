@@ -31,7 +31,12 @@ PROVIDERS = {
     "TensorrtExecutionProvider": "TensorRT",
     "CoreMLExecutionProvider": "Core ML",
 }
-FORMATS = {"onnx": "ONNX file", "torch": "torch archive", "timm": "timm checkpoint"}
+FORMATS = {
+    "onnx": "ONNX file",
+    "torch": "torch archive",
+    "timm": "timm checkpoint",
+    "transformers": "transformers folder",
+}
 RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
 
 

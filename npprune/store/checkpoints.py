@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from npprune import records
 from npprune.errors import StoreError
+from npprune.files import foreign_folder
 from npprune.records import CheckpointConfig, Plan
 from npprune.store import atomic
 
@@ -22,6 +23,8 @@ CONFIG = "config.json"
 PLAN = "plan.json"
 EXPORT = "export.json"
 RESULT = ("result.json", "report.html", "report.md")  # of a network pruned without a run
+CARD = "README.md"
+CARD_MARK = "<!-- written by npprune"
 EXPORTED = (".onnx", ".onnx.data", ".pt2", ".export.json")
 
 
@@ -52,8 +55,9 @@ def write_checkpoint(
 
 
 def is_checkpoint(folder: str | Path) -> bool:
-    """Whether a folder has the files of a checkpoint."""
-    return (Path(folder) / CONFIG).is_file() and (Path(folder) / WEIGHTS).is_file()
+    """Whether a folder has the files of a checkpoint, and is not another library's."""
+    there = (Path(folder) / CONFIG).is_file() and (Path(folder) / WEIGHTS).is_file()
+    return there and foreign_folder(folder) is None
 
 
 def read_config(folder: str | Path) -> CheckpointConfig:
@@ -65,6 +69,10 @@ def read_config(folder: str | Path) -> CheckpointConfig:
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise StoreError(f"`{folder}` is not a checkpoint: it has no `{name}`", hint=_HINT)
+    if (library := foreign_folder(folder)) is not None:
+        raise StoreError(
+            f"`{folder}` is a folder of {library}, not a pruned checkpoint", hint=_FOREIGN
+        )
     return atomic.read_json(CheckpointConfig, folder / CONFIG)
 
 
@@ -88,6 +96,7 @@ def read_checkpoint(folder: str | Path) -> tuple[CheckpointConfig, dict[str, Ten
         raise StoreError(f"`{folder / WEIGHTS}` is not a safetensors file: {err}") from err
 
 
+_FOREIGN = "it is a MODEL for `npprune discover`, `prune` and `export`"
 _HINT = "give a folder that `npprune prune ... --out FOLDER` wrote"
 
 
@@ -105,6 +114,11 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def _is_card(path: Path) -> bool:
+    """Whether a file is the model card that npprune wrote, not a README of someone else."""
+    return path.name == CARD and path.is_file() and CARD_MARK in atomic.read_text(path)
+
+
 def objection(folder: Path) -> str | None:
     """Why a folder must not be replaced by a new checkpoint, or None."""
     try:
@@ -113,7 +127,7 @@ def objection(folder: Path) -> str | None:
         return f"it is not empty, and not a checkpoint of npprune (no valid `{CONFIG}`)"
     for path in sorted(folder.iterdir()):
         ours = path.name in (WEIGHTS, CONFIG, PLAN, EXPORT, *RESULT)
-        ours = ours or path.name.endswith(EXPORTED)
+        ours = ours or path.name.endswith(EXPORTED) or _is_card(path)
         if not (ours and path.is_file()) and not atomic.is_leftover(path):
             return f"it also holds `{path.name}`, which npprune did not write"
     return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from npprune.cli import app, demo, discover, evaluate, export, heal, prune, study
+from npprune.cli import app, demo, discover, evaluate, explore, export, heal, prune, study
 from npprune.criteria import CRITERIA
 from npprune.errors import RecipeError
 from npprune.recipe import DataSection, ModelSection, PruneSection, Recipe, load_recipe
@@ -25,16 +25,18 @@ FIELDS = [
 WORDS = [(s, n) for s, n in FIELDS if words_of(s.model_fields[n])]
 NAMED = {
     setting: flag
-    for module in (discover, prune, heal, evaluate, export, study, demo)
+    for module in (discover, prune, heal, evaluate, explore, export, study, demo)
     for setting, flag in module.command.named.items()  # type: ignore[attr-defined]
 }
 RECIPE_ONLY = {"name", "discover.batch_size"}  # the folder; discover's --batch-size sets both
 COMMANDS = {
+    "model": ["discover", "x", "--data", "digits"],
     "data": ["discover", "x", "--data", "digits"],
     "discover": ["discover", "x", "--data", "digits"],
     "prune": ["prune", "x", "--out", "o"],
     "heal": ["heal", "x", "--data", "digits", "--out", "o", "--epochs", "1"],
     "edit": ["eval", "x", "--edit", "keep"],
+    "explore": ["explore", "x"],
     "export": ["export", "x"],
     "study": ["study", "x", "--val", "digits", "--out", "o"],
 }
@@ -67,7 +69,9 @@ def test_a_misspelt_word_is_refused_with_the_nearest(
         start = "name: x\nmodel: {name: vit}\n"
         value = f"[{wrong}]" if item_of(field) is not None else wrong
         place = f"{key}.0" if item_of(field) is not None else key
-        path.write_text(f"{start}{top}:\n  {inner}: {value}\n")
+        before = "name: x\n" if top == "model" else start
+        first = "  name: vit\n" if top == "model" else ""
+        path.write_text(f"{before}{top}:\n{first}  {inner}: {value}\n")
         with pytest.raises(RecipeError) as caught:
             load_recipe(path)
         assert caught.value.message.startswith(f"`{place}` must be one of `")
@@ -85,7 +89,9 @@ def test_a_misspelt_word_is_refused_with_the_nearest(
     assert err.endswith(f"got `{wrong}`\nhint: {hint}\n")
 
 
-@pytest.mark.parametrize("verb", ["discover", "prune", "study", "heal", "export", "eval"])
+@pytest.mark.parametrize(
+    "verb", ["discover", "prune", "study", "heal", "explore", "export", "eval"]
+)
 def test_the_help_names_every_word(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert app.run_app([verb, "--help"]) == 0
     shown = capsys.readouterr().out.replace("\n", " ")

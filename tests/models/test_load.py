@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import pickle
 import socket
 import warnings
@@ -107,7 +108,6 @@ def test_jax_archive_agrees_with_timms_own_reader(tmp_path: Path) -> None:
         {"init_values": 0.1},
         {"reg_tokens": 4, "no_embed_class": True},
         {"reg_tokens": 4},
-        {"pre_norm": True},
         {"qk_norm": True},
         {"qkv_bias": False},
         {"class_token": False, "global_pool": "avg", "fc_norm": False},
@@ -366,7 +366,7 @@ NAMED = {  # contents of other kinds, what is said, and the next step
     "hugging face": (
         {"vit.embeddings.patch_embeddings.projection.weight": 1},
         "Hugging Face's vision transformer",
-        "convert it first",
+        "give the folder with its config.json",
     ),
     "adapters": ({"base_model.model.blocks.0.attn.qkv.lora_A.weight": 1}, "LoRA", "merge them"),
     "a resnet": ({"layer1.0.conv1.weight": 1}, "convolutional network", "plain vision transf"),
@@ -410,8 +410,13 @@ def test_a_classifier_apart_from_the_network_is_not_lost(tmp_path: Path) -> None
     assert "`head.weight`" in refused({**net, "top.weight": torch.ones(9, 5)}, "layer `top.weight`")
     apart = {"backbone": HEADLESS, "classifier": {"weight": torch.ones(9, 24)}}
     refused(apart, r"layer `classifier.weight` \[9, 24\]")
-    sequence = HEADLESS | {"head.1.weight": STATE["head.weight"], "head.1.bias": STATE["head.bias"]}
+    first = {"head.1.weight": STATE["head.weight"], "head.1.bias": STATE["head.bias"]}
+    sequence = HEADLESS | first | {"head.0.weight": torch.ones(24, 24)}
     assert "as `head.weight` and `head.bias`" in refused(sequence, "is a sequence of layers")
+    torch.save(HEADLESS | first, tmp_path / "w.pth")  # after dropout
+    loaded = load("auto", checkpoint=tmp_path / "w.pth", num_heads=3)
+    assert torch.equal(loaded.model.state_dict()["head.weight"], STATE["head.weight"])
+    assert any("`head.1.weight` is taken for the classifier" in note for note in loaded.notes)
 
 
 # ------------------------------------------------------------------ by name
@@ -557,13 +562,97 @@ def test_names_that_timm_has_changed(monkeypatch: pytest.MonkeyPatch, vit_tiny_f
     assert loaded.notes[0] == f"timm has renamed vit_tiny_patch16_224_in21k: it is {new} now"
     with pytest.raises(ModelError, match=r"of vit_huge_patch14_224\.orig_in21k have no classifier"):
         load("vit_huge_patch14_224_in21k")  # said before a download
-    for name, hint in (
-        ("hf-hub:timm/vit_tiny_patch16_224.augreg_in21k", "`vit_tiny_patch16_224.augreg_in21k`"),
-        ("google/vit-base-patch16-224", "near: vit_base_patch16_224"),
+    for name in (f"hf-hub:timm/{new}", f"timm/{new}"):
+        assert load(name).info.source.architecture == new
+    assert asked == [new] * 3
+
+
+def test_names_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is fetched is read as the folder that it is; without a network it is said how."""
+    asked: list[str] = []
+
+    def fetched(repo: str) -> Path:
+        asked.append(repo)
+        return tmp_path
+
+    monkeypatch.setattr("npprune.models.where.fetch_folder", fetched)
+    model = tiny()
+    timm_folder(tmp_path, model)
+    for name, repo in (
+        ("someone/my-vit", "someone/my-vit"),
+        ("hf-hub:someone/my-vit@v1", "someone/my-vit@v1"),
     ):
-        with pytest.raises(ModelError, match="timm has no model named") as err:
-            load(name)
-        assert hint in str(err.value.hint)
+        loaded = load(name)
+        assert asked[-1] == repo
+        assert loaded.info.source.checkpoint == name
+        torch.testing.assert_close(loaded.model(images()), model(images()))
+    with pytest.raises(ModelError, match="has weights of its own"):
+        load("someone/my-vit", checkpoint=tmp_path / "w.pth")
+    with pytest.raises(ModelError, match="there is no folder"):
+        load("./someone/my-vit")
+
+
+def test_without_a_network_a_name_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(ModelError, match="the hub cannot be reached") as err:
+        load("google/no-such-network-here")
+    for said in ("`config.json`", "`model.safetensors`", "`checkpoint=FOLDER`"):
+        assert said in str(err.value.hint)
+    with pytest.raises(ModelError, match="is no name of the hub"):
+        load("hf-hub:..")
+
+
+def timm_folder(folder: Path, model: nn.Module, **changes: Any) -> None:
+    """A folder as timm writes for the hub."""
+    args = {k: v for k, v in TINY.items() if k != "num_classes"}
+    config = {
+        "architecture": "vit_base_patch16_224",
+        "num_classes": 5,
+        "model_args": args,
+        "pretrained_cfg": {
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.4, 0.5, 0.6],
+            "crop_pct": 0.8,
+            "interpolation": "bilinear",
+        },
+        "label_names": ["ant", "bee", "cat", "dog", "eel"],
+    }
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def test_a_folder_of_timm_says_all(tmp_path: Path) -> None:
+    model = tiny()
+    timm_folder(tmp_path, model)
+    for name, checkpoint in (
+        (str(tmp_path), None),
+        (f"local-dir:{tmp_path}", None),
+        ("auto", tmp_path),
+        ("vit_base_patch16_224", tmp_path / "model.safetensors"),
+    ):
+        loaded = load(name, checkpoint=checkpoint)
+        torch.testing.assert_close(loaded.model(images()), model(images()))
+        pre = loaded.info.preprocessing
+        assert (pre.mean, pre.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+        assert (pre.input_size, pre.crop_pct, pre.interpolation) == ((3, 32, 32), 0.8, "bilinear")
+        assert [c.name for c in loaded.classes] == ["ant", "bee", "cat", "dog", "eel"]
+    with pytest.raises(ModelError, match="architecture vit_base_patch16_224, and MODEL is"):
+        load("vit_tiny_patch16_224", checkpoint=tmp_path)
+    for args, match in (
+        ({"checkpoint_path": "/etc/passwd"}, "`checkpoint_path` = '/etc/passwd'"),
+        ({"embed_layer": "os.system"}, "`embed_layer`"),
+        ({"depth": 10**6}, "`depth`"),
+    ):
+        timm_folder(tmp_path, model, model_args=args)
+        with pytest.raises(ModelError, match=match):
+            load(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="none of its weights"):
+        load(str(tmp_path))
 
 
 # ------------------------------------------------------------------ broken files

@@ -104,7 +104,8 @@ def test_what_one_output_cannot_measure_is_refused(run: Prune, settings: dict[st
 
 
 def test_a_drop_that_is_never_reached_ends_at_the_smallest_network(run: Prune) -> None:
-    assert run(7, black(3), 7, keep=None, max_drop=1.0).prune.widths == [4, 4, 4]
+    found = run(7, black(3), 7, keep=None, max_drop=1.0, axes=["mlp"])
+    assert found.prune.widths == [4, 4, 4]
 
 
 def test_magnitude_sees_both_layers(run: Prune, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,8 @@ def test_the_demo_runs_to_the_end_from_any_folder_and_again(tmp_path: Path) -> N
         return json.loads(done.stdout)
 
     first = run()
-    for name in ("reports/demo/report.html", "reports/demo/report.md", "ckpt/demo/model.onnx"):
+    for name in ("reports/demo/report.html", "reports/demo/report.md", "ckpt/demo/model.onnx",
+                 "reports/demo/explore/index.html"):  # fmt: skip
         assert (tmp_path / name).stat().st_size > 1000
     again = run()
     for document in (first, again):

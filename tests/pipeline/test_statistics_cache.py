@@ -609,5 +609,5 @@ def test_without_a_home_nothing_is_kept(tmp_path: Path) -> None:
     subject = Subject(view(), batches(), lambda: pytest.fail("no sizes are needed"))
     settings = PlanSettings(Budget("neurons", 0.5), selection="uniform", min_keep=1, round_to=1)
     measured = measure(subject, settings, Work())
-    assert choose(measured, settings, amount(measured, settings) or 0).keep
+    assert choose(measured, settings, amount(measured, settings) or 0).selection.keep
     assert "settings_sha256" not in measured.collected.record

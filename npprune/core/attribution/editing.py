@@ -51,11 +51,13 @@ def edited_logits(
     x = view.embed(images)
     for l, f in enumerate(factors):
         edited = depth is None or l < depth
-        x = view.block(l, x, edit=_scale(tokens, f.to(x)) if edited else None)
+        x = view.block(l, x, edit=scaled(tokens, f.to(x)) if edited else None)
     return view.head(x)
 
 
-def _scale(tokens: slice, factor: Tensor) -> HiddenEdit:
+def scaled(tokens: slice, factor: Tensor) -> HiddenEdit:
+    """The edit that multiplies units by factors [b, h], or [1, h], at some tokens."""
+
     def edit(h: Tensor) -> Tensor:
         h = h.clone()
         h[:, tokens] = h[:, tokens] * factor[:, None]

@@ -44,11 +44,14 @@ class Network:
     model: nn.Module
     info: ModelInfo
     config: CheckpointConfig | None = None  # where it came from a checkpoint folder
+    classes: list[ClassInfo] = field(default_factory=list)  # as another library's folder names them
 
     @property
     def names(self) -> KnownNames | None:
         """The names of its classes, as far as known."""
-        return None if self.config is None else _own_names(self.config)
+        if self.config is not None:
+            return _own_names(self.config)
+        return KnownNames(self.classes) if self.classes else None
 
 
 def is_cut(config: CheckpointConfig) -> bool:
@@ -90,7 +93,7 @@ def _own_names(config: CheckpointConfig) -> KnownNames:
 
 
 def open_network(section: ModelSection, work: Work) -> Network:
-    """Load the network that a recipe names: a timm name, `auto`, or a checkpoint folder."""
+    """Load the network that a recipe names: see `ModelSection`."""
     if is_checkpoint(section.name):
         return open_checkpoint(Path(section.name), work)
     loaded = load(
@@ -99,13 +102,15 @@ def open_network(section: ModelSection, work: Work) -> Network:
         num_classes=section.num_classes,
         img_size=section.img_size,
         num_heads=section.num_heads,
+        activation=section.activation,
+        pooling=section.pooling,
     )
     for note in loaded.notes:
         work.say(note)
     if section.released_head:
         work.say("head: pooled tokens are normalised twice, as the released program does")
         return Network(released_head(loaded.model).to(work.where), loaded.info)
-    return Network(loaded.model.to(work.where), loaded.info)
+    return Network(loaded.model.to(work.where), loaded.info, classes=loaded.classes)
 
 
 def open_checkpoint(folder: Path, work: Work) -> Network:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from npprune.errors import NpPruneError, StoreError, UsageError
-from npprune.files import check_folder, lies_in, refuse_overwriting
+from npprune.files import check_folder, foreign_folder, lies_in, refuse_overwriting
 from npprune.pipeline.common.work import Work
 from npprune.recipe import ModelSection, load_recipe
 from npprune.store.checkpoints import (
@@ -67,6 +67,8 @@ def reads_of(source: Path | ModelSection) -> list[str | Path]:
         found: list[str | Path] = [source.checkpoint] if source.checkpoint else []
         if source.name.startswith(LOCAL):
             found.append(source.name.removeprefix(LOCAL))
+        elif foreign_folder(source.name) is not None:
+            found.append(source.name)
         return found + (_checkpoint(Path(source.name)) if is_checkpoint(source.name) else [])
     if is_checkpoint(source):
         return _checkpoint(source)

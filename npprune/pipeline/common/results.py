@@ -9,6 +9,7 @@ from pathlib import Path
 from npprune.errors import StoreError
 from npprune.files import check_folder, refuse_overwriting
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
+from npprune.report import card
 from npprune.report.html import render_html
 from npprune.report.markdown import render_markdown
 from npprune.store import atomic
@@ -41,7 +42,18 @@ def update_variant(
     update(variant)
     add_command(result, command)
     run.write_result(result)
+    _write_card(checkpoint, variant, config)
     return result
+
+
+def _write_card(checkpoint: Path, variant: Variant, config: CheckpointConfig) -> None:
+    """The checkpoint's model card; a README.md of someone else stays, and a folder that cannot be
+    written goes without."""
+    path = checkpoint / card.NAME
+    if path.is_file() and not card.is_card(atomic.read_text(path)):
+        return
+    if os.access(checkpoint, os.W_OK):
+        atomic.write_text(path, card.render_card(variant, config))
 
 
 def add_command(result: Result, command: str) -> None:

@@ -25,6 +25,7 @@ from npprune.recipe import DataSection, DiscoverSection, Recipe, load_recipe
 from npprune.records import Analysis, Manifest, Result
 from npprune.store.path_store import PathStore, PathTable
 from npprune.store.runs import RunFolder
+from npprune.words import METHODS
 
 
 @dataclass
@@ -112,6 +113,13 @@ def paths_of(
             hint="the images have changed: discover again into another folder",
         )
     return table
+
+
+def methods_of(found: FinishedRun) -> list[str]:
+    """The methods whose paths on the run's images have been found, the run's own first."""
+    others = [m for m in METHODS if m != found.settings.method]
+    below = found.folder.path / "methods"
+    return [found.settings.method, *(m for m in others if _there(below / m, found) is not None)]
 
 
 def _there(run: Path, found: FinishedRun) -> PathTable | None:

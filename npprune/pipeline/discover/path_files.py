@@ -33,7 +33,6 @@ from npprune.records import (
     digest,
 )
 from npprune.store import atomic
-from npprune.store.checkpoints import is_checkpoint
 from npprune.store.paper_files import (
     ReleasedImage,
     read_released,
@@ -203,7 +202,8 @@ def _method(
 
 
 def _model(section: ModelSection, work: Work) -> ModelInfo:
-    if section.checkpoint is not None or section.name == "auto" or is_checkpoint(section.name):
+    on_disk = section.name == "auto" or Path(section.name).is_dir()
+    if section.checkpoint is not None or on_disk or "/" in section.name:
         return open_network(section, work).info
     wishes = ("num_classes", "img_size", "num_heads")
     args = {name: value for name in wishes if (value := getattr(section, name)) is not None}

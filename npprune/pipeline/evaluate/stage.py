@@ -128,6 +128,8 @@ def dense_section(config: CheckpointConfig, folder: Path, override: str | None) 
     if override is not None:
         key = "name" if Path(override).is_dir() else "checkpoint"
         asked[key] = override
+        if key == "name":
+            asked = {"name": override}
     for key in ("name", "checkpoint"):
         if asked.get(f"{key}_relative") and not Path(asked.get(key) or "").exists():
             moved = folder / asked[f"{key}_relative"]
@@ -142,7 +144,7 @@ def dense_section(config: CheckpointConfig, folder: Path, override: str | None) 
             )
         asked = {"name": str(Path(override).parent)}
     section = ModelSection(**{k: v for k, v in asked.items() if not k.endswith("_relative")})
-    if section.checkpoint is not None and not Path(section.checkpoint).is_file():
+    if section.checkpoint is not None and not Path(section.checkpoint).exists():
         raise ModelError(
             f"the dense weights of `{folder}` are not at `{section.checkpoint}`",
             hint="say where they are with `--dense FILE`",

@@ -16,6 +16,7 @@ from npprune.errors import GateError, ModelError, UsageError, setting
 from npprune.export.archive import to_timm, to_torch_archive
 from npprune.export.bench import bench_pair, noise_warning, onnx_runner
 from npprune.export.checked import Comparison, export_checked
+from npprune.export.hugging import load_transformers, to_transformers
 from npprune.export.onnx import Int8Needs, OnnxForm, Producer, export_onnx, to_pixels
 from npprune.export.parity import (
     GATES,
@@ -58,7 +59,7 @@ from npprune.store import atomic
 
 STAGE = "export"
 BATCHES = (1, 16)
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "timm": ""}
+SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "transformers": ""}
 
 
 def export_checkpoint(
@@ -163,14 +164,14 @@ def _for_file(network: Network, settings: ExportSection) -> Network:
 
 def default_target(checkpoint: Path, format: str) -> Path:
     """Where an export goes when nothing is said: into the checkpoint's folder, or beside it."""
-    if format == "timm":
-        return checkpoint.with_name(f"{checkpoint.resolve().name}_timm")
+    if not SUFFIXES[format]:
+        return checkpoint.with_name(f"{checkpoint.resolve().name}_{format}")
     return checkpoint / f"model{SUFFIXES[format]}"
 
 
 def record_path(target: Path, format: str) -> Path:
-    """`export.json` beside `model.onnx` or in timm's folder; else `NAME.export.json`."""
-    if format == "timm":
+    """`export.json` beside `model.onnx` or in a folder; else `NAME.export.json`."""
+    if not SUFFIXES[format]:
         return target / "export.json"
     name = "export.json" if target.name == "model.onnx" else f"{target.stem}.export.json"
     return target.with_name(name)
@@ -208,7 +209,7 @@ def _check(
             f"got `{target}`"
         )
     files = [target]
-    if settings.format == "timm":
+    if not suffix:
         files += [target / name for name in ("model.safetensors", "config.json")]
         check_folder(target)
     else:
@@ -265,8 +266,8 @@ def _write(
 ) -> ExportRecord:
     """The file in the format asked for, compared before it gets its name."""
     read = subject.read
-    if settings.format == "timm":
-        record = _write_timm(subject, target)
+    if settings.format in ("timm", "transformers"):
+        record = _write_folder(subject, target, settings.format)
     elif settings.format == "torch":
         record = to_torch_archive(
             subject.network.model, subject.preprocessing, subject.classes, read.images, target,
@@ -330,28 +331,33 @@ def _int8_needs(
     return Int8Needs(whole_batches(read.calibration, settings.batch), score)
 
 
-def _write_timm(subject: _Subject, target: Path) -> ExportRecord:
-    """timm's own checkpoint folder, read back by timm and compared before it is moved there."""
+def _write_folder(subject: _Subject, target: Path, format: str) -> ExportRecord:
+    """A folder of timm or transformers, read back by these and compared before it is moved."""
     network, images = subject.network, subject.read.images
     gate = Gate()
     info = replace(network.info, preprocessing=subject.preprocessing)
     with staging(target) as folder:
         made = folder / "made"
-        to_timm(network.model, info, subject.classes, made)
-        loaded = load_timm_folder(made)
+        if format == "timm":
+            to_timm(network.model, info, subject.classes, made)
+            loaded = load_timm_folder(made)
+        else:
+            made.mkdir()
+            own = to_transformers(network.model, info, subject.classes, made, _origin(network))
+            loaded = load_transformers(made, own)
         expected, found = (torch_logits(m, images) for m in (network.model, loaded))
         rows = [compare_logits(len(images), found, expected)]
         said = failures_of(rows, gate)
-        require(Parity(rows, not said, gate, "timm", "", said), target.name)
+        require(Parity(rows, not said, gate, format, "", said), target.name)
         weights = made / "model.safetensors"
         record = ExportRecord(
             file=weights.name,
-            format="timm",
+            format=format,
             precision="fp32",
             opset=0,
             bytes=sum(f.stat().st_size for f in made.iterdir()),
             sha256=sha256_file(weights),
-            provider="timm",
+            provider=format,
             parity=rows,
             tolerance=gate.tolerance or 0.0,
             passed=True,
@@ -360,6 +366,16 @@ def _write_timm(subject: _Subject, target: Path) -> ExportRecord:
         atomic.make_folder(target)
         publish(made, target / weights.name)
     return record
+
+
+def _origin(network: Network) -> str:
+    """A sentence for the model card."""
+    config = network.config
+    source = network.info.source
+    name = source.architecture + (f", {Path(source.checkpoint).name}" if source.checkpoint else "")
+    if config is None or config.prune is None:
+        return f"The network {name}, as it is."
+    return f"Pruned from {name}."
 
 
 # ---------------------------------------------------------------- timing
