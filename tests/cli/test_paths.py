@@ -16,7 +16,7 @@ from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import Manifest, from_json
 from npprune.store.paper_files import ReleasedImage, read_released, released_name, write_released
 from npprune.store.runs import RunFolder
-from tests.helpers.discovering import COUNTS, World, make_world
+from tests.helpers.discovering import COUNTS, FEW, World, make_world
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_export_writes_a_file_for_each_class(world: World) -> None:
 
 
 def test_export_with_a_baseline_and_back(world: World) -> None:
-    world.discover()
-    world.discover("base", method="activation")
+    world.discover(data=FEW)
+    world.discover("base", FEW, method="activation")
     out = world.root / "out"
     export_released(world.root / "run", out, baseline=world.root / "base")
     first = read_released(out / released_name(0))[0]
@@ -65,10 +65,10 @@ def test_export_with_a_baseline_and_back(world: World) -> None:
 
 
 def test_influence_pattern_there_and_back(world: World) -> None:
-    world.discover(method="influence-pattern", topk=1)
+    world.discover(data=FEW, method="influence-pattern", topk=1)
     export_released(world.root / "run", world.root / "out")
     lines = (world.root / "out" / released_name(0)).read_text().splitlines()
-    assert len(lines) == COUNTS[0]
+    assert len(lines) == 1
     assert set(json.loads(lines[0])) == {"path"}
     result = import_released(world.root / "out", network(world), world.root / "again")
     assert result.discovery is not None

@@ -73,7 +73,8 @@ def test_vit_neuron_paths(vit: nn.Module, shared_golden: Path, label: int) -> No
     check_baseline(vit, x, label, rows, 1)
 
 
-@pytest.mark.parametrize("label", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("label", [0, 1])
 def test_vit_five_neurons_a_block(vit: nn.Module, shared_golden: Path, label: int) -> None:
     rows, x = lines(shared_golden, "vit/topk5", label), images(shared_golden, label)
     check(vit, x, label, rows, factor=1, topk=5, accumulation="last")

@@ -67,6 +67,7 @@ def test_eight_bits(merging, images, tmp_path: Path) -> None:
     assert max(c.score for c in made) > 0.5
 
 
+@pytest.mark.slow
 def test_torch_archive(merging, images, tmp_path: Path) -> None:
     record = to_torch_archive(merging, PREPROCESSING, CLASSES, images, tmp_path / "m.pt2")
     assert all(row.max_relative_error < 1e-5 for row in record.parity)

@@ -53,7 +53,7 @@ def agreement(model: torch.nn.Module, images: torch.Tensor):
     return score
 
 
-@pytest.mark.parametrize("with_preprocessing", [False, True])
+@pytest.mark.parametrize("with_preprocessing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_half_precision(model, images, tmp_path, with_preprocessing):
     full, half = tmp_path / "full.onnx", tmp_path / "half.onnx"
     export_onnx(model, PREPROCESSING, CLASSES, full)

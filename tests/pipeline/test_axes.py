@@ -94,6 +94,7 @@ def test_the_budget_is_met_and_the_mix_recorded(small: tuple[Path, Variant]) -> 
     assert plan.how["axes"] == ALL
 
 
+@pytest.mark.slow
 def test_it_evaluates_heals_exports_and_is_reported(
     small: tuple[Path, Variant], capsys: pytest.CaptureFixture[str]
 ) -> None:

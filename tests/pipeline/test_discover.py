@@ -434,7 +434,8 @@ def test_other_errors_and_one_image_too_large_are_not_hidden() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of a process's memory")
-@pytest.mark.parametrize("scope", ["cls", pytest.param("patch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["cls", "patch"])
 def test_the_estimate_is_above_the_measured_peak_and_near_it(scope: Scope) -> None:
     answer = FORK.SimpleQueue()
     process = FORK.Process(target=measure_peaks, args=(scope, answer))

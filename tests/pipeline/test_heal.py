@@ -312,6 +312,7 @@ def test_the_command_line_prunes_and_heals(
     assert (out.with_name("both_healed") / WEIGHTS).is_file()
 
 
+@pytest.mark.slow
 def test_a_recipe_heals_and_exports_the_healed_network(half_network: Path) -> None:
     root = half_network.parent
     recipe = Recipe(
@@ -391,6 +392,7 @@ def heal_and_die(student: Path, out: Path, threads: int) -> None:
     heal(student, DATA, short(), out, work=Work(emit=emit))
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_with_the_same_bits(half_network: Path) -> None:
     straight, out = half_network.with_name("straight"), half_network.with_name("healed")
     heal(half_network, DATA, short(), straight)

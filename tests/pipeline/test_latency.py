@@ -180,6 +180,7 @@ def test_not_faster_than_dense_comes_first() -> None:
     assert warnings[0].startswith("the pruned network is not faster than the dense one")
 
 
+@pytest.mark.slow
 def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     args = {**MODEL_ARGS, "depth": 1, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 16}
     model = create(ARCHITECTURE, args)

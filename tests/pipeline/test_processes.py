@@ -60,6 +60,7 @@ def test_more_processes_than_shards(world: World) -> None:
     assert world.files() == world.files("one")
 
 
+@pytest.mark.slow
 def test_one_of_two_killed_ends_both_and_the_same_command_resumes(world: World) -> None:
     world.discover("one")
     team = Team(world.root, command(world), pause=0.6)
