@@ -29,7 +29,8 @@ from npprune.pipeline.prune.axes.tokens import SHAPES, Schedule, between, mergin
 from npprune.pipeline.prune.measuring import PlanSettings, Subject, measure, prepared
 from npprune.pipeline.prune.planning import amount, choose, refit
 from npprune.pipeline.prune.stage import prune
-from npprune.pipeline.study.stage import study
+from npprune.pipeline.study.rows import Setting
+from npprune.pipeline.study.stage import available, study
 from npprune.recipe import (
     DataSection,
     EvaluateSection,
@@ -245,3 +246,12 @@ def test_families_are_measured_chosen_refitted_and_made_smaller(name: str) -> No
             divergence(model(batch), small(batch)).mean()
             < divergence(model(batch), apply_plan(model, plan)(batch)).mean() + 1e-6
         )
+
+
+def test_all_axes_of_a_study_are_those_that_the_network_has() -> None:
+    every = Setting("variance", "measured", "mean", 0.5, False, 0, "macs", "mlp+heads+qk+tokens")
+    assert available([every], tiny_vit()) == [every]
+    (row,) = available([every], tiny_vit(qk_norm=True))
+    assert row.axes == "mlp+heads+tokens"
+    with pytest.raises(ModelError, match="`qk` cannot be narrowed"):
+        available([replace(every, axes="mlp+qk")], tiny_vit(qk_norm=True))

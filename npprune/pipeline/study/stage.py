@@ -10,24 +10,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from npprune import words
 from npprune.budget import Budget
 from npprune.core import metrics
 from npprune.data.labels import RANKED, KnownNames
 from npprune.errors import DataError, GateError, UsageError, plural, setting
 from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
+from npprune.models.surgery import check_axes
 from npprune.pipeline.common.inputs import Images, class_names, label_doubt, open_images
 from npprune.pipeline.common.outputs import check_run, reads_of, recordable
 from npprune.pipeline.common.results import add_command, render_report
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.prune.axes import axes_for
 from npprune.pipeline.prune.latency import DenseTimer
 from npprune.pipeline.prune.measuring import (
     Measured,
@@ -64,7 +67,7 @@ from npprune.pipeline.study.rows import (
     settings_of,
 )
 from npprune.pipeline.study.tables import analyses
-from npprune.recipe import DataSection, ModelSection, StudySection
+from npprune.recipe import DataSection, ModelSection, PruneSection, StudySection
 from npprune.records import Manifest, Plan, Result, digest, to_dict
 from npprune.store import atomic
 from npprune.store.runs import RunFolder, images_in_words
@@ -103,6 +106,7 @@ def study(
     model, data, run = origin(source, data)
     rows = settings_of(settings, run is not None)
     opened = open_source(model, data, run, work, topk=settings.topk)
+    rows = available(rows, opened.view.model)
     val = _evaluation_images(opened, data, work)
     paths = read_paths(opened, settings.topk)
     network = opened.network
@@ -133,6 +137,20 @@ def study(
             folder.write_result(found)
             render_report(out)
     return found
+
+
+def available(rows: Sequence[Setting], model: nn.Module) -> list[Setting]:
+    """The rows, `all` axes being those that the network has.
+
+    Raises:
+        ModelError: an axis is named that it has not.
+    """
+    every = "+".join(words.AXES)
+    there = "+".join(axes_for(PruneSection(target_macs=0.5), model))
+    for row in rows:
+        if row.axes != every:
+            check_axes(model, row.axes.split("+"))
+    return list(dict.fromkeys(replace(r, axes=there) if r.axes == every else r for r in rows))
 
 
 def _evaluation_images(opened: Opened, data: DataSection, work: Work) -> Images:
