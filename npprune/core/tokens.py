@@ -48,7 +48,8 @@ class Tokens(NamedTuple):
 
 def followed(x: Tensor) -> Tokens:
     """The stream [b, t, d] as tokens that hold themselves: who joins whom will be known."""
-    return Tokens(x, where=torch.arange(x.shape[1], device=x.device).expand(len(x), -1))
+    images, tokens, _ = x.shape  # not `len`, which is a constant when the network is traced
+    return Tokens(x, where=torch.arange(tokens, device=x.device).expand(images, -1))
 
 
 class Merge(NamedTuple):
