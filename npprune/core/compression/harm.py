@@ -59,11 +59,17 @@ def candidates_for(
         made = {}
         for width in row:
             keep = keep_sets([scores[l]], [width], [fixed[l]])[0][0]
-            found = compensate(m, fc2.weight, fc2.bias, keep, shrinkage=shrinkage, diagnose=False)
-            values = found.weight.to(fc2.weight), found.bias.to(fc2.weight)
-            made[width] = {fc2: Replacement(keep, *values)}
+            made[width] = {fc2: least_squares(fc2, m, keep, shrinkage)}
         out.append(made)
     return out
+
+
+def least_squares(
+    fc2: nn.Linear, moments: Moments, keep: Sequence[int], shrinkage: float = SHRINKAGE
+) -> Replacement:
+    """A second layer for the kept inputs, refitted by itself, in the model's precision."""
+    found = compensate(moments, fc2.weight, fc2.bias, keep, shrinkage=shrinkage, diagnose=False)
+    return Replacement(keep, found.weight.to(fc2.weight), found.bias.to(fc2.weight))
 
 
 @contextmanager

@@ -12,12 +12,13 @@ that a few budgets in MACs lead to, until one takes the time asked for.
 from __future__ import annotations
 
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,6 +34,9 @@ from npprune.models.surgery import apply_plan
 from npprune.pipeline.common.work import Work
 from npprune.recipe import PruneSection
 from npprune.records import Latency, Plan, Preprocessing, to_dict
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STAGE = "latency"
 LATENCY_TOLERANCE = 0.05  # of the latency asked for
@@ -163,8 +167,49 @@ class LatencyTable:
         return min(goal - self.fixed_ms, self.hidden_ms(self.dense_widths))
 
 
-class LatencyTarget:
-    """A latency asked for: its price list, and the runtime it is timed on. A context."""
+class LatencyGoal(ABC):
+    """A latency asked for, and the runtime it is timed on. A context: it holds a file."""
+
+    def __init__(
+        self, model: nn.Module, preprocessing: Preprocessing, settings: PruneSection, work: Work
+    ) -> None:
+        target = budget_of(settings)
+        assert target is not None
+        self.target, self.work = target, work.on(STAGE)
+        self.timer = DenseTimer(
+            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.timer.__exit__(kind, error, trace)
+
+    def check(self, model: nn.Module, widths: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
+        """Time what was made, of these hidden widths: what was asked for and measured; and why they
+        differ, if they do."""
+        measured = self.timer.against(model)
+        record, warnings = self.outcome(widths, measured)
+        self.work.say(
+            f"{measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
+            f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
+            f"{measured.provider}"
+        )
+        return record, warnings
+
+    @abstractmethod
+    def outcome(self, widths: Sequence[int], latency: Latency) -> tuple[dict[str, Any], list[str]]:
+        """The record of what was asked for and measured, and warnings."""
+
+
+class LatencyTarget(LatencyGoal):
+    """A latency met by a price list of the widths."""
 
     def __init__(
         self,
@@ -175,16 +220,11 @@ class LatencyTarget:
         work: Work,
     ) -> None:
         """Time one MLP at several widths, and two whole networks to know the level."""
-        self.model, self.dense_widths, self.work = model, list(widths), work.on(STAGE)
-        target = budget_of(settings)
-        assert target is not None
-        self.target = target
-        sizes = model_sizes(model)
-        allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
-        self.timer = DenseTimer(
-            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
-        )
+        super().__init__(model, preprocessing, settings, work)
+        self.model, self.dense_widths = model, list(widths)
         try:
+            sizes = model_sizes(model)
+            allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
             self.work.say(f"timing a block's MLP at several widths, batch {self.timer.batch}")
             alone = measure_width_latency(
                 sizes.width,
@@ -200,31 +240,13 @@ class LatencyTarget:
             self.timer.__exit__(None, None, None)
             raise
 
-    def __enter__(self) -> LatencyTarget:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.timer.__exit__(kind, error, trace)
-
     def correct(self, widths_at: Callable[[float], list[int]]) -> None:
         """See `correct`."""
         correct(self.table, self.target, widths_at, self._at)
 
-    def check(self, model: nn.Module, widths: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
-        """Time what was made; see `outcome`."""
-        measured = self.timer.against(model)
-        record, warnings = outcome(self.table, self.target, widths, measured)
-        self.work.say(
-            f"{measured.pruned_ms:.4g} ms, {record['achieved_share']:.1%} of the dense "
-            f"network's (asked: {record['asked_share']:.1%}), batch {measured.batch}, "
-            f"{measured.provider}"
-        )
-        return record, warnings
+    def outcome(self, widths: Sequence[int], latency: Latency) -> tuple[dict[str, Any], list[str]]:
+        """See `outcome`."""
+        return outcome(self.table, self.target, widths, latency)
 
     def _at(self, widths: Sequence[int]) -> Latency:
         """The network with its blocks at other widths; which neurons stay does not matter."""
@@ -234,29 +256,14 @@ class LatencyTarget:
         return self.timer.against(apply_plan(self.model, plan))
 
 
-class LatencySearch:
-    """A latency asked for, met by way of MACs: a context, for the file that it holds."""
+class LatencySearch(LatencyGoal):
+    """A latency met by way of MACs."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        preprocessing: Preprocessing,
-        settings: PruneSection,
-        work: Work,
+        self, model: nn.Module, preprocessing: Preprocessing, settings: PruneSection, work: Work
     ) -> None:
-        target = budget_of(settings)
-        assert target is not None
-        self.target, self.work = target, work.on(STAGE)
-        self.timer = DenseTimer(
-            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
-        )
+        super().__init__(model, preprocessing, settings, work)
         self.tried: list[tuple[float, float]] = []
-
-    def __enter__(self) -> LatencySearch:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.timer.__exit__(*error)
 
     def asked(self, pair: Latency) -> float:
         """The share of the dense latency that was asked for."""
@@ -306,9 +313,8 @@ class LatencySearch:
             best = least / whole
         return best * whole
 
-    def check(self, model: nn.Module) -> tuple[dict[str, Any], list[str]]:
-        """Time what was made: what was asked for and measured; and why they differ, if they do."""
-        latency = self.timer.against(model)
+    def outcome(self, widths: Sequence[int], latency: Latency) -> tuple[dict[str, Any], list[str]]:
+        """What was asked for and measured; and why it took longer, if it did."""
         asked = self.asked(latency)
         record = {
             "target": self.target.amount,
@@ -317,10 +323,6 @@ class LatencySearch:
             "tried": [{"macs": m, "latency": r} for m, r in self.tried],
             "measured": to_dict(latency),
         }
-        self.work.say(
-            f"{latency.pruned_ms:.4g} ms, {latency.ratio:.1%} of the dense network's "
-            f"(asked: {asked:.1%}), batch {latency.batch}, {latency.provider}"
-        )
         warnings = []
         if (off := latency.ratio / asked - 1) > LATENCY_TOLERANCE:
             warnings.append(

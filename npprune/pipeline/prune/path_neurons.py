@@ -10,16 +10,13 @@ error of the paired difference is taken.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from npprune.core.compression.compensation import compensate
-from npprune.core.compression.elimination import SHRINKAGE
-from npprune.core.compression.harm import Replacement, predict
+from npprune.core.compression.harm import Replacement, least_squares, predict
 from npprune.core.compression.selection import Selection, keep_sets
 from npprune.core.metrics import divergence, mean_interval
 from npprune.pipeline.prune.measuring import HARM_IMAGES, Measured, Paths, PlanSettings
@@ -53,7 +50,7 @@ def with_path_neurons(
 
 def held(paths: Paths, keep: Sequence[Sequence[int]]) -> dict[str, float]:
     """The paths' neurons that stay, how many there are, and the share of the votes that stay."""
-    stay = [set(kept) & set(union) for kept, union in zip(keep, paths.union, strict=True)]
+    stay = staying(paths, keep)
     votes = sum(float(v[sorted(s)].sum()) for v, s in zip(paths.votes, stay, strict=True))
     whole = sum(float(v[u].sum()) for v, u in zip(paths.votes, paths.union, strict=True))
     return {
@@ -61,6 +58,11 @@ def held(paths: Paths, keep: Sequence[Sequence[int]]) -> dict[str, float]:
         "of": sum(map(len, paths.union)),
         "votes": votes / whole if whole else 1.0,
     }
+
+
+def staying(paths: Paths, keep: Sequence[Sequence[int]]) -> list[set[int]]:
+    """The paths' neurons that stay in each block."""
+    return [set(kept) & set(union) for kept, union in zip(keep, paths.union, strict=True)]
 
 
 def _largest(
@@ -76,8 +78,7 @@ def _largest(
         nats = divergence(dense, predict(subject.view, images, _refitted(measured, sets)))
         base = nats if base is None else base
         change = mean_interval(nats - base)
-        error = float((nats - base).std() / math.sqrt(len(nats))) if len(nats) > 1 else 0.0
-        taken = change.value <= error
+        taken = change.value <= change.standard_error
         if taken:
             keep = sets
         tried.append(
@@ -85,7 +86,7 @@ def _largest(
                 "share": share,
                 "nats": float(nats.mean()),
                 "change": change.value,
-                "standard_error": error,
+                "standard_error": change.standard_error,
                 "taken": taken,
                 **held(paths, sets),
             }
@@ -123,14 +124,9 @@ def _most_voted(union: Sequence[int], votes: Tensor, count: int) -> list[int]:
 
 def _refitted(measured: Measured, keep: Sequence[Sequence[int]]) -> dict[int, Replacement]:
     """Second layers of the kept units, by least squares, each block by itself."""
-    view, out = measured.subject.view, {}
-    for l, kept in enumerate(keep):
-        fc2 = view.fc2(l)
-        if len(kept) == fc2.in_features:
-            continue
-        found = compensate(
-            measured.hidden.moments(l), fc2.weight, fc2.bias, kept,
-            shrinkage=SHRINKAGE, diagnose=False,
-        )  # fmt: skip
-        out[l] = Replacement(kept, found.weight.to(fc2.weight), found.bias.to(fc2.weight))
-    return out
+    view = measured.subject.view
+    return {
+        l: least_squares(view.fc2(l), measured.hidden.moments(l), kept)
+        for l, kept in enumerate(keep)
+        if len(kept) < view.widths[l]
+    }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from npprune.core.compression.compensation import Compensated, choose_shrinkage, compensate
+from npprune.core.compression.compensation import Compensated, Mode, choose_shrinkage, compensate
 from npprune.core.compression.cost import Price, Sizes, hidden_budget, macs, params
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement
@@ -34,7 +34,7 @@ from npprune.pipeline.prune.measuring import (
     tell,
     timed,
 )
-from npprune.pipeline.prune.path_neurons import with_path_neurons
+from npprune.pipeline.prune.path_neurons import staying, with_path_neurons
 from npprune.records import Plan
 
 Further = list[tuple[Axis, list[Kept]]]
@@ -56,10 +56,23 @@ class Chosen:
 
     def fields(self) -> dict[str, Any]:
         """What further axes and tokens put into the plan."""
-        found: dict[str, Any] = {"merged": self.merged, "last_for_read": self.last_for_read}
-        for axis, kept in self.further:
-            found |= axis.plan(kept)
-        return found
+        return _fields(self.further, self.merged, self.last_for_read)
+
+
+def _fields(further: Further, merged: list[int] | None, last_for_read: bool) -> dict[str, Any]:
+    """Of a plan, beside the hidden units."""
+    found: dict[str, Any] = {"merged": merged, "last_for_read": last_for_read}
+    for axis, kept in further:
+        found |= axis.plan(kept)
+    return found
+
+
+def _kept_of(measured: Measured, selection: Selection, mode: Mode) -> Further:
+    """What stays of each block by further axes, refitted by itself."""
+    return [
+        (axis, [axis.kept(l, option, mode) for l, option in enumerate(options)])
+        for axis, options in zip(measured.further, selection.others, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -195,16 +208,9 @@ def _best(
 
 def skeleton(measured: Measured, choice: Choice) -> Plan:
     """A plan of the sizes that a choice leads to, for timing; the values are not refitted."""
-    fields: dict[str, Any] = {}
-    for axis, options in zip(measured.further, choice.selection.others, strict=True):
-        fields |= axis.plan([axis.kept(l, option, "none") for l, option in enumerate(options)])
-    return Plan(
-        choice.selection.keep,
-        list(measured.subject.view.widths),
-        merged=choice.schedule.counts,
-        last_for_read=measured.read is not None,
-        **fields,
-    )
+    further = _kept_of(measured, choice.selection, "none")
+    fields = _fields(further, choice.schedule.counts, measured.read is not None)
+    return Plan(choice.selection.keep, list(measured.subject.view.widths), **fields)
 
 
 def _selected(
@@ -259,10 +265,7 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     with timed(seconds, "compensation"):
         mode = settings.compensation
         alone = "least-squares" if mode == "sequential" else mode  # `proj` is refitted once more
-        further = [
-            (axis, [axis.kept(l, option, alone) for l, option in enumerate(options)])
-            for axis, options in zip(measured.further, selection.others, strict=True)
-        ]
+        further = _kept_of(measured, selection, alone)
         if mode == "sequential":
             refitted, found = _in_sequence(measured, settings, choice, further, work)
         else:
@@ -299,7 +302,7 @@ def _path_neurons(
     paths = measured.subject.paths
     if paths is None or settings.paths == "off":
         return [0] * len(keep)
-    return [len(set(kept) & set(union)) for kept, union in zip(keep, paths.union, strict=True)]
+    return [len(neurons) for neurons in staying(paths, keep)]
 
 
 def _by_axis(measured: Measured, choice: Choice, further: Further) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from npprune.pipeline.common.results import add_command
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_reference
 from npprune.pipeline.prune.axes import axes_for
-from npprune.pipeline.prune.latency import LatencySearch, LatencyTarget
+from npprune.pipeline.prune.latency import LatencyGoal, LatencySearch, LatencyTarget
 from npprune.pipeline.prune.measuring import (
     PlanSettings,
     Subject,
@@ -164,10 +164,9 @@ def _planned(
         network.info.last_for_read,
     )  # fmt: skip
     with ExitStack() as held:
-        latency: LatencyTarget | LatencySearch | None = None
+        latency: LatencyGoal | None = None
         if settings.target_latency is not None:
-            latency = _latency(opened, settings, work)
-            held.enter_context(latency)  # type: ignore[arg-type]
+            latency = held.enter_context(_latency(opened, settings, work))
         table = latency.table if isinstance(latency, LatencyTarget) else None
         measured = prepared(measure(subject, asked, work, cache=cache), asked, work)
         if isinstance(latency, LatencyTarget):
@@ -200,17 +199,13 @@ def _planned(
         done.images, done.doubt = len(fit) + len(held_out), doubt
         done.chosen.details["statistics"] = measured.collected.record
         if latency is not None and not dry_run:
-            record, warnings = (
-                latency.check(done.model)
-                if isinstance(latency, LatencySearch)
-                else latency.check(done.model, done.plan.kept_widths)
-            )
+            record, warnings = latency.check(done.model, done.plan.kept_widths)
             done.chosen.details["latency"] = record
             done.chosen.warnings[:0] = warnings
     return done
 
 
-def _latency(opened: Opened, settings: PruneSection, work: Work) -> LatencyTarget | LatencySearch:
+def _latency(opened: Opened, settings: PruneSection, work: Work) -> LatencyGoal:
     """How a latency is met: by a price list of the widths, or by way of MACs."""
     model, preprocessing = opened.network.model, opened.images.preprocessing
     if settings.axes == ["mlp"]:
