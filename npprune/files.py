@@ -25,6 +25,12 @@ from npprune.errors import StoreError, UnstoredError, UsageError, setting
 _CONFIG_BYTES = 16 * 2**20  # of a config.json that is read
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
 
+CARD = "README.md"  # of a checkpoint that was measured
+CARD_MARK = (
+    "<!-- written by npprune, which replaces this file when the network is measured again -->"
+)
+OUR_FOLDERS = ("reports", "ckpt")  # where runs and checkpoints go
+
 _REASONS: dict[int, tuple[str, str]] = {
     errno.ENOSPC: ("no space left on the device", "free some space, or choose another place"),
     errno.EDQUOT: ("the disk quota is used up", "free some space, or choose another place"),
@@ -312,5 +318,7 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-OUR_FOLDERS = ("reports", "ckpt")
-"""Where runs and checkpoints go: what begins with one of these is a path, never a hub's name."""
+def owner_is_here(name: str) -> bool:
+    """Whether the first part of `OWNER/NAME` is a folder, so that it is no name on a hub."""
+    owner = name.partition("/")[0]
+    return owner in OUR_FOLDERS or Path(owner).is_dir()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import ValidationError
 
 from npprune.errors import DataError, ModelError, StoreError, UsageError, setting
-from npprune.files import OUR_FOLDERS, foreign_folder
+from npprune.files import foreign_folder, owner_is_here
 from npprune.recipe.rules import check
 from npprune.recipe.sections import DataSection, ModelSection, Section
 from npprune.recipe.settings import item_of, rule_of, told, words_of
@@ -34,8 +34,7 @@ def like_path(text: str) -> bool:
     if "/" not in text or text.startswith(HUB_PREFIXES):
         return False
     owner, _, name = text.partition("/")
-    here = owner in OUR_FOLDERS or Path(owner).is_dir()
-    return "/" in name or not owner[:1].isalnum() or not name or here
+    return "/" in name or not owner[:1].isalnum() or not name or owner_is_here(text)
 
 
 def section(cls: type[S], /, **values: Any) -> S:

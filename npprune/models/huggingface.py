@@ -20,6 +20,7 @@ from torch.nn.functional import interpolate
 
 from npprune.errors import ModelError, setting
 from npprune.models.foreign import Size, by
+from npprune.models.translations import renamed
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -175,7 +176,7 @@ def _renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         bare = re.sub(f"^{_FAMILIES}", "", name)
         inside = _LAYER.fullmatch(bare)
         table, rest = (_IN_LAYER, inside[2]) if inside else (_OUTSIDE, bare)
-        new = next((re.sub(p, n, rest, count=1) for p, n in table if re.match(p, rest)), None)
+        new = renamed(rest, table)
         if new is None:
             (unread if _UNREAD.match(bare) else unknown).append(name)
         else:

@@ -56,10 +56,14 @@ def translated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]
         out = {}
         for name, tensor in tensors.items():
             bare = name.removeprefix(prefix)
-            new = next((re.sub(p, n, bare, count=1) for p, n in rules if re.match(p, bare)), None)
-            out[new or name] = tensor
+            out[renamed(bare, rules) or name] = tensor
         return out, [f"read as {library}'s vision transformer, under timm's names"]
     return lone_classifier(tensors)
+
+
+def renamed(name: str, rules: Rules) -> str | None:
+    """A name by the first rule whose pattern it begins with; None where there is none."""
+    return next((re.sub(p, n, name, count=1) for p, n in rules if re.match(p, name)), None)
 
 
 def _prefix(mark: str, names: Iterable[str]) -> str | None:

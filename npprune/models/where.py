@@ -9,7 +9,7 @@ from pathlib import Path
 import timm
 
 from npprune.errors import ModelError, setting
-from npprune.files import OUR_FOLDERS, foreign_folder
+from npprune.files import foreign_folder, owner_is_here
 from npprune.models.folders import WEIGHTS
 from npprune.models.hub import fetch_folder
 
@@ -70,8 +70,7 @@ def _is_repo(name: str) -> bool:
     """Whether a name is one on the hub: `OWNER/NAME`, unless `OWNER` is a folder here."""
     if HUB.match(name):
         return True
-    owner = name.partition("/")[0]
-    return _REPO.fullmatch(name) is not None and not (owner in OUR_FOLDERS or Path(owner).is_dir())
+    return _REPO.fullmatch(name) is not None and not owner_is_here(name)
 
 
 def _folder(name: str) -> Described:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Any
 
+from npprune.files import CARD_MARK
 from npprune.records import CheckpointConfig, Evaluation, Variant
 from npprune.report import text
 from npprune.report.markdown import code, escape
-
-NAME = "README.md"
-MARK = "<!-- written by npprune, which replaces this file when the network is measured again -->"
 
 
 def render_card(variant: Variant, config: CheckpointConfig) -> str:
@@ -21,7 +19,7 @@ def render_card(variant: Variant, config: CheckpointConfig) -> str:
     source, size = config.source, config.preprocessing.input_size[1:]
     parts = [
         f"---\n{_metadata(variant, config)}---",
-        MARK,
+        CARD_MARK,
         f"# {escape(variant.name)}",
         f"{code(source.architecture)}, pruned by npprune: {text.params(variant.model.params)} "
         f"parameters and {text.macs(variant.model.macs)} MACs for an image of "
@@ -53,7 +51,7 @@ def render_card(variant: Variant, config: CheckpointConfig) -> str:
 
 def is_card(content: str) -> bool:
     """Whether a README.md is one of these, and may be replaced."""
-    return MARK in content
+    return CARD_MARK in content
 
 
 def _metadata(variant: Variant, config: CheckpointConfig) -> str:

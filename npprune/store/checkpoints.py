@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from npprune import records
 from npprune.errors import StoreError
-from npprune.files import foreign_folder
+from npprune.files import CARD, CARD_MARK, foreign_folder
 from npprune.records import CheckpointConfig, Plan
 from npprune.store import atomic
 
@@ -23,8 +23,6 @@ CONFIG = "config.json"
 PLAN = "plan.json"
 EXPORT = "export.json"
 RESULT = ("result.json", "report.html", "report.md")  # of a network pruned without a run
-CARD = "README.md"
-CARD_MARK = "<!-- written by npprune"
 EXPORTED = (".onnx", ".onnx.data", ".pt2", ".export.json")
 
 

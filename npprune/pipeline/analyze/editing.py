@@ -30,7 +30,7 @@ from npprune.core.attribution.votes import class_top
 from npprune.core.view import VitView
 from npprune.data.labels import KnownNames
 from npprune.data.loading import Batch
-from npprune.errors import DataError, StoreError, UsageError, plural, setting
+from npprune.errors import DataError, UsageError, plural, setting
 from npprune.images.decoding import UnreadableImage
 from npprune.models.info import model_sizes
 from npprune.models.view import make_view
@@ -39,6 +39,7 @@ from npprune.pipeline.common.inputs import (
     PREPROCESSING,
     Images,
     Network,
+    check_weights,
     label_doubt,
     network_names,
     open_images,
@@ -84,12 +85,7 @@ def edit_neurons(
     where = work.where
     found = open_finished(run, work)
     network = open_network(found.recipe.model, work)
-    if network.info.source.sha256 != found.manifest.model.source.sha256:
-        raise StoreError(
-            f"the paths of `{run}` are of weights {found.manifest.model.source.sha256[:12]}..., "
-            f"and the network has {network.info.source.sha256[:12]}...",
-            hint="discover again, or restore the weights",
-        )
+    check_weights(network, found.manifest.model.source.sha256, run)
     view = make_view(network.model)
     cells = _cells(settings, found, view)
     work.say(f"{network.info.source.architecture} on {where} ({work.reason})")

@@ -16,7 +16,7 @@ from npprune.data.loading import Batch, batches
 from npprune.data.opening import open_source
 from npprune.data.sources import ImageSource, Sample
 from npprune.data.transforms import describe, make_transform, released, resolve
-from npprune.errors import UsageError, plural, setting
+from npprune.errors import StoreError, UsageError, plural, setting
 from npprune.models.load import build, load
 from npprune.models.released_head import released_head
 from npprune.pipeline.common.work import Work
@@ -52,6 +52,17 @@ class Network:
         if self.config is not None:
             return _own_names(self.config)
         return KnownNames(self.classes) if self.classes else None
+
+
+def check_weights(network: Network, paths_of: str, run: Path) -> None:
+    """StoreError where the paths of a run are of other weights than the network has."""
+    sha256 = network.info.source.sha256
+    if paths_of != sha256:
+        raise StoreError(
+            f"the paths of `{run}` are of weights {paths_of[:12]}..., and the network has "
+            f"{sha256[:12]}...",
+            hint="discover again, or restore the weights",
+        )
 
 
 def is_cut(config: CheckpointConfig) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from npprune.errors import StoreError
-from npprune.files import check_folder, refuse_overwriting
+from npprune.files import CARD, check_folder, refuse_overwriting
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
 from npprune.report import card
 from npprune.report.html import render_html
@@ -49,7 +49,7 @@ def update_variant(
 def _write_card(checkpoint: Path, variant: Variant, config: CheckpointConfig) -> None:
     """The checkpoint's model card; a README.md of someone else stays, and a folder that cannot be
     written goes without."""
-    path = checkpoint / card.NAME
+    path = checkpoint / CARD
     if path.is_file() and not card.is_card(atomic.read_text(path)):
         return
     if os.access(checkpoint, os.W_OK):

@@ -10,9 +10,10 @@ from PIL import Image
 from torch import Tensor
 
 from npprune.core.compression.token_harm import token_maps
+from npprune.export.onnx import to_pixels
 from npprune.models.view import make_view
 from npprune.pipeline.common.inputs import Images, Network
-from npprune.records import MergedImage, Preprocessing
+from npprune.records import MergedImage
 
 SHOWN = 3  # images
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the blocks, after which tokens are shown
@@ -34,20 +35,20 @@ def merged_images(network: Network, x: Tensor, labels: Tensor, images: Images) -
     return [
         MergedImage(
             images.source.name(int(label)),
-            _png(image, images.preprocessing),
+            _png(image),
             list(grid),
             blocks,
             [maps[l][i, prefix:].tolist() for l in blocks],
         )
-        for i, (image, label) in enumerate(zip(x, labels, strict=True))
+        for i, (image, label) in enumerate(
+            zip(to_pixels(x, images.preprocessing), labels, strict=True)
+        )
     ]
 
 
-def _png(image: Tensor, preprocessing: Preprocessing) -> str:
-    """A normalised image [3, H, W] as a base64 PNG."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (preprocessing.mean, preprocessing.std))
-    pixels = ((image.cpu() * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+def _png(pixels: Tensor) -> str:
+    """Pixels [H, W, channels] as a base64 PNG."""
+    picture = Image.fromarray(pixels.squeeze(-1).numpy())
     picture.thumbnail((SIDE, SIDE))
     out = io.BytesIO()
     picture.save(out, "PNG", optimize=True)

@@ -14,12 +14,13 @@ from npprune.core.attribution.ablation import ablated_logits
 from npprune.core.tokens import Tokens
 from npprune.core.view import HiddenEdit, Scope
 from npprune.data.loading import Batch
+from npprune.export.onnx import to_pixels
 from npprune.models.view import TimmView
 from npprune.pipeline.common.inputs import Images
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.explore.effects import Effects, Outcome
 from npprune.pipeline.explore.exemplars import Exemplars, lit
-from npprune.pipeline.explore.site import Site, pixels
+from npprune.pipeline.explore.site import Site
 from npprune.store.path_store import PathTable
 
 TOP = 5  # classes shown of a prediction
@@ -92,8 +93,8 @@ class Pass:
     def _add(self, batch: Batch, rows: list[int], images: Images, lens: set[int]) -> None:
         x = batch.images.to(self.work.where)
         labels = torch.from_numpy(self.table.labels[rows])
-        for row, image in zip(rows, batch.images, strict=True):
-            self.site.picture(row, pixels(image.numpy(), images.preprocessing))
+        for row, image in zip(rows, to_pixels(batch.images, images.preprocessing), strict=True):
+            self.site.picture(row, image.squeeze(-1).numpy())
         stream, hidden, own = self._run(x, rows)
         with torch.no_grad():
             logits = self.view.head(stream)

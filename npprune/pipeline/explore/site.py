@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 from PIL import Image, features
 
-from npprune.records import Preprocessing
-
 SCRIPTS = ("base.js", "pictures.js", "graph.js", "pages.js", "compare.js", "app.js")
 STYLE, PAGE = "explorer.css", "index.html"
 DATA, THUMBS = "data", "thumbs"
@@ -82,15 +80,6 @@ class Site:
         scripts = "".join(f"<script>\n{_shipped(name)}</script>\n" for name in SCRIPTS)
         style = f"<style>\n{_shipped(STYLE)}</style>"
         return _page(POLICY.format(inline=" 'unsafe-inline'"), style, pieces + scripts)
-
-
-def pixels(image: np.ndarray, pre: Preprocessing) -> np.ndarray:
-    """What a network sees, [channels, h, w], as a picture again."""
-    channels = len(image)
-    mean = np.asarray(pre.mean, np.float32).reshape(-1, 1, 1)
-    std = np.asarray(pre.std, np.float32).reshape(-1, 1, 1)
-    x = np.clip((image * std + mean) * 255, 0, 255).round().astype(np.uint8)
-    return x[0] if channels == 1 else x.transpose(1, 2, 0)
 
 
 def objection(folder: Path) -> str | None:

@@ -18,7 +18,13 @@ from npprune.errors import DataError, StoreError, UsageError, plural
 from npprune.files import check_file, check_folder, refuse_overwriting
 from npprune.models.view import TimmView, make_view
 from npprune.models.writing import written
-from npprune.pipeline.common.inputs import Images, Network, open_checkpoint, open_images
+from npprune.pipeline.common.inputs import (
+    Images,
+    Network,
+    check_weights,
+    open_checkpoint,
+    open_images,
+)
 from npprune.pipeline.common.inputs import open_network as open_dense
 from npprune.pipeline.common.outputs import reads_of
 from npprune.pipeline.common.threads import same_on_any_threads
@@ -149,12 +155,7 @@ def _open(run: Path, settings: ExploreSection, plan: Path | None, work: Work) ->
     found = open_finished(run)
     network = open_dense(found.recipe.model, work)
     source = network.info.source
-    if found.manifest.model.source.sha256 != source.sha256:
-        raise StoreError(
-            f"the paths of `{run}` are of weights {found.manifest.model.source.sha256[:12]}..., "
-            f"and the network has {source.sha256[:12]}...",
-            hint="discover again, or restore the weights",
-        )
+    check_weights(network, found.manifest.model.source.sha256, run)
     work.say(f"{source.architecture} on {work.where} ({work.reason})")
     names = [found.settings.method, *(settings.methods or methods_of(found))]
     tables = {name: paths_of(found, name, work) for name in dict.fromkeys(names)}

@@ -21,6 +21,7 @@ from npprune.pipeline.common.inputs import (
     PREPROCESSING,
     Images,
     Network,
+    check_weights,
     network_names,
     open_images,
     open_network,
@@ -128,12 +129,7 @@ def read_paths(opened: Opened, topk: int | None) -> Paths | None:
     if run is None:
         return None
     manifest = run.read_manifest()
-    if manifest.model.source.sha256 != network.info.source.sha256:
-        raise StoreError(
-            f"the paths of `{run.path}` are of weights {manifest.model.source.sha256[:12]}..., "
-            f"and the network has {network.info.source.sha256[:12]}...",
-            hint="discover again, or restore the weights",
-        )
+    check_weights(network, manifest.model.source.sha256, run.path)
     store = PathStore(run.paths_folder, manifest.settings_sha256)
     table = store.read_all(store.count())
     wanted = table.classes if classes is None else [c for c in classes if c in table.classes]
