@@ -307,13 +307,14 @@ class Plan(Document):
     query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
     merged: list[int] | None = None  # tokens merged in each block; None: in none
     last_for_read: bool = False  # the last block computes only what the classifier reads
+    head_dims: list[int] | None = None  # of a head's queries, keys and values alike; None: all
 
     def __post_init__(self) -> None:
         self.keep = [_whole(f"keep[{l}]", kept) for l, kept in enumerate(self.keep)]
         self.widths = _whole("widths", self.widths)
         if self.heads is not None:
             self.heads = [_whole(f"heads[{l}]", kept) for l, kept in enumerate(self.heads)]
-        for name in ("classes", "query_dims"):
+        for name in ("classes", "query_dims", "head_dims"):
             if getattr(self, name) is not None:
                 setattr(self, name, _whole(name, getattr(self, name)))
         if len(self.keep) != len(self.widths):

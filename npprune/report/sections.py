@@ -336,7 +336,7 @@ def _widths(result: Result) -> Section:
         if attention := text.attention(v.prune):
             section.items.append(
                 Table(
-                    ["block", "heads", "query/key dimensions of a head"],
+                    ["block", "heads", f"{text.dimensions(v.prune)} of a head"],
                     [cells(str(b), *row) for b, row in enumerate(attention)],
                     caption=f"Attention kept in {text.clean(v.name)}.",
                 )

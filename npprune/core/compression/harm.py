@@ -31,11 +31,16 @@ Option = TypeVar("Option")
 
 @dataclass
 class Replacement:
-    """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d]."""
+    """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d].
+
+    `whole` [d, h]: the weight of which `weight` is what stays, where the layers before give the
+    inputs in another basis; None: the layer's own.
+    """
 
     keep: Sequence[int]
     weight: Tensor
     bias: Tensor
+    whole: Tensor | None = None
 
 
 def candidates_for(
