@@ -81,8 +81,9 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
         if dims != _query_dims(view, l):
             p = view.attention(l)
             if plan.heads is not None:  # the means of heads that go are no part of the bias
+                mask: Any = p.proj.npprune_mask
                 with torch.no_grad():
-                    p.proj.weight.mul_(p.proj.npprune_mask)
+                    p.proj.weight.mul_(mask)
             found = shrink_by_weights(p, dims, values=plan.head_dims is not None)
             for layer, r in stand_ins(p, found).items():
                 weight = torch.zeros_like(layer.weight)

@@ -200,8 +200,9 @@ def _projected(
     """
     stays = list(changed[proj].keep) if proj in changed else list(range(proj.in_features))
     others = {layer: r for layer, r in changed.items() if layer is not proj}
-    if proj in changed and changed[proj].whole is not None:
-        others[proj] = Replacement(range(proj.in_features), changed[proj].whole, proj.bias)
+    whole = changed[proj].whole if proj in changed else None
+    if whole is not None:
+        others[proj] = Replacement(range(proj.in_features), whole, proj.bias)
     inputs = []
     for x, goal in zip(streams, goals, strict=True):
         with layers_replaced(others), recorded([proj]) as seen:
