@@ -41,11 +41,11 @@ Pooling = Literal["token", "avg"]
 """What a classifier reads, where a file does not say: class token or mean patch token."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-Axis = Literal["mlp", "heads", "qk", "head-dim", "tokens"]
-"""What may be removed: hidden units, attention heads, query/key dimensions, the same with value
-dimensions; patch tokens merge."""
+Axis = Literal["mlp", "cls", "heads", "qk", "head-dim", "tokens"]
+"""What may be removed: hidden units (of the class token apart from the patches'), attention heads,
+query/key dimensions, the same with value dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
-ALL_AXES: tuple[Axis, ...] = ("mlp", "heads", "qk", "tokens")
+ALL_AXES: tuple[Axis, ...] = tuple(axis for axis in AXES if axis != "head-dim")
 """What `all` stands for: `head-dim` takes what `qk` takes, and more."""
 
 PathUse = Literal["auto", "protect", "prior", "off"]

@@ -84,6 +84,11 @@ def dimensions(summary: PruneSummary) -> str:
     return "dimensions" if "value_dims" in summary.details["attention"] else "query/key dimensions"
 
 
+def own(width: int) -> str:
+    """Hidden units of the class token's own in one block: `64`, or `shared`."""
+    return count(width) if width else "shared"
+
+
 def path_neurons(summary: PruneSummary) -> str:
     """`1,204 of 4,130, with 38.0 % of the votes`."""
     kept = sum(summary.protected)

@@ -31,6 +31,7 @@ from npprune.core.view import Projections, VitView
 from npprune.errors import plural, setting
 from npprune.models.surgery import set_qkv
 from npprune.pipeline.prune.axes import Axis, Tell
+from npprune.words import ALL_AXES
 
 Pair = tuple[int, int]
 """Heads that stay, and query/key dimensions of each; under `head-dim`, value dimensions as well."""
@@ -154,10 +155,11 @@ class Attention(Axis):
         narrow = sum(s.query_dims < self.value_dims(l, s.query_dims) for l, s in enumerate(kept))
         if device.type != "cuda" or not narrow:
             return []
+        axes = ",".join("head-dim" if axis == "qk" else axis for axis in ALL_AXES)
         return [
             f"queries and keys are narrower than values in {narrow} of "
             f"{plural(len(kept), 'block')}: PyTorch's flash attention takes one head dimension "
-            f"alone ({setting('prune.axes', 'mlp,heads,head-dim,tokens')} keeps it)"
+            f"alone ({setting('prune.axes', axes)} keeps it)"
         ]
 
     def described(self, kept: Sequence[SmallerAttention]) -> dict[str, list[int]]:
