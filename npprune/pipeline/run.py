@@ -36,9 +36,9 @@ def run_recipe(
 ) -> Result:
     """discover -> prune (-> heal) -> evaluate -> export -> report, below `root`.
 
-    Writes `reports/<name>/` and `ckpt/<name>/` (else `run` and `checkpoint`); with a `heal` section `ckpt/<name>_healed/` too,
-    which is then what is exported. Running again resumes: paths that were found
-    before are kept. With `prune: null` it ends with the paths and their report.
+    Writes `reports/<name>/` and `ckpt/<name>/` (else `run` and `checkpoint`); with a `heal` section
+    `ckpt/<name>_healed/` too, which is then what is exported. Running again resumes: paths that
+    were found before are kept. With `prune: null` it ends with the paths and their report.
     torchrun's processes share the discovery and the healing; the first does the rest. Device and
     seed are the recipe's, whatever `work` says.
 
