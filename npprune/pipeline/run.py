@@ -79,10 +79,10 @@ def run_recipe(
             hint="`npprune prune ... --dry-run` shows what would stay",
         )
     if recipe.discover is not None:
-        few, data = recipe.discover.images_per_class, recipe.data
+        some, few = recipe.data, recipe.discover.images_per_class
         if few is not None:
-            data = data.model_copy(update={"images_per_class": few})
-        found = discover(recipe.model, data, recipe.discover, run, work=quietly, dry_run=dry_run)
+            some = some.model_copy(update={"images_per_class": few})
+        found = discover(recipe.model, some, recipe.discover, run, work=quietly, dry_run=dry_run)
         if dry_run:
             return found
         source = run

@@ -32,6 +32,9 @@ def test_a_class_list_is_all_that_it_needs(
     for variant in result.variants:
         assert variant.model.num_classes == 3
         assert variant.evaluation is not None
+        for row in variant.evaluation.classes:
+            assert row.path_kept is not None
+            assert 0 < row.path_kept <= 1
     assert (healed / "model.onnx").is_file()
     assert (run / "report.html").is_file()
     assert str(healed) in said
