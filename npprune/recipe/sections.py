@@ -519,6 +519,9 @@ class EditSection(Section):
         ["auto"], "tokens at which neurons are edited", panel=EDIT, metavar="LIST"
     )
     seeds: int = setting(1, "keep: draws of each share below 1", panel=EDIT, metavar="N", ge=1)
+    others: bool = setting(
+        False, "paths class: what the other classes lose by it, as well", panel=EDIT
+    )
 
 
 class ExploreSection(Section):
