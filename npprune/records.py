@@ -233,6 +233,7 @@ class ClassRow:
     dense_top1: float
     pruned_top1: float
     deviation: float  # mean relative change of the true class's probability
+    path_kept: float | None = None  # share of its paths' neurons that stay; None: no paths
 
 
 @dataclass
@@ -467,6 +468,7 @@ class Evaluation:
     pruned_model: ModelInfo | None = None
     seconds: float = 0.0
     label_doubt: str = ""  # why the labels are probably wrong
+    spared: Mean | None = None  # rank correlation, over classes, of path kept and deviation
     merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
 
 

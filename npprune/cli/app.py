@@ -31,6 +31,7 @@ from npprune.cli import (
     prune,
     report,
     run,
+    specialise,
     streams,
     study,
 )
@@ -89,6 +90,7 @@ for _name, _module in (
     ("explore", explore),
     ("study", study),
     ("report", report),
+    ("specialise", specialise),
     ("run", run),
     ("demo", demo),
     ("env", env),
