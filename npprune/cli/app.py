@@ -37,6 +37,7 @@ from npprune.cli import (
 from npprune.cli.console import drop, rank, say, show_error
 from npprune.cli.options import flag_name
 from npprune.errors import NpPruneError, PeerError
+from npprune.untrusted import first_line, out_of_memory
 from npprune.words import did_you_mean
 
 BUG = 70
@@ -129,7 +130,7 @@ def run_app(args: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, PARSER_ERROR):  # the parser's usage errors
             return _usage_error(error, args)
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        if out_of_memory(error):
             return _out_of_memory(error)
         return _bug(error)
     if code == INTERRUPTED:  # newer versions of Typer catch the interrupt themselves
@@ -196,8 +197,11 @@ def _os_error(error: OSError) -> int:
 
 
 def _out_of_memory(error: Exception) -> int:
-    first = (str(error).splitlines() or ["the machine has no memory left"])[0]
-    show_error(f"out of memory: {first}", "a smaller `--batch-size` takes less")
+    said = first_line(error) if str(error) else "the machine has none left"
+    show_error(
+        f"out of memory: {said}",
+        "a smaller `--batch-size`, fewer `--workers` and smaller images take less",
+    )
     return _debug(error, USAGE)
 
 

@@ -20,6 +20,7 @@ from npprune.cli.options import argument, choice, option
 from npprune.cli.streams import PLAIN
 from npprune.errors import DataError, StoreError, UsageError
 from npprune.report import text
+from npprune.untrusted import cell
 from npprune.words import ON_BAD_IMAGE, PROVIDERS, TABLE_FORMATS, check_word
 
 if TYPE_CHECKING:
@@ -176,11 +177,10 @@ def _csv(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:
     rows.writerow(["image", "rank", "index", "name", "synset", "probability", "error"])
     for p in found:
         if p.error is not None:
-            rows.writerow([p.image, "", "", "", "", "", p.error])
+            rows.writerow([cell(p.image), "", "", "", "", "", cell(p.error)])
         for rank, g in enumerate(p.guesses, 1):
-            rows.writerow(
-                [p.image, rank, g.index, g.name, g.synset or "", f"{g.probability:.6g}", ""]
-            )
+            words = cell(g.name), cell(g.synset or "")
+            rows.writerow([cell(p.image), rank, g.index, *words, f"{g.probability:.6g}", ""])
 
 
 def _json(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:

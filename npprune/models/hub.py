@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import ModelError, setting
+from npprune.errors import ModelError, NpPruneError, setting
+from npprune.models.folders import weights_files
 
 FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10.0  # seconds to wait for the hub's first answer
@@ -94,16 +95,13 @@ def fetch_folder(repo: str) -> Path:
     name, _, revision = repo.partition("@")
     where: dict[str, Any] = {"repo_id": name, "revision": revision or None}
 
-    def cached(file: str) -> Path:
-        return Path(hf_hub_download(filename=file, local_files_only=True, **where))
-
     def downloaded(file: str) -> Path:
         # One request without retries first, see `fetch`.
         get_hf_file_metadata(hf_hub_url(filename=file, **where), timeout=TIMEOUT)
         return Path(hf_hub_download(filename=file, **where))
 
     try:
-        return _whole(cached)
+        return _whole(partial(_cached, where))
     except HFValidationError as err:
         raise ModelError(f"`{repo}` is no name of the hub: {err}", hint="OWNER/NAME") from err
     except EntryNotFoundError:
@@ -115,6 +113,8 @@ def fetch_folder(repo: str) -> Path:
             f"the hub's {name} lacks {DESCRIPTION}, or weights ({', '.join(_WEIGHTS)})",
             hint=f"pass a weights file with {setting('model.checkpoint', 'FILE')}",
         ) from err
+    except NpPruneError:
+        raise
     except Exception as err:
         missing = isinstance(err, RepositoryNotFoundError)
         lines = str(err).strip().splitlines() or [""]
@@ -131,6 +131,24 @@ def fetch_folder(repo: str) -> Path:
         ) from err
 
 
+def is_fetched(repo: str) -> bool:
+    """Whether a network on the hub lies on this machine already."""
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    name, _, revision = repo.partition("@")
+    try:
+        _whole(partial(_cached, {"repo_id": name, "revision": revision or None}))
+    except (EntryNotFoundError, HFValidationError):
+        return False
+    return True
+
+
+def _cached(where: dict[str, Any], file: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(filename=file, local_files_only=True, **where))
+
+
 def _whole(get: Callable[[str], Path]) -> Path:
     """All files of a network by one way; EntryNotFoundError where a needed one is missing."""
     from huggingface_hub.errors import EntryNotFoundError
@@ -144,9 +162,8 @@ def _whole(get: Callable[[str], Path]) -> Path:
             if i == len(_WEIGHTS) - 1:
                 raise
     if path.name.endswith(".index.json"):
-        parts = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
-        for part in sorted(set(parts)):
-            get(str(part))
+        for part in weights_files(path):
+            get(part)
     for file in _OPTIONAL:
         try:
             get(file)

@@ -141,4 +141,4 @@ def test_wrong_topk_is_refused(server):
 
 
 def test_the_example_stays_short():
-    assert len(SCRIPT.read_text().splitlines()) < 80
+    assert len(SCRIPT.read_text().splitlines()) < 150

@@ -63,11 +63,28 @@ def add_command(result: Result, command: str) -> None:
 
 
 def run_of(checkpoint: Path, config: CheckpointConfig) -> RunFolder | None:
-    """The run folder a checkpoint belongs to, or None where it is not there any more."""
+    """The run folder a checkpoint belongs to, or None where it is not there any more.
+
+    A checkpoint names its run, and anyone can write that: the run has to know the checkpoint, too.
+    """
     if config.run is None:
         return None
     run = RunFolder(Path(os.path.normpath(checkpoint / config.run)))
-    return run if run.result_path.is_file() else None
+    return run if run.result_path.is_file() and _knows(run, checkpoint, config) else None
+
+
+def _knows(run: RunFolder, checkpoint: Path, config: CheckpointConfig) -> bool:
+    """Whether a run made a checkpoint: it names this folder, or, where the folder was moved or
+    renamed since, a variant of the same plan."""
+    variants = run.read_result().variants
+    plan = config.prune.plan_sha256 if config.prune is not None else None
+    named = next((v for v in variants if v.name == checkpoint.resolve().name), None)
+    if named is None:
+        return any(v.prune.plan_sha256 == plan for v in variants)
+    place = run.path / named.checkpoint
+    if place.exists():
+        return os.path.realpath(place) == os.path.realpath(checkpoint)
+    return named.prune.plan_sha256 == plan
 
 
 def render_report(run: Path, *, out: Path | None = None) -> tuple[Path, Path]:

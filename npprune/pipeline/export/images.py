@@ -111,7 +111,8 @@ def _open(
     remembered = spec is None and config is not None
     if spec is None and config is not None:
         given = data.model_dump(exclude_unset=True, exclude_none=True)
-        data = DataSection.model_validate({**config.details.get("data", {}), **given})
+        said = {**config.details.get("data", {}), **given}
+        data = remembered(DataSection, said, "the checkpoint")
         spec = data.calibration or data.train
     try:
         return open_images(

@@ -21,6 +21,7 @@ from npprune.pipeline.common.inputs import (
     class_names,
     label_doubt,
     open_checkpoint,
+    remembered,
 )
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.common.processes import Processes
@@ -149,8 +150,9 @@ def heal_pruned(
     """Heal right after pruning: into `<checkpoint>_healed`, on the images of `data`, or else
     those that the checkpoint was calibrated on."""
     if data is None:
-        details = read_config(checkpoint).details["data"]
-        data = DataSection(**{**details, "train": details["calibration"]})
+        details = read_config(checkpoint).details.get("data", {})
+        said = {**details, "train": details.get("calibration")}
+        data = remembered(DataSection, said, checkpoint)
     out = healed_folder(checkpoint)
     return out, heal(checkpoint, data, settings, out, work=work)
 
