@@ -20,7 +20,7 @@ class Open(TypedDict, total=False):
 class DenseReference(Open, total=False):
     """Where the dense network of a checkpoint is: arguments of a recipe's `model`, and paths."""
 
-    name: Required[Line]
+    name: Line
     checkpoint: Line | None
     name_relative: Line
     checkpoint_relative: Line

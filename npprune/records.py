@@ -41,7 +41,7 @@ def to_json(record: Any, *, indent: int | None = 2) -> str:
     data = to_dict(record)
     try:
         return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
-    except ValueError as err:
+    except ValueError as err:  # NaN or infinity
         raise StoreError(
             f"`{_not_finite(data) or type(record).__name__}` is NaN or infinite, which JSON cannot "
             "hold",
@@ -572,16 +572,15 @@ class CheckpointConfig(Document):
         checked(self.details, CheckpointDetails, "details")
         checked(self.run, Line | None, "run")  # type: ignore[arg-type]
         outputs = self.details.get("outputs")
-        if outputs is not None and len(outputs) != self.num_classes:
+        if outputs is None:
+            return
+        if len(outputs) != self.num_classes:
             raise StoreError(
                 f"`details.outputs` must name {plural(self.num_classes, 'output')}, got "
                 f"{len(outputs)}"
             )
-        outside = [c.index for c in self.classes if not 0 <= c.index < self.num_classes]
-        if outside:
-            raise StoreError(
-                f"`classes` must lie in 0..{self.num_classes - 1}, got index {outside[0]}"
-            )
+        if any(not 0 <= c.index < len(outputs) for c in self.classes):
+            raise StoreError(f"`classes` must be outputs, 0..{len(outputs) - 1}")
 
 
 @dataclass

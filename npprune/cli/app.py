@@ -130,6 +130,8 @@ def run_app(args: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, PARSER_ERROR):  # the parser's usage errors
             return _usage_error(error, args)
+        if type(error).__name__.endswith("LinAlgError"):
+            return _no_solution(error)
         if out_of_memory(error):
             return _out_of_memory(error)
         return _bug(error)
@@ -193,6 +195,15 @@ def _os_error(error: OSError) -> int:
     where = f": {error.filename}" if error.filename else ""
     reason = error.strerror or str(error) or type(error).__name__
     show_error(f"{reason[:1].lower()}{reason[1:]}{where}")
+    return _debug(error, USAGE)
+
+
+def _no_solution(error: Exception) -> int:
+    """Statistics on which a factorisation of the linear algebra library does not converge."""
+    show_error(
+        f"the calibration statistics cannot be factorised: {first_line(error)}",
+        "more calibration images, or a larger `--shrinkage`",
+    )
     return _debug(error, USAGE)
 
 

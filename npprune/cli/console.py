@@ -33,7 +33,8 @@ T = TypeVar("T")
 NAME_WIDTH = 24  # columns that a row's name has at least before it is broken between words
 WIDE_CELL = 20  # columns; a longer interval is broken at its comma, to fit three into 80
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
-_UNQUOTED = re.compile("[\x7f-\x9f]")  # control characters that JSON may hold as they are
+_UNQUOTED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters that JSON may hold as they are."""
 STYLES = {"error": "bold red", "hint": "cyan", "warning": "yellow"}
 
 

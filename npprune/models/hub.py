@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +94,16 @@ def fetch_folder(repo: str) -> Path:
     name, _, revision = repo.partition("@")
     where: dict[str, Any] = {"repo_id": name, "revision": revision or None}
 
+    def cached(file: str) -> Path:
+        return Path(hf_hub_download(filename=file, local_files_only=True, **where))
+
     def downloaded(file: str) -> Path:
         # One request without retries first, see `fetch`.
         get_hf_file_metadata(hf_hub_url(filename=file, **where), timeout=TIMEOUT)
         return Path(hf_hub_download(filename=file, **where))
 
     try:
-        return _whole(partial(_cached, where))
+        return _whole(cached)
     except HFValidationError as err:
         raise ModelError(f"`{repo}` is no name of the hub: {err}", hint="OWNER/NAME") from err
     except EntryNotFoundError:
@@ -132,21 +134,23 @@ def fetch_folder(repo: str) -> Path:
 
 
 def is_fetched(repo: str) -> bool:
-    """Whether a network on the hub lies on this machine already."""
+    """Whether a network on the hub lies on this machine already; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
     name, _, revision = repo.partition("@")
+
+    def cached(file: str) -> Path:
+        found = try_to_load_from_cache(name, file, revision=revision or None)
+        if not isinstance(found, str):
+            raise EntryNotFoundError(file)
+        return Path(found)
+
     try:
-        _whole(partial(_cached, {"repo_id": name, "revision": revision or None}))
+        _whole(cached)
     except (EntryNotFoundError, HFValidationError):
         return False
     return True
-
-
-def _cached(where: dict[str, Any], file: str) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(filename=file, local_files_only=True, **where))
 
 
 def _whole(get: Callable[[str], Path]) -> Path:

@@ -57,7 +57,7 @@ def evaluate(
     pruned = open_checkpoint(checkpoint, work)
     config = pruned.config
     assert config is not None
-    recorded = recordable(run_of(checkpoint, config), work)
+    recorded = recordable(run_of(checkpoint, config, work), work)
     dense = open_dense(config, checkpoint, dense_checkpoint, work)
     work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
     outputs = config.details.get("outputs")  # a head cut to some classes

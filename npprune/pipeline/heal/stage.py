@@ -93,7 +93,7 @@ def heal(
     student = open_checkpoint(checkpoint, work)
     config = student.config
     assert config is not None
-    recorded = run_of(checkpoint, config) is None or peers.on_first(
+    recorded = run_of(checkpoint, config, work) is None or peers.on_first(
         lambda: recordable(run_of(checkpoint, config), work)
     )
     if config.prune is None:
