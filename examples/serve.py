@@ -28,6 +28,7 @@ MAX_BYTES = 20 * 2**20  # of an upload
 MAX_PIXELS = 25_000_000  # of an image
 UPLOADS, RUNS = 256, 4  # received at a time; decoded and classified at a time
 PATIENCE = 20.0  # seconds for an upload to be received, or to wait until it can be
+END = {"Connection": "close"}  # what is still sent is not read
 SECONDS = 90.0  # that a connection may last, whatever it sends or does not
 
 
@@ -102,12 +103,12 @@ class Bounded:
                 try:
                     message = await asyncio.wait_for(receive(), left)
                 except asyncio.TimeoutError:
-                    raise HTTPException(408, f"not received in {PATIENCE:g} seconds") from None
+                    raise HTTPException(408, f"over {PATIENCE:g} seconds", END) from None
                 received += len(message.get("body", b""))
                 if received <= MAX_BYTES:
                     return message
                 if received > 4 * MAX_BYTES or not message.get("more_body"):  # or unread: a reset
-                    raise HTTPException(413, f"an image may have {MAX_BYTES} bytes")
+                    raise HTTPException(413, f"an image may have {MAX_BYTES} bytes", END)
 
         try:
             await self.app(scope, counted, send)
@@ -137,9 +138,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     args = parser.parse_args()
     app = make_app(args.model, args.provider, args.threads)
-    uvicorn.run(
-        app, host=args.host, port=args.port, http=Mortal, h11_max_incomplete_event_size=2**16
-    )
+    uvicorn.run(app, host=args.host, port=args.port, http=Mortal, timeout_graceful_shutdown=5)
 
 
 if __name__ == "__main__":

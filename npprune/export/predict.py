@@ -260,6 +260,11 @@ def _resample(name: str) -> Any:
         "lanczos": Image.Resampling.LANCZOS,
         "nearest": Image.Resampling.NEAREST,
     }
+    if name not in known:
+        raise ExportError(
+            f"`interpolation` in the file's metadata must be one of {', '.join(known)}, "
+            f"got `{name}`"
+        )
     return known[name]
 
 

@@ -87,13 +87,14 @@ def _opened(stream: Path | IO[bytes], max_pixels: int) -> Image.Image:
     """The image by its header alone: nothing is decoded of one that is too large."""
     if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
         Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # Pillow's own limit
-    image = Image.open(stream, formats=list(FORMATS))
+    most = f"at most {max_pixels / 1e6:g} million are decoded (max_megapixels)"
+    try:
+        image = Image.open(stream, formats=list(FORMATS))
+    except Image.DecompressionBombError as err:
+        raise DataError(f"more pixels than Pillow's limit, and {most}") from err
     if image.width * image.height > max_pixels:
         image.close()
-        raise DataError(
-            f"{image.width} x {image.height} pixels, and at most {max_pixels / 1e6:g} million are "
-            "decoded (max_megapixels)"
-        )
+        raise DataError(f"{image.width} x {image.height} pixels, and {most}")
     return image
 
 
