@@ -20,7 +20,7 @@ from npprune.cli.options import argument, choice, option
 from npprune.cli.streams import PLAIN
 from npprune.errors import DataError, StoreError, UsageError
 from npprune.report import text
-from npprune.untrusted import cell
+from npprune.untrusted import MAX_PIXELS, cell
 from npprune.words import ON_BAD_IMAGE, PROVIDERS, TABLE_FORMATS, check_word
 
 if TYPE_CHECKING:
@@ -55,6 +55,10 @@ def command(
         str,
         choice(PREDICTION, "--on-bad-image", "stop, or report it and continue", ON_BAD_IMAGE),
     ] = "error",
+    max_megapixels: Annotated[
+        float,
+        option(PREDICTION, "--max-megapixels", "N", "millions of pixels of the largest image"),
+    ] = MAX_PIXELS / 1e6,
     format: Annotated[
         str | None,
         choice("Output", "--format", "\\[default: by --out's name, else table]", TABLE_FORMATS),
@@ -72,6 +76,8 @@ def command(
         if value is not None and value < 1:
             raise UsageError(f"`{flag}` must be at least 1, got `{value}`")
     check_word("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    if not 0 < max_megapixels <= 10_000:
+        raise UsageError(f"`--max-megapixels` must be in (0, 10000], got `{max_megapixels:g}`")
 
     from npprune.export.predict import find_images, predict
 
@@ -89,6 +95,7 @@ def command(
         threads=threads,
         on_bad="skip" if on_bad_image == "skip" else "error",
         warn=lambda note: output.warn([note]),
+        max_pixels=int(1e6 * max_megapixels),
     )
     seen = _Count()
     first = next(found)  # what cannot start is said before anything is written
