@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from npprune import words
 from npprune.criteria import CRITERIA
 from npprune.recipe.settings import OneOf, Rule, setting
+from npprune.untrusted import MAX_PIXELS
 
 # Panels of a command's help.
 BUDGET = "Budget (one of keep, target-params, target-macs, target-latency)"
@@ -152,6 +153,15 @@ class DataSection(Section):
     workers: int = setting(
         0, "processes that read images; 0: the main one", panel=IMAGES, metavar="N", ge=0
     )
+    max_megapixels: float | None = setting(
+        None,
+        "millions of pixels of the largest image that is decoded, at 4 bytes each",
+        panel=IMAGES,
+        metavar="N",
+        shown=f"{MAX_PIXELS / 1e6:g}; larger ones count as unreadable",
+        gt=0,
+        le=10_000,
+    )
     preprocessing: words.Preparation = setting(
         "model",
         "as the model was trained, or as the paper's released program",
@@ -178,6 +188,11 @@ class DataSection(Section):
     crop_mode: words.CropMode | None = setting(
         None, "cut the middle out, resize to the input's shape, or pad", panel=PREPROCESSING
     )
+
+    @property
+    def max_pixels(self) -> int:
+        """Of an image that is decoded."""
+        return MAX_PIXELS if self.max_megapixels is None else int(1e6 * self.max_megapixels)
 
 
 class DiscoverSection(Section):

@@ -13,6 +13,8 @@ from npprune.core import metrics
 from npprune.errors import DataError, ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
+from npprune.models.hub import is_fetched
+from npprune.models.where import foreign_repo
 from npprune.pipeline.common.inputs import (
     Images,
     Network,
@@ -21,6 +23,7 @@ from npprune.pipeline.common.inputs import (
     open_checkpoint,
     open_images,
     open_network,
+    remembered,
 )
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import run_of, update_variant
@@ -55,7 +58,7 @@ def evaluate(
     pruned = open_checkpoint(checkpoint, work)
     config = pruned.config
     assert config is not None
-    recorded = recordable(run_of(checkpoint, config), work)
+    recorded = recordable(run_of(checkpoint, config, work), work)
     dense = open_dense(config, checkpoint, dense_checkpoint, work)
     work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
     outputs = config.details.get("outputs")  # a head cut to some classes
@@ -165,7 +168,16 @@ def dense_section(config: CheckpointConfig, folder: Path, override: str | None) 
                 hint="give the folder that has its weights and its `config.json`",
             )
         asked = {"name": str(Path(override).parent)}
-    section = ModelSection(**{k: v for k, v in asked.items() if not k.endswith("_relative")})
+    section = remembered(
+        ModelSection, {k: v for k, v in asked.items() if not k.endswith("_relative")}, folder
+    )
+    repo = foreign_repo(section.name) if override is None else None
+    if repo is not None and not is_fetched(repo):
+        raise ModelError(
+            f"the dense network of `{folder}` is {repo} on the hub, which is not on this machine; "
+            "what a checkpoint names is not downloaded",
+            hint=f"if you trust it, `hf download {repo}` fetches it",
+        )
     if section.checkpoint is not None and not Path(section.checkpoint).exists():
         raise ModelError(
             f"the dense weights of `{folder}` are not at `{section.checkpoint}`",
