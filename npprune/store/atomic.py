@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +14,9 @@ from npprune.files import (
     is_leftover,
     make_folder,
     remove_leftovers,
+    replacing,
     sha256_file,
     store_error,
-    sync_folder,
-    temporary,
     write_bytes,
 )
 
@@ -32,7 +30,6 @@ __all__ = [
     "replace_folder",
     "sha256_file",
     "store_error",
-    "sync_folder",
     "write_bytes",
     "write_json",
     "write_safetensors",
@@ -123,26 +120,5 @@ def replace_folder(target: Path, objection: Callable[[Path], str | None]) -> Ite
         raise StoreError(
             f"`{target}` is not replaced: {why}", hint=f"choose another {setting('out')}"
         )
-    make_folder(target.parent)
-    fresh, old = temporary(target), temporary(target)
-    try:
-        make_folder(fresh)
-        try:
-            yield fresh
-            sync_folder(fresh)
-            if target.exists():
-                os.rename(target, old)
-            try:
-                os.rename(fresh, target)
-            except OSError:
-                if old.exists():
-                    os.rename(old, target)
-                raise
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        sync_folder(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except OSError as err:
-        raise store_error(err, target) from err
+    with replacing(target) as fresh:
+        yield fresh

@@ -5,7 +5,6 @@ A pruned checkpoint and a dense network go the same way; only the timing needs b
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from npprune.files import (
     keeping,
     publish,
     refuse_overwriting,
+    scratch,
     sha256_file,
     staging,
 )
@@ -397,8 +397,8 @@ def _time(
     feed = read.images[: max(BATCHES)]
     if settings.with_preprocessing:
         feed = to_pixels(feed, subject.preprocessing)
-    with tempfile.TemporaryDirectory() as folder:
-        beside = Path(folder) / "dense.onnx"
+    with scratch() as folder:
+        beside = folder / "dense.onnx"
         export_onnx(
             dense.model,
             subject.preprocessing,
@@ -407,7 +407,7 @@ def _time(
             _form(settings),
             int8=_int8_needs(subject, settings, read.source_labels, Work()),  # in silence
         )
-        record.dense_bytes = sum(f.stat().st_size for f in Path(folder).iterdir())
+        record.dense_bytes = sum(f.stat().st_size for f in folder.iterdir())
         for b in BATCHES if settings.batch == "dynamic" else (int(settings.batch),):
             pair = [
                 onnx_runner(path, b, provider=provider, threads=threads, images=feed.numpy())
