@@ -1,7 +1,8 @@
 """What is written to disk: dataclasses to and from JSON, versioned, without torch or files.
 
 Every document carries `schema_version`. A newer version than this program knows is refused, an
-unknown field too: a result is read years later by code that must not guess.
+unknown field too: a result is read years later by code that must not guess. As text it ends with
+the checksum of all the rest; one without, of an older version or made by hand, is read as it is.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from npprune.errors import StoreError, plural
+from npprune.errors import DamagedError, StoreError, plural
 
 SCHEMA_VERSION = 1
+CHECKSUM = "checksum"  # of a document as text
 
 R = TypeVar("R")
 
@@ -34,7 +36,10 @@ def _adapter(cls: type) -> TypeAdapter[Any]:
 
 def to_json(record: Any, *, indent: int | None = 2) -> str:
     """A record as JSON text, keys in declaration order, ending in a newline."""
-    return json.dumps(to_dict(record), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    data = to_dict(record)
+    if isinstance(record, Document):
+        data[CHECKSUM] = digest(data)
+    return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_dict(record: Any) -> dict[str, Any]:
@@ -52,19 +57,33 @@ def json_schema(cls: type[Document]) -> dict[str, Any]:
         "schema_version": {"type": "integer", "minimum": 1, "maximum": SCHEMA_VERSION},
         "kind": {"const": cls.kind},
     }
+    seal = {CHECKSUM: {"type": "string", "description": "sha256 of the canonical JSON of the rest"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
-        "properties": {**head, **schema["properties"]},
+        "properties": {**head, **schema["properties"], **seal},
         "required": [*head, *schema.get("required", [])],
     }
 
 
 def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
-    """A record from parsed JSON. StoreError names the field that is wrong, and `where`."""
+    """A record from parsed JSON. StoreError names the field that is wrong, and `where`.
+
+    Unless its checksum tells that it is as it was written, that is a DamagedError.
+    """
     place = f" ({where})" if where else ""
     data = dict(data)
+    sealed = False
     if issubclass(cls, Document):
+        checksum = data.pop(CHECKSUM, None)
+        if checksum is not None and checksum != digest(data):
+            raise DamagedError(
+                f"the file was changed or damaged since it was written: its `{CHECKSUM}` is of "
+                f"other content{place}",
+                hint=f"take a copy, or make it again; if you changed it on purpose, remove the "
+                f"entry `{CHECKSUM}`",
+            )
+        sealed = checksum is not None
         version = data.pop("schema_version", None)
         kind = data.pop("kind", None)
         if kind != cls.kind:
@@ -80,7 +99,8 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
     except ValidationError as err:
         first = err.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
-        raise StoreError(f"`{path}`: {first['msg'].lower()}{place}") from err
+        kind_of = StoreError if sealed else DamagedError
+        raise kind_of(f"`{path}`: {first['msg'].lower()}{place}") from err
     except StoreError as err:  # what a record itself demands
         raise StoreError(f"{err.message}{place}", hint=err.hint) from err
 
@@ -90,10 +110,10 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     try:
         data = json.loads(text)
     except ValueError as err:
-        raise StoreError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
+        raise DamagedError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
     if not isinstance(data, dict):
         place = f" ({where})" if where else ""
-        raise StoreError(f"expected a JSON object, got {type(data).__name__}{place}")
+        raise DamagedError(f"expected a JSON object, got {type(data).__name__}{place}")
     return from_dict(cls, data, where=where)
 
 
@@ -280,6 +300,8 @@ class DiscoverySummary:
     """Of the network's products: fp32, tf32 or bf16."""
     first_points: int | None = None
     """Points of the integral in block 0; None: as many as in the others."""
+    shards: int | None = None
+    """That the paths lie in; None: not recorded."""
 
 
 def _whole(name: str, values: Any) -> list[int]:
@@ -475,6 +497,7 @@ class ExportRecord(Document):
     dense_bytes: int | None = None
     latency: list[Latency] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # of every file that belongs to it
 
 
 @dataclass
@@ -571,6 +594,9 @@ class Manifest(Document):
     settings_sha256: str
     inputs: dict[str, str] = field(default_factory=dict)  # file -> sha256
     said: dict[str, str] = field(default_factory=dict)  # setting -> in words what its hash is of
+    shards: int | None = None  # that the paths will lie in; None: known in the end, of a stream
+    content: dict[str, str] = field(default_factory=dict)  # set of images -> sha256 of their files
+    command: str = ""  # that began it, and finishes it
 
 
 @dataclass

@@ -145,7 +145,7 @@ def test_a_folder_is_replaced_in_one_step_or_comes_back(
         (fresh / "new").write_text("1")
     monkeypatch.setattr(os, "rename", rename)
     assert target.exists() == at_once
-    with pytest.raises(ValueError, match="no"), files.replacing(target):
+    with pytest.raises(ValueError, match="no"), files.replacing(target):  # noqa: PT012
         assert target.is_dir()
         raise ValueError("no")
     assert [p.name for p in target.iterdir()] == (["new"] if at_once else ["w.bin"])

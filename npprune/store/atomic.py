@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from npprune import records
-from npprune.errors import StoreError, setting
+from npprune.errors import DamagedError, StoreError, setting
 from npprune.files import (
     is_leftover,
     make_folder,
@@ -38,19 +38,23 @@ __all__ = [
 
 R = TypeVar("R")
 
+DAMAGED = ".damaged"  # after the name of a file that was set aside
+
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str, holder: Callable[[], str]) -> Iterator[None]:
+def locked(
+    folder: Path, name: str, holder: Callable[[], str], *, wait: float = 0.0
+) -> Iterator[None]:
     """Hold a folder, which is made, by a lock file; it ends with the process, however that ends.
 
-    holder: says who has it, for the StoreError that refuses a second process at once.
+    holder: says who has it, for the StoreError that refuses a second process after `wait` seconds.
     """
     import filelock
 
     make_folder(folder)
     lock = filelock.FileLock(folder / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except filelock.Timeout as err:
         raise StoreError(
             f"`{folder}` is in use by {holder()}",
@@ -96,12 +100,22 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as err:
-        raise StoreError(f"cannot read `{path}`: it is not UTF-8 text") from err
+        raise DamagedError(f"cannot read `{path}`: it is not UTF-8 text") from err
 
 
 def read_json(cls: type[R], path: Path) -> R:
     """A record of `npprune.records` from its JSON file; messages name the file."""
     return records.from_json(cls, read_text(path), where=str(path))
+
+
+def set_aside(path: Path) -> Path:
+    """Keep a damaged file under another name, `NAME.damaged`, before it is made again.
+
+    It stays where it is until then: a kill in between loses nothing.
+    """
+    aside = path.with_name(f"{path.name}{DAMAGED}")
+    write_bytes(aside, read_bytes(path))
+    return aside
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from npprune.errors import StoreError
 from npprune.files import CARD, CARD_MARK, foreign_folder
 from npprune.records import CheckpointConfig, Plan
 from npprune.store import atomic
+from npprune.store.runs import LOCKS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +126,8 @@ def objection(folder: Path) -> str | None:
         return f"it is not empty, and not a checkpoint of npprune (no valid `{CONFIG}`)"
     for path in sorted(folder.iterdir()):
         ours = path.name in (WEIGHTS, CONFIG, PLAN, EXPORT, *RESULT)
-        ours = ours or path.name.endswith(EXPORTED) or _is_card(path)
+        ours = ours or path.name.endswith((*EXPORTED, atomic.DAMAGED)) or _is_card(path)
+        ours = ours or path.name in LOCKS
         if not (ours and path.is_file()) and not atomic.is_leftover(path):
             return f"it also holds `{path.name}`, which npprune did not write"
     return None

@@ -16,7 +16,7 @@ import numpy as np
 
 from npprune.core.attribution.search import PathBatch
 from npprune.data.loading import Batch
-from npprune.data.sources import Sample
+from npprune.data.sources import ImageSource, Sample
 from npprune.pipeline.common.inputs import Images
 from npprune.pipeline.common.work import Work
 from npprune.recipe import DiscoverSection
@@ -34,6 +34,11 @@ class Search(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def __call__(self, batch: Batch) -> PathBatch: ...
+
+
+def shards_of(source: ImageSource, size: int) -> int | None:
+    """How many shards of so many images a source fills; None for a stream."""
+    return None if source.items is None else -(-len(source.items) // size)
 
 
 class Share:
@@ -94,7 +99,7 @@ class Share:
         items, batch_size = self.images.source.items, self.search.settings.batch_size
         if items is None:
             return self.images.batches(batch_size, entries=self._entries())
-        self.count = -(-len(items) // self.size)
+        self.count = shards_of(self.images.source, self.size) or 0
         mine = range(self.team.rank, self.count, self.team.count)
         spans = {i: range(i * self.size, min((i + 1) * self.size, len(items))) for i in mine}
         self.total = sum(map(len, spans.values()))

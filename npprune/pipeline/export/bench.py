@@ -111,10 +111,9 @@ def bench_checkpoint(
         if out is not None:
             write_benchmark(out, found)
         if run is not None and recorded:
-            result = run.read_result()
-            result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
-            add_command(result, work.command)
-            run.write_result(result)
+            with run.updating() as result:
+                result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
+                add_command(result, work.command)
     return found
 
 

@@ -373,21 +373,21 @@ def _write(
     write_checkpoint(out, healed, state(student.model), plan)
     if not recorded:
         return
-    if run is not None:
-        result = run.read_result()
-    else:
-        result = Result(
+
+    def begin() -> Result:
+        return Result(
             name=variant.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             environment=work.environment(),
             model=variant.model,
             classes=class_names(healing.images, student.info.num_classes),
         )
-    variant.checkpoint = os.path.relpath(out, home.path)
-    result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
-    result.analyses[f"heal {variant.name}"] = _analysis(variant.name, variant.heal)
-    add_command(result, work.command)
-    home.write_result(result)
+
+    with home.updating(begin if run is None else None) as result:
+        variant.checkpoint = os.path.relpath(out, home.path)
+        result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
+        result.analyses[f"heal {variant.name}"] = _analysis(variant.name, variant.heal)
+        add_command(result, work.command)
 
 
 def _dense_details(

@@ -119,22 +119,25 @@ def study(
     )  # fmt: skip
     world = _World(opened, val, paths, settings, cache, work)
 
-    def result() -> Result:
-        earlier = folder.read_result().commands if folder.result_path.is_file() else []
-        return _result(manifest, world, folder, rows, [*earlier, work.command])
+    def store() -> Result:
+        found = _result(manifest, world, folder, rows)
+        with keeping(found), folder.updating(lambda: found, work.warn) as earlier:
+            found.commands = earlier.commands
+            vars(earlier).update(vars(found))
+            add_command(earlier, work.command)
+        return found
 
     if dry_run:
         if folder.exists:  # what a real start would refuse
             folder.refuse_other_settings(manifest)
-        return result()
+        return _result(manifest, world, folder, rows)
     with folder.lock():
-        folder.create_or_resume(manifest)
+        folder.create_or_resume(manifest, warn=work.warn)
         manifest = folder.read_manifest()
         with ExitStack() as held:
-            _compute(world, folder, rows, held, lambda: folder.write_result(result()))
-        found = result()
+            _compute(world, folder, rows, held, store)
+        found = store()
         with keeping(found):
-            folder.write_result(found)
             render_report(out)
     return found
 
@@ -240,7 +243,7 @@ def _compute(
     folder: RunFolder,
     rows: Sequence[Setting],
     held: ExitStack,
-    on_row: Callable[[], None],
+    on_row: Callable[[], object],
 ) -> None:
     """Every row that is not there yet, each written as soon as it is done."""
     work = world.work
@@ -454,7 +457,6 @@ def _result(
     world: _World,
     folder: RunFolder,
     asked: Sequence[Setting],
-    commands: Sequence[str],
 ) -> Result:
     """The result of all rows in the folder, those asked for now first."""
     found, dense, opened = read_rows(folder), read_dense(folder), world.opened
@@ -472,6 +474,4 @@ def _result(
             classes=opened.classes, paths=world.paths is not None,
         ),
     )  # fmt: skip
-    for command in commands:
-        add_command(result, command)
     return result
