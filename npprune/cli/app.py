@@ -34,6 +34,7 @@ from npprune.cli import (
     run,
     streams,
     study,
+    verify,
 )
 from npprune.cli.console import drop, show_error
 from npprune.cli.options import flag_name
@@ -89,6 +90,7 @@ for _name, _module in (
     ("explore", explore),
     ("study", study),
     ("report", report),
+    ("verify", verify),
     ("run", run),
     ("demo", demo),
     ("env", env),

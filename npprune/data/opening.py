@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from npprune.data.digits import open_digits
 from npprune.data.folders import hinting, read_classes, without_images
 from npprune.data.labels import Asked, KnownNames, find_labels
 from npprune.data.readers import PACKAGES, open_reader
-from npprune.data.sources import ImageSource, MapSource
+from npprune.data.sources import ImageFile, ImageSource, MapSource
 from npprune.errors import DataError
-from npprune.images.decoding import decode
 from npprune.records import plain_text
 
 
@@ -84,7 +82,7 @@ def _open_folder(spec: str, asked: Asked) -> ImageSource:
             if not folders[name]:
                 raise without_images(tree, name)
     entries = (
-        (plain_text(path), label, partial(decode, root / path, plain_text(str(root / path))))
+        (plain_text(path), label, ImageFile(root / path))
         for name, label in taken.items()
         for path in folders[name]
     )

@@ -108,13 +108,20 @@ def read_json(cls: type[R], path: Path) -> R:
     return records.from_json(cls, read_text(path), where=str(path))
 
 
-def set_aside(path: Path) -> Path:
-    """Keep a damaged file under another name, `NAME.damaged`, before it is made again.
+def set_aside(path: Path, *, stays: bool = False) -> Path:
+    """Give a damaged file another name, `NAME.damaged`, for it to be made again.
 
-    It stays where it is until then: a kill in between loses nothing.
+    stays: it keeps its own name, too, until it is replaced: without it others would not know what
+    the folder is.
     """
     aside = path.with_name(f"{path.name}{DAMAGED}")
-    write_bytes(aside, read_bytes(path))
+    if stays:
+        write_bytes(aside, read_bytes(path))
+        return aside
+    try:
+        os.replace(path, aside)
+    except OSError as err:
+        raise store_error(err, path, "set aside") from err
     return aside
 
 

@@ -98,7 +98,7 @@ class RunFolder:
                     hint=f"choose another {setting('out')}, or repeat the settings of the first "
                     "run: its manifest is made again",
                 ) from err
-            aside = atomic.set_aside(self.manifest_path)
+            aside = atomic.set_aside(self.manifest_path, stays=True)
             warn(f"{err.message}: made again, the damaged one is `{aside}`")
             return False
         return True
@@ -195,7 +195,7 @@ class RunFolder:
             except DamagedError as err:
                 if begin is None or warn is None:
                     raise
-                aside = atomic.set_aside(self.result_path)
+                aside = atomic.set_aside(self.result_path, stays=True)
                 warn(f"{err.message}: begun anew, the damaged one is `{aside}`")
         return begin()
 

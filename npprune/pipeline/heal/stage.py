@@ -118,7 +118,7 @@ def heal(
     sha256 = weights_sha256(teacher.model)
     healing = _Healing(checkpoint, config, student, teacher, sha256, images, extra, course)
     identity = _identity(healing, settings, work)
-    folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity))
+    folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity), work.warn)
     with ExitStack() as stack:
         peers.on_first(lambda: stack.enter_context(folder.lock()) and None)
         training_set = read_training_images(images, train, held_out, course, teacher, work)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from npprune import words
 from npprune.budget import Budget
 from npprune.core import metrics
+from npprune.data.content import fingerprint
 from npprune.data.labels import RANKED, KnownNames
 from npprune.errors import DataError, GateError, UsageError, plural, setting
 from npprune.files import keeping
@@ -64,6 +65,7 @@ from npprune.pipeline.study.rows import (
     read_dense,
     read_rows,
     row_path,
+    set_damaged_aside,
     settings_of,
 )
 from npprune.pipeline.study.tables import analyses
@@ -134,6 +136,7 @@ def study(
     with folder.lock():
         folder.create_or_resume(manifest, warn=work.warn)
         manifest = folder.read_manifest()
+        set_damaged_aside(folder, work.warn)
         with ExitStack() as held:
             _compute(world, folder, rows, held, store)
         found = store()
@@ -252,7 +255,7 @@ def _compute(
     done = len(rows) - len(missing)
     if done:
         work.say(f"{done} of {plural(len(rows), 'row')} found, computed before")
-    if not missing:
+    if not missing and read_dense(folder) is not None:
         return
     world.load()
     dense = _dense_row(world)
@@ -441,6 +444,11 @@ def _manifest(
             "calibration.sha256": images_in_words(opened.images.source.info()),
             "paths": "no run" if run is None else f"run {run.path}",
         },
+        content={
+            "calibration": fingerprint(opened.images.source),
+            "val": fingerprint(val.source),
+        },
+        command=work.command,
     )
 
 
