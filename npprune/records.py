@@ -21,6 +21,7 @@ from npprune.errors import DamagedError, StoreError, plural
 
 SCHEMA_VERSION = 1
 CHECKSUM = "checksum"  # of a document as text
+_AGAIN = "take a copy of it, or make it again by the command that wrote it"
 
 R = TypeVar("R")
 
@@ -80,14 +81,15 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
             raise DamagedError(
                 f"the file was changed or damaged since it was written: its `{CHECKSUM}` is of "
                 f"other content{place}",
-                hint=f"take a copy, or make it again; if you changed it on purpose, remove the "
-                f"entry `{CHECKSUM}`",
+                hint=f"{_AGAIN}; if you changed it on purpose, remove the entry `{CHECKSUM}`",
             )
         sealed = checksum is not None
         version = data.pop("schema_version", None)
         kind = data.pop("kind", None)
         if kind != cls.kind:
-            raise StoreError(f"expected a {cls.kind} document, got kind {kind!r}{place}")
+            raise DamagedError(
+                f"expected a {cls.kind} document, got kind {kind!r}{place}", hint=_AGAIN
+            )
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             newer = type(version) is int and version > SCHEMA_VERSION
             raise StoreError(
@@ -99,8 +101,8 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
     except ValidationError as err:
         first = err.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
-        kind_of = StoreError if sealed else DamagedError
-        raise kind_of(f"`{path}`: {first['msg'].lower()}{place}") from err
+        said = f"`{path}`: {first['msg'].lower()}{place}"
+        raise (StoreError(said) if sealed else DamagedError(said, hint=_AGAIN)) from err
     except StoreError as err:  # what a record itself demands
         raise StoreError(f"{err.message}{place}", hint=err.hint) from err
 
@@ -110,10 +112,12 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     try:
         data = json.loads(text)
     except ValueError as err:
-        raise DamagedError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
+        place = f" ({where})" if where else ""
+        raise DamagedError(f"not valid JSON: {err}{place}", hint=_AGAIN) from err
     if not isinstance(data, dict):
         place = f" ({where})" if where else ""
-        raise DamagedError(f"expected a JSON object, got {type(data).__name__}{place}")
+        said = f"expected a JSON object, got {type(data).__name__}{place}"
+        raise DamagedError(said, hint=_AGAIN)
     return from_dict(cls, data, where=where)
 
 

@@ -22,9 +22,9 @@ from npprune.records import (
     digest,
 )
 from npprune.store import atomic
-from npprune.store.checkpoints import PLAN, WEIGHTS
+from npprune.store.checkpoints import PLAN, WEIGHTS, plan_of
 from npprune.store.path_store import PathStore, ShardInfo
-from npprune.store.runs import RunFolder, read_plan
+from npprune.store.runs import RunFolder
 from npprune.store.statistics_store import StatisticsInfo
 from npprune.store.training import STATE, TrainingFolder
 
@@ -132,10 +132,8 @@ def _statistics(path: Path, info: StatisticsInfo) -> Iterator[Found]:
 
 def _checkpoint(path: Path, config: CheckpointConfig) -> Iterator[Found]:
     yield _named(path.with_name(WEIGHTS), config.weights_sha256)
-    plan = path.with_name(PLAN)
-    if config.plan_sha256 and plan.is_file() and not _problem(lambda: read_plan(plan)):
-        same = digest(read_plan(plan)) == config.plan_sha256
-        yield plan, "" if same else "it is not the plan that made the checkpoint"
+    if config.plan_sha256:
+        yield path.with_name(PLAN), _problem(lambda: plan_of(path.parent, config))
 
 
 def _export(path: Path, record: ExportRecord) -> Iterator[Found]:

@@ -100,7 +100,10 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as err:
-        raise DamagedError(f"cannot read `{path}`: it is not UTF-8 text") from err
+        raise DamagedError(
+            f"cannot read `{path}`: it is not UTF-8 text",
+            hint="take a copy of it, or make it again",
+        ) from err
 
 
 def read_json(cls: type[R], path: Path) -> R:

@@ -6,7 +6,6 @@ sha256 of the tensors: a shard is done when both are there and match. No torch i
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -204,13 +203,6 @@ class PathStore:
             info.sizes,
             info.head,
         )
-
-    def owner(self) -> str | None:
-        """The settings' sha256 that the shards say; None where there are none."""
-        for path in sorted(self.folder.glob("*.json")):
-            with contextlib.suppress(StoreError):
-                return atomic.read_json(ShardInfo, path).settings_sha256
-        return None
 
 
 def run_table(run: RunFolder) -> PathTable:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import DamagedError, StoreError, plural, setting
+from npprune.errors import DamagedError, RecipeError, StoreError, plural, setting
 from npprune.recipe import Recipe, load_recipe
 from npprune.records import DataInfo, Manifest, Plan, Result
 from npprune.store import atomic
@@ -24,7 +24,7 @@ _LOCK = ".lock"
 _HOLDER = ".lock.json"
 _RESULT_LOCK = ".result.lock"
 _PATIENCE = 60.0  # seconds; whoever changes a result holds it for a moment
-_SEAL = "# sha256 of the lines above: "
+_SEAL = "# sha256 of the lines below: "
 LOCKS = (_LOCK, _HOLDER, _RESULT_LOCK)
 
 
@@ -63,49 +63,57 @@ class RunFolder:
         manifest: Manifest,
         recipe_yaml: str = "",
         *,
-        owner: str | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> bool:
         """Begin a run here, or resume one of the same settings. True: an earlier run resumes.
 
         Call it with the lock held: what a killed process left half-written is removed. The
-        manifest of a run that resumes stays as it was; a damaged one is set aside and written
-        again. StoreError where the folder holds a run of other settings, or something that is no
-        run.
-
-        owner: the settings' sha256 that the files of the run say, for want of a manifest.
+        manifest of a run that resumes stays as it was; one that is lost or damaged is made again.
+        StoreError where the folder holds a run of other settings, or something that is no run.
         """
         self.refuse_foreign()
-        resumed = self.exists
-        if resumed:
-            resumed = self._resumes(manifest, owner, warn)
+        resumed = self._resumes(manifest, warn)
         atomic.remove_leftovers(self.path)
         atomic.remove_leftovers(self.paths_folder)
         if not resumed:
             atomic.write_json(self.manifest_path, manifest)
         if recipe_yaml:
-            atomic.write_text(self.recipe_path, f"{recipe_yaml}{_SEAL}{_sha256(recipe_yaml)}\n")
+            atomic.write_text(self.recipe_path, f"{_SEAL}{_sha256(recipe_yaml)}\n{recipe_yaml}")
         return resumed
 
-    def _resumes(self, manifest: Manifest, owner: str | None, warn: Callable[[str], None]) -> bool:
+    def _resumes(self, manifest: Manifest, warn: Callable[[str], None]) -> bool:
         """Whether the manifest here is one to go on with; a damaged one is set aside."""
-        try:
-            self.refuse_other_settings(manifest)
-        except DamagedError as err:
-            if owner not in (None, manifest.settings_sha256):
-                raise StoreError(
-                    f"{err.message}, and the paths in `{self.path}` are of other settings",
-                    hint=f"choose another {setting('out')}, or repeat the settings of the first "
-                    "run: its manifest is made again",
-                ) from err
-            aside = atomic.set_aside(self.manifest_path, stays=True)
-            warn(f"{err.message}: made again, the damaged one is `{aside}`")
+        said = f"`{self.path}` has lost its manifest"
+        if self.exists:
+            try:
+                self.refuse_other_settings(manifest)
+                return True
+            except DamagedError as err:
+                said = err.message
+        if (owner := self._owner()) is None and not self.exists:
             return False
-        return True
+        if owner not in (None, manifest.settings_sha256):
+            raise StoreError(
+                f"{said}, and what was found in it is of other settings",
+                hint=f"choose another {setting('out')}, or repeat the settings of the first run: "
+                "its manifest is made again",
+            )
+        if self.exists:
+            said += f" (kept as `{atomic.set_aside(self.manifest_path, stays=True)}`)"
+        warn(f"{said}: made again")
+        return False
+
+    def _owner(self) -> str | None:
+        """The settings' sha256 that shards or rows here say; None where there are none."""
+        parts = [*self.paths_folder.glob("*.json"), *(self.path / "rows").glob("*.json")]
+        for path in sorted(parts):
+            with contextlib.suppress(StoreError, ValueError, AttributeError):
+                return str(json.loads(atomic.read_text(path)).get("settings_sha256", ""))
+        return None
 
     def refuse_foreign(self) -> None:
         """StoreError where the path is a file, or a folder with content that is no run."""
-        if self.exists or not self.path.exists():
+        if self.exists or not self.path.exists() or self._owner():
             return
         if not self.path.is_dir():
             raise StoreError(
@@ -133,14 +141,18 @@ class RunFolder:
 
     def read_recipe(self) -> Recipe:
         """The recipe as resolved. DamagedError where it was changed since it was written."""
-        written, seal, said = atomic.read_text(self.recipe_path).rpartition(_SEAL)
-        if seal and _sha256(written) != said.strip():
+        first, _, rest = atomic.read_text(self.recipe_path).partition("\n")
+        if first.startswith(_SEAL) and _sha256(rest) != first.removeprefix(_SEAL).strip():
             raise DamagedError(
                 f"`{self.recipe_path}` was changed or damaged since it was written",
                 hint=f"{self.how_to_finish()}, and writes it again; if you changed it on purpose, "
-                "remove its last line",
+                "remove its first line",
             )
-        return load_recipe(self.recipe_path)
+        try:
+            return load_recipe(self.recipe_path)
+        except RecipeError as err:
+            err.hint = err.hint or f"{self.how_to_finish()}, and writes it again"
+            raise
 
     def read_result(self) -> Result:
         """The result so far; StoreError where nothing was finished yet."""

@@ -160,7 +160,7 @@ def import_released(
     folder = RunFolder(out)
     with folder.lock():
         store, position = PathStore(folder.paths_folder, manifest.settings_sha256), 0
-        folder.create_or_resume(manifest, recipe_yaml(recipe), owner=store.owner(), warn=work.warn)
+        folder.create_or_resume(manifest, recipe_yaml(recipe), warn=work.warn)
         for i, (label, images) in enumerate(found.items()):
             if store.state(i) != "done":
                 store.write_shard(i, shard_from_released(images, label, position))

@@ -92,11 +92,8 @@ def discover(
     folder = RunFolder(out)
     with contextlib.ExitStack() as held:
         team.on_first(lambda: held.enter_context(folder.lock()))
-        owner = PathStore(folder.paths_folder).owner
         team.on_first(
-            lambda: folder.create_or_resume(
-                manifest, recipe_yaml(recipe), owner=owner(), warn=work.warn
-            )
+            lambda: folder.create_or_resume(manifest, recipe_yaml(recipe), warn=work.warn)
         )
         kept = team.together(folder.read_manifest)  # on another machine: is the folder shared?
         store = PathStore(folder.paths_folder, kept.settings_sha256)

@@ -36,6 +36,7 @@ from npprune.records import (
     Analysis,
     CheckpointConfig,
     HealSummary,
+    Plan,
     Result,
     Variant,
     digest,
@@ -43,8 +44,8 @@ from npprune.records import (
 )
 from npprune.report import text
 from npprune.report.analyses import learning_curve
-from npprune.store.checkpoints import read_config, write_checkpoint
-from npprune.store.runs import RunFolder, images_in_words, read_plan
+from npprune.store.checkpoints import plan_of, read_config, write_checkpoint
+from npprune.store.runs import RunFolder, images_in_words
 from npprune.store.training import TrainingFolder
 
 STAGE = "heal"
@@ -100,6 +101,7 @@ def heal(
             f"`{checkpoint}` was not pruned: there is nothing to heal",
             hint="`npprune prune` writes a checkpoint that can be healed",
         )
+    plan = plan_of(checkpoint, config)
     dense = open_dense(config, checkpoint, dense_checkpoint, work, any_weights=any_teacher)
     teacher = _teacher(student, dense, settings, work)
     if not settings.layerwise:
@@ -116,7 +118,7 @@ def heal(
     if dry_run:
         return variant
     sha256 = weights_sha256(teacher.model)
-    healing = _Healing(checkpoint, config, student, teacher, sha256, images, extra, course)
+    healing = _Healing(checkpoint, config, student, teacher, sha256, images, extra, course, plan)
     identity = _identity(healing, settings, work)
     folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity), work.warn)
     with ExitStack() as stack:
@@ -237,6 +239,7 @@ class _Healing:
     images: Images
     extra: Images | None  # the unlabelled ones among them
     course: str  # of augmentation
+    plan: Plan | None  # that the network was pruned by
 
 
 def _identity(healing: _Healing, settings: HealSection, work: Work) -> dict[str, Any]:
@@ -369,8 +372,7 @@ def _write(
         },
         versions=work.environment().versions,
     )
-    plan = read_plan(checkpoint) if (checkpoint / "plan.json").is_file() else None
-    write_checkpoint(out, healed, state(student.model), plan)
+    write_checkpoint(out, healed, state(student.model), healing.plan)
     if not recorded:
         return
 

@@ -102,6 +102,7 @@ class StudyRow(Document):
     healing_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     refused: str = ""
+    settings_sha256: str = ""  # of what all rows of the folder share
 
 
 @dataclass

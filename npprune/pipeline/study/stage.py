@@ -138,7 +138,7 @@ def study(
         manifest = folder.read_manifest()
         set_damaged_aside(folder, work.warn)
         with ExitStack() as held:
-            _compute(world, folder, rows, held, store)
+            _compute(world, folder, rows, held, store, manifest.settings_sha256)
         found = store()
         with keeping(found):
             render_report(out)
@@ -247,8 +247,12 @@ def _compute(
     rows: Sequence[Setting],
     held: ExitStack,
     on_row: Callable[[], object],
+    shared: str,
 ) -> None:
-    """Every row that is not there yet, each written as soon as it is done."""
+    """Every row that is not there yet, each written as soon as it is done.
+
+    shared: the sha256 of the settings that all rows have in common.
+    """
     work = world.work
     finished = {row.setting for row in read_rows(folder)}
     missing = [row for row in grouped(rows) if row not in finished]
@@ -266,6 +270,7 @@ def _compute(
     for row in missing:
         work.progress(done, len(rows), "rows")
         made = maker.row(row, row_path(folder, row))
+        made.settings_sha256 = shared
         atomic.write_json(row_path(folder, row), made)
         on_row()
         done += 1

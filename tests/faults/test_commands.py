@@ -1,0 +1,134 @@
+"""Whole commands: killed, out of room, their files damaged or lost.
+
+The same command then ends with the bits of an undisturbed line. The long run is `pytest -m faults`.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.faults.shim import FULL, READ_ONLY
+from tests.faults.world import BEFORE, DAMAGES, Said, Undisturbed, damaged, disturbed
+
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of a stage's file operations
+FAULTS = {"kill": "kill", "full disk": FULL, "read-only": READ_ONLY}
+HOW = [*DAMAGES, "lost", "swapped"]
+READ = {  # by a command after the one that made them
+    "run/manifest.json": ("discover", "paths"),
+    "run/recipe.yaml": ("discover", "analyze"),
+    "run/result.json": ("discover", "analyze"),
+    "run/paths/00001.json": ("discover", "paths"),
+    "run/paths/00003.safetensors": ("discover", "prune"),
+    "run/statistics": ("prune", "prune"),
+    "half/config.json": ("prune", "eval"),
+    "half/model.safetensors": ("prune", "eval"),
+    "half/plan.json": ("prune", "heal"),
+    "study/manifest.json": ("study", "study"),
+    "study/dense.json": ("study", "study"),
+    "study/rows/keep0.5_variance_global_none_seed0.json": ("study", "study"),
+    "half/model.onnx": ("export", "predict"),
+    "half/export.json": ("export", "predict"),
+}
+"""File -> the command that made it, and one that reads it."""
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Said:
+    return lambda: capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("stage", ["discover", "prune", "heal", "study"])
+def test_a_killed_command_resumes(
+    stage: str, share: float, undisturbed: Undisturbed, said: Said
+) -> None:
+    undisturbed.before(stage)
+    n = math.ceil(share * undisturbed.operations[stage])
+    disturbed(undisturbed, stage, n, "kill", said)
+
+
+@pytest.mark.parametrize("stage", ["discover", "prune", "heal", "study"])
+def test_a_disk_that_is_full(stage: str, undisturbed: Undisturbed, said: Said) -> None:
+    undisturbed.before(stage)
+    disturbed(undisturbed, stage, undisturbed.operations[stage] // 2, FULL, said)
+
+
+@pytest.mark.parametrize(
+    ("file", "how"),
+    [(file, HOW[i % len(HOW)]) for i, file in enumerate(READ) if READ[file][0] != "export"],
+)
+def test_a_damaged_file_is_found_and_made_again(
+    file: str, how: str, undisturbed: Undisturbed, said: Said
+) -> None:
+    maker, reader = READ[file]
+    damaged(undisturbed, maker, reader, _file(undisturbed, file), how, 0, said)
+
+
+def _file(world: Undisturbed, name: str) -> str:
+    """A file of the folder that a name is, or the file itself."""
+    maker, _ = READ[name]
+    path = world.after(maker).root / name
+    if path.is_dir():
+        path = sorted(path.rglob("*.safetensors"))[0]
+    return path.relative_to(world.line.root).as_posix()
+
+
+# ---------------------------------------------------------------- the long run
+
+
+@pytest.mark.faults
+def test_faults_for_minutes(
+    request: pytest.FixtureRequest, undisturbed: Undisturbed, said: Said, tmp_path: Path
+) -> None:
+    """Random faults of all commands and files, from `--fault-seed`, for `--fault-minutes`.
+
+    What goes wrong is gathered, with what repeats it; the counts go to `--fault-report`.
+    """
+    seed, minutes = (
+        request.config.getoption("fault_seed"),
+        request.config.getoption("fault_minutes"),
+    )
+    rng, end = random.Random(seed), time.monotonic() + 60 * minutes
+    counts: Counter[str] = Counter()
+    wrong: list[str] = []
+    while time.monotonic() < end:
+        if rng.random() < 0.5:
+            stage = rng.choice([s for s in BEFORE if s != "export" or rng.random() < 0.1])
+            undisturbed.before(stage)
+            n, kind = rng.randint(1, undisturbed.operations[stage]), rng.choice(list(FAULTS))
+            run: Callable[[], object]
+            case = f"{kind} at operation {n} of {stage}"
+            run = partial(disturbed, undisturbed, stage, n, FAULTS[kind], said)
+            key = f"{stage}: {kind}"
+        else:
+            name, how = rng.choice(list(READ)), rng.choice(HOW)
+            (maker, reader), place = READ[name], rng.randrange(10**9)
+            if maker == "export" and rng.random() < 0.8:
+                continue
+            file = _file(undisturbed, name)
+            case = f"{file} {how} ({place}), read by {reader}"
+            run = partial(damaged, undisturbed, maker, reader, file, how, place, said)
+            key = f"{maker}'s files: {how}"
+        try:
+            run()
+        except AssertionError as err:
+            wrong.append(f"{case}: {str(err)[:2000]}")
+        counts[key] += 1
+    report = "\n".join(f"{count:6} {key}" for key, count in sorted(counts.items()))
+    with request.config.getoption("fault_report").open("a") as out:
+        out.write(f"seed {seed}: {sum(counts.values())} faults, {len(wrong)} wrong\n{report}\n")
+        out.writelines(f"wrong: {each}\n" for each in wrong)
+    assert not wrong, "\n\n".join(wrong[:5])
