@@ -133,7 +133,7 @@ def check_folder(path: Path, *, replaced: bool = False, named: str = "out") -> N
     `replaced`: the folder is replaced as a whole, so the one it lies in is written, too.
 
     Raises:
-        UsageError: it is a file. StoreError: a place without permission.
+        UsageError: it is a file. StoreError: a place without permission; a mount point.
     """
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_dir():
@@ -142,8 +142,15 @@ def check_folder(path: Path, *, replaced: bool = False, named: str = "out") -> N
             hint=f"choose another {setting(named)}",
         )
     _check_place(real, path)
-    if replaced:
-        _check_place(real.parent, path)
+    if not replaced:
+        return
+    _check_place(real.parent, path)
+    if os.path.ismount(real):
+        raise StoreError(
+            f"cannot write `{path}`: a file system is mounted there, and the folder is replaced as "
+            "a whole",
+            hint="choose a folder below it",
+        )
 
 
 @contextlib.contextmanager

@@ -87,6 +87,14 @@ def test_what_cannot_be_written_is_known_before(
         files.check_folder(place / "new")
 
 
+def test_a_mount_point_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "in")
+    files.check_folder(place / "in")
+    files.check_folder(place / "in" / "below", replaced=True)
+    with pytest.raises(StoreError, match="a file system is mounted there"):
+        files.check_folder(place / "in", replaced=True)
+
+
 def test_a_staging_folder_is_known_as_a_leftover(place: Path) -> None:
     final = place / "m.onnx"
     with files.staging(final) as folder:

@@ -40,16 +40,6 @@ READ = {  # by a command after the one that made them
 """File -> the command that made it, and one that reads it."""
 
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    return Undisturbed(tmp_path_factory.mktemp("faults"))
-
-
-@pytest.fixture
-def said(capsys: pytest.CaptureFixture[str]) -> Said:
-    return lambda: capsys.readouterr().err
-
-
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("stage", ["discover", "prune", "heal", "study"])
 def test_a_killed_command_resumes(

@@ -201,7 +201,7 @@ def _check(
     files = [target]
     if not suffix:
         files += [target / name for name in ("model.safetensors", "config.json")]
-        check_folder(target)
+        check_folder(target, replaced=True)
     else:
         check_file(target)
     for path in files:
