@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -15,11 +16,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.shim import FULL, READ_ONLY
-from tests.faults.world import BEFORE, DAMAGES, Said, Undisturbed, damaged, disturbed
+from tests.faults.shim import FULL
+from tests.faults.world import (
+    BEFORE,
+    DAMAGES,
+    Said,
+    Undisturbed,
+    damaged,
+    disturbed,
+    verified,
+)
+from tests.faults.writings import FAULTS, WRITINGS, met
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of a stage's file operations
-FAULTS = {"kill": "kill", "full disk": FULL, "read-only": READ_ONLY}
 HOW = [*DAMAGES, "lost", "swapped"]
 READ = {  # by a command after the one that made them
     "run/manifest.json": ("discover", "paths"),
@@ -92,33 +101,49 @@ def test_faults_for_minutes(
         request.config.getoption("fault_minutes"),
     )
     rng, end = random.Random(seed), time.monotonic() + 60 * minutes
-    counts: Counter[str] = Counter()
+    tried: Counter[str] = Counter()
     wrong: list[str] = []
+    case: Callable[[], object]
     while time.monotonic() < end:
-        if rng.random() < 0.5:
+        what = rng.choices(("writing", "file", "command", "reading"), (60, 30, 5, 5))[0]
+        if what == "writing":
+            name, fault, n = (
+                rng.choice(list(WRITINGS)),
+                rng.choice(list(FAULTS)),
+                rng.randint(1, 20),
+            )
+            place = tmp_path / str(sum(tried.values()))
+            key, case = f"writing a {name}: {fault}", partial(met, name, fault, n, place)
+            told = f"{key} at {n}"
+        elif what == "file":
+            how, each = rng.choice(HOW), rng.randrange(10**9)
+            key, case = f"verify: {how}", partial(verified, undisturbed, how, each, said)
+            told = f"{key}, {each}"
+        elif what == "command":
             stage = rng.choice([s for s in BEFORE if s != "export" or rng.random() < 0.1])
             undisturbed.before(stage)
-            n, kind = rng.randint(1, undisturbed.operations[stage]), rng.choice(list(FAULTS))
-            run: Callable[[], object]
-            case = f"{kind} at operation {n} of {stage}"
-            run = partial(disturbed, undisturbed, stage, n, FAULTS[kind], said)
-            key = f"{stage}: {kind}"
+            n, fault = rng.randint(1, undisturbed.operations[stage]), rng.choice(list(FAULTS))
+            key = f"{stage}: {fault}"
+            case = partial(disturbed, undisturbed, stage, n, FAULTS[fault], said)
+            told = f"{key} at {n}"
         else:
-            name, how = rng.choice(list(READ)), rng.choice(HOW)
-            (maker, reader), place = READ[name], rng.randrange(10**9)
-            if maker == "export" and rng.random() < 0.8:
+            name, how, each = rng.choice(list(READ)), rng.choice(HOW), rng.randrange(10**9)
+            maker, reader = READ[name]
+            if maker == "export" and rng.random() < 0.9:  # a second or two each
                 continue
             file = _file(undisturbed, name)
-            case = f"{file} {how} ({place}), read by {reader}"
-            run = partial(damaged, undisturbed, maker, reader, file, how, place, said)
-            key = f"{maker}'s files: {how}"
+            key = f"{maker}'s files, read by {reader}: {how}"
+            case = partial(damaged, undisturbed, maker, reader, file, how, each, said)
+            told = f"{file} {how} ({each}), read by {reader}"
         try:
-            run()
+            case()
         except AssertionError as err:
-            wrong.append(f"{case}: {str(err)[:2000]}")
-        counts[key] += 1
-    report = "\n".join(f"{count:6} {key}" for key, count in sorted(counts.items()))
+            wrong.append(f"{told}: {str(err)[:2000]}")
+        tried[key] += 1
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+    report = "\n".join(f"{count:6} {key}" for key, count in sorted(tried.items()))
     with request.config.getoption("fault_report").open("a") as out:
-        out.write(f"seed {seed}: {sum(counts.values())} faults, {len(wrong)} wrong\n{report}\n")
+        out.write(f"seed {seed}: {sum(tried.values())} faults, {len(wrong)} wrong\n{report}\n")
         out.writelines(f"wrong: {each}\n" for each in wrong)
     assert not wrong, "\n\n".join(wrong[:5])

@@ -25,7 +25,7 @@ Said = Callable[[], str]
 
 VOLATILE = {
     "seconds", "created", "timing", "checksum", "images_per_second", "latency", "parts",
-    "healing_seconds", "begun", "found", "passes",
+    "healing_seconds", "begun", "found", "passes", "commands",
 }  # fmt: skip
 """Entries of documents that are times, hash them, or say what was there already."""
 
@@ -159,7 +159,7 @@ class Undisturbed:
 
     def before(self, stage: str) -> Line:
         """The world right before a stage, whose undisturbed end is known then."""
-        kept = self._after(BEFORE[stage])
+        kept = self.kept(BEFORE[stage])
         if stage not in self.essence:
             self.line.restore(kept)
             with operations(self.line.root) as seen:
@@ -172,13 +172,14 @@ class Undisturbed:
     def after(self, stage: str) -> Line:
         """The world right after a stage."""
         self.before(stage)
-        self.line.restore(self._after((*BEFORE[stage], stage)))
+        self.line.restore(self.kept((*BEFORE[stage], stage)))
         return self.line
 
-    def _after(self, stages: tuple[str, ...]) -> Path:
+    def kept(self, stages: tuple[str, ...]) -> Path:
+        """A copy of the world after some stages, each run once."""
         kept = self.folder / ("+".join(stages) or "start")
         if not kept.exists():
-            self.line.restore(self._after(stages[:-1]))
+            self.line.restore(self.kept(stages[:-1]))
             assert self.line.run(stages[-1]) == 0
             shutil.copytree(self.line.root, kept)
         return kept
@@ -242,15 +243,7 @@ def damaged(world: Undisturbed, maker: str, reader: str, file: str, how: str, se
     it again. Returns what became of it."""
     world.before(reader)  # what it ends with
     line = world.after(maker)
-    rng = random.Random(f"{file} {how} {seed}")
-    path = line.root / file
-    if how == "lost":
-        path.unlink()
-    elif how == "swapped":
-        others = [p for p in path.parent.glob(f"*{path.suffix}") if p != path]
-        path.write_bytes(rng.choice(others or [path]).read_bytes())
-    else:
-        path.write_bytes(DAMAGES[how](path.read_bytes(), rng))
+    damage(line.root / file, how, random.Random(f"{file} {how} {seed}"))
     said()
     code = line.run(reader)
     check_words(said(), failed=code == 2)
@@ -263,3 +256,52 @@ def damaged(world: Undisturbed, maker: str, reader: str, file: str, how: str, se
     assert differences({k: found.get(k) for k in whole}, whole) == []
     assert line.leftovers() == []
     return "refused" if code == 2 else "as without"
+
+
+def damage(path: Path, how: str, rng: random.Random) -> bool:
+    """Do it to a file; False where its bytes are as before."""
+    before = path.read_bytes()
+    if how == "lost":
+        path.unlink()
+        return True
+    if how == "swapped":
+        others = [p for p in path.parent.glob(f"*{path.suffix}") if p != path]
+        after = rng.choice(sorted(others) or [path]).read_bytes()
+    else:
+        after = DAMAGES[how](before, rng)
+    path.write_bytes(after)
+    return after != before
+
+
+def verified(world: Undisturbed, how: str, seed: int, said: Said) -> None:
+    """Damage any file of a whole line: `npprune verify` ends with 1, or nothing says otherwise.
+
+    A flipped blank of a document changes nothing that is read.
+    """
+    kept = world.kept(("discover", "prune", "heal", "study"))
+    rng = random.Random(f"{how} {seed}")
+    files = sorted(p for p in kept.rglob("*") if p.suffix in (".json", ".yaml", ".safetensors"))
+    path = rng.choice([p for p in files if p.parent != kept])
+    before = path.read_bytes()
+    if how == "lost" and path.name not in NAMED:
+        return  # no other file says that it was there
+    try:
+        if damage(path, how, rng):
+            code = app.run_app(["verify", str(kept)])
+            text = said()
+            check_words(text, failed=False)
+            same = path.suffix == ".json" and path.is_file() and _read(path) == json.loads(before)
+            assert code == 1 or same, (path, how, text)
+    finally:
+        path.write_bytes(before)
+    assert app.run_app(["verify", str(kept)]) == 0, said()
+
+
+NAMED = ("model.safetensors", "plan.json", "00000.json", "00001.safetensors", "00003.json")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
