@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from npprune.cli.progress import Progress, duration
 from npprune.errors import plural
 from npprune.pipeline.common.events import Event
+from npprune.progress import Progress, duration
 
 
 class Clock:
