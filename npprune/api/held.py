@@ -25,12 +25,15 @@ from npprune.pipeline.common.inputs import Network, open_network
 from npprune.pipeline.common.work import MEMORY, Work
 from npprune.progress import showing
 from npprune.recipe import ModelSection
+from npprune.records import ModelSource
 from npprune.store.checkpoints import is_checkpoint, read_config
 
 MODEL, DENSE, PRUNED, IMAGES = (
     f"{MEMORY}{what}" for what in ("model", "dense", "pruned", "images")
 )
 
+Dense = nn.Module | Pruned | str | Path | None
+"""The network that another was pruned from, or where its weights are."""
 Progress = bool | Emit | None
 """A function that gets every event; True: a bar; False: silence; None: a bar where one is seen."""
 
@@ -56,7 +59,7 @@ def place(out: str | Path | None) -> Iterator[Path]:
         yield out_folder(out)
         return
     with TemporaryDirectory(prefix="npprune-") as folder:
-        yield Path(folder) / "network"
+        yield Path(folder) / "npprune"
 
 
 def check_shared(out: str | Path | None, work: Work) -> None:
@@ -69,21 +72,26 @@ def check_shared(out: str | Path | None, work: Work) -> None:
         )
 
 
-def in_memory(model: nn.Module | Pruned) -> Network:
+def in_memory(model: nn.Module | Pruned, known: ModelSource | None = None) -> Network:
     """A network of the caller's, as the stages know one. It is not changed.
+
+    known: its description, if its weights are still those.
 
     Raises:
         UsageError: not a network, or not one of float32.
         ModelError: not a plain vision transformer.
     """
     if isinstance(model, Pruned):
-        config = replace(model.config, run=None, weights_sha256=weights_sha256(model.model))
-        info = model_info(model.model, replace(config.source, sha256=""))
+        module = _float32(unwrapped(model.model))
+        config = replace(model.config, run=None, weights_sha256=weights_sha256(module))
+        info = model_info(module, replace(config.source, sha256=""))
         info.preprocessing = config.preprocessing
-        return Network(_float32(model.model), info, config, held=True)
+        return Network(module, info, config, held=True)
     module = unwrapped(model) if isinstance(model, nn.Module) else model
     check_model(module)
     module = _float32(module)
+    if known is not None and known.sha256 == weights_sha256(module):
+        return Network(module, model_info(module, known), held=True)
     return Network(module, model_info(module, describe(module)), held=True)
 
 
@@ -112,7 +120,7 @@ def opened(model: Any, given: Mapping[str, Any], work: Work) -> tuple[ModelSecti
 
 
 def checkpoint_of(
-    pruned: Any, dense: nn.Module | str | Path | None, work: Work, *, any_dense: bool = False
+    pruned: Any, dense: Dense, work: Work, *, any_dense: bool = False
 ) -> tuple[Path, str | None]:
     """A pruned network and its dense one, held by the work: the folder of the first (or the name
     that stands for one), and where the dense weights are, if that was said.
@@ -128,7 +136,7 @@ def checkpoint_of(
         assert network.config is not None
         folder, config = Path(PRUNED), network.config
         lies = pruned.folder is not None and is_checkpoint(pruned.folder)
-        if lies and pruned.weights == weights_sha256(pruned.model):  # its run is told of it
+        if lies and pruned.weights == config.weights_sha256:  # its run is told of it
             folder = pruned.folder or folder
         dense = pruned.dense if dense is None else dense
     else:
@@ -137,8 +145,10 @@ def checkpoint_of(
             f"{type(pruned).__name__}",
             hint="`pruned = npprune.prune(model, images, target_macs=0.5)`",
         )
+    if isinstance(dense, Pruned):
+        dense = dense.model
     if isinstance(dense, nn.Module):
-        held = in_memory(dense)
+        held = in_memory(dense, config.source)
         if held.info.source.sha256 != config.source.sha256 and not any_dense:
             raise ModelError(
                 "the dense network has other weights than those that were pruned: it was trained "

@@ -7,15 +7,16 @@ temporary folder.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 
-from npprune.api.arguments import by_section, data_section, out_folder, taking
+from npprune.api.arguments import by_section, data_section, taking
 from npprune.api.held import (
+    Dense,
     Progress,
     check_described,
     check_shared,
@@ -28,7 +29,7 @@ from npprune.api.held import (
 )
 from npprune.api.results import Cost, Found, Pruned
 from npprune.errors import UsageError
-from npprune.models.describe import with_tensors
+from npprune.models.describe import unwrapped, with_tensors
 from npprune.models.info import weights_sha256
 from npprune.models.surgery import apply_plan
 from npprune.pipeline.common.inputs import Network
@@ -104,13 +105,13 @@ def discover(
     kinds = (DiscoverSection, DataSection, ModelSection)
     asked, of_images, of_model = by_section(settings, kinds, COMMON)
     search = section_of(DiscoverSection, asked)
-    temporary = TemporaryDirectory(prefix="npprune-") if out is None else None
-    folder = Path(temporary.name) / "run" if temporary is not None else out_folder(out or "")
-    with working(progress, device, seed, model) as work:
+    with working(progress, device, seed, model) as work, ExitStack() as stack:
         check_shared(out, work)
         section, _ = opened(model, of_model, work)
         data = data_section(of_images, train=held_images(images, work, section))
+        folder = stack.enter_context(place(out))
         result = _discover(section, data, search, folder, work=work)
+        temporary = None if out is not None else stack.pop_all()  # it goes when the paths do
         return Found(folder, result, work.held.images.get(data.train or ""), temporary)
 
 
@@ -194,7 +195,7 @@ def evaluate(
     pruned: Pruned | str | Path,
     images: Any,
     *,
-    dense: nn.Module | str | Path | None = None,
+    dense: Dense = None,
     device: str | None = None,
     progress: Progress = None,
     **settings: Any,
@@ -231,7 +232,7 @@ def heal(
     pruned: Pruned,
     images: Any,
     *,
-    dense: nn.Module | str | Path | None = None,
+    dense: Dense = None,
     any_teacher: bool = False,
     out: str | Path | None = None,
     device: str | None = None,
@@ -275,10 +276,10 @@ def heal(
             work=work,
         )  # fmt: skip
         config, tensors = read_checkpoint(folder)
-        with_tensors(pruned.model, tensors)
+        network = with_tensors(unwrapped(pruned.model), tensors)
     pruned.config = config if out is not None else replace(config, run=None)
     pruned.healing, pruned.folder = variant.heal, Path(out) if out is not None else None
-    pruned.weights = weights_sha256(pruned.model)
+    pruned.weights = weights_sha256(network)
     assert variant.heal is not None
     return variant.heal
 
@@ -290,7 +291,7 @@ def export(
     images: Any = None,
     *,
     provider: Provider = "auto",
-    dense: nn.Module | str | Path | None = None,
+    dense: Dense = None,
     progress: Progress = None,
     **settings: Any,
 ) -> ExportRecord:

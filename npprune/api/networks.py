@@ -11,7 +11,7 @@ from npprune.api.arguments import check_model, number, out_folder, whole
 from npprune.api.held import check_described, in_memory, not_described
 from npprune.api.results import Cost, Pruned
 from npprune.errors import StoreError, UsageError
-from npprune.models.describe import builds
+from npprune.models.describe import builds, unwrapped
 from npprune.models.info import model_info, state
 from npprune.models.load import build
 from npprune.models.load import load_model as _load_model
@@ -118,10 +118,10 @@ def save(model: nn.Module | Pruned, out: str | Path) -> Path:
     """
     folder = out_folder(out)
     if isinstance(model, Pruned):
-        if not builds(model.config.source, model.model):
-            raise not_described(model.model)
-        config = replace(model.config, run=None)
-        write_checkpoint(folder, config, state(model.model), model.plan)
+        module = unwrapped(model.model)
+        if not builds(model.config.source, module):
+            raise not_described(module)
+        write_checkpoint(folder, replace(model.config, run=None), state(module), model.plan)
         return folder
     network = in_memory(model)
     check_described(network)

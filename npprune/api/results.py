@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import weakref
+from contextlib import ExitStack
+from dataclasses import InitVar, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -103,7 +104,11 @@ class Found:
     folder: Path
     result: Result
     images: Any = field(default=None, repr=False)
-    temporary: TemporaryDirectory[str] | None = field(default=None, repr=False)
+    temporary: InitVar[ExitStack | None] = None
+
+    def __post_init__(self, temporary: ExitStack | None) -> None:
+        if temporary is not None:
+            weakref.finalize(self, temporary.close)
 
     @cached_property
     def _table(self) -> PathTable:

@@ -79,6 +79,7 @@ def test_compiled(network: npprune.Pruned, data: Data) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(network.model, backend="eager")
     assert torch.allclose(compiled(data[0]), network.model(data[0]), atol=1e-5)
+    network.model = compiled  # type: ignore[assignment]
     assert npprune.evaluate(network, data, latency=False).agreement.total == 80
 
 
@@ -115,7 +116,6 @@ def test_amp_and_moving_averages_and_a_second_pruning(network: npprune.Pruned, d
     again = npprune.prune(ema, data, target_macs=0.8, **SMALL)
     assert again.cost.macs < network.cost.macs
     assert again.cost.dense_macs == network.cost.macs
-    assert sum(again.plan.kept_widths) < sum(network.plan.kept_widths)
     healed = npprune.heal(again, data, epochs=1)
     assert healed.steps > 0
 
@@ -135,6 +135,8 @@ def test_distributed(network: npprune.Pruned, data: Data) -> None:
     alone = copy.deepcopy(network.model).train()
     shared = DistributedDataParallel(network.model.train())
     assert train(shared, data) == pytest.approx(train(alone, data), rel=1e-4)
+    network.model = shared
+    assert npprune.heal(network, data, epochs=1).steps > 0
     again = npprune.prune(shared, data, keep=0.5, **SMALL)
     assert again.cost.dense_macs == network.cost.macs
 
