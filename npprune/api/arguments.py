@@ -84,7 +84,7 @@ def taking(*kinds: type[Section]) -> Callable[[F], F]:
             if name not in own.parameters
         ]  # fmt: skip
         function.__signature__ = own.replace(parameters=[*kept, *more])  # type: ignore[attr-defined]
-        lines = (f"    {name}: {told(field).help}" for name, field in fields.items())
+        lines = (f"        {name}: {told(field).help}" for name, field in fields.items())
         function.__doc__ = "\n".join(
             [(function.__doc__ or "").rstrip(), "", "    Settings:", *lines]
         )

@@ -219,7 +219,9 @@ def evaluate(
         DataError: images without labels, or that the network cannot take.
         ModelError: the dense network is not there, or has other weights.
     """
-    asked, of_images = by_section(settings, (EvaluateSection, DataSection), (*COMMON, "dense"))
+    asked, of_images = by_section(
+        settings, (EvaluateSection, DataSection), ("dense", "device", "progress")
+    )
     wish = section_of(EvaluateSection, asked)
     with working(progress, device, 0, pruned) as work:
         folder, named = checkpoint_of(pruned, dense, work)

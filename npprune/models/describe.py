@@ -102,8 +102,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, (nn.DataParallel, DistributedDataParallel, ModelEmaV2, ModelEmaV3)):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
         else:
             return model
 
@@ -117,7 +117,7 @@ def with_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     for name, module in model.named_modules():
         weight = tensors.get(f"{name}.weight")
         if isinstance(module, nn.Linear) and weight is not None:
-            resize_linear(module, *weight.shape, f"{name}.bias" in tensors)
+            resize_linear(module, weight.shape[0], weight.shape[1], f"{name}.bias" in tensors)
     try:
         model.load_state_dict(tensors, strict=True)
     except RuntimeError as err:
