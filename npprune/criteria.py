@@ -23,7 +23,7 @@ from npprune.words import check_word
 Tensor = Any
 """PyTorch's, which is not loaded here."""
 
-Need = Literal["moments", "salience", "gates", "curvature"]
+Need = Literal["moments", "salience", "gates", "curvature", "read"]
 """Statistics of the calibration images (see `core.compression.statistics`)."""
 NEEDS: tuple[Need, ...] = get_args(Need)
 

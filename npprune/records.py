@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from itertools import pairwise
 from operator import index
@@ -172,6 +173,8 @@ class ModelInfo:
     query_dims: list[int] | None = None  # of a head, per block; None: as many as values
     merged: list[int] | None = None  # tokens merged in each block; None: in none
     last_for_read: bool = False  # the last block computes only what the classifier reads
+    cls_widths: list[int] | None = None
+    """Hidden units of the class token's own, per block; 0 and None: all tokens share."""
 
 
 @dataclass
@@ -290,6 +293,14 @@ def _whole(name: str, values: Any) -> list[int]:
         raise StoreError(f"`{name}` must be a list of whole numbers, got {values!r}") from err
 
 
+def _check_kept(name: str, kept: Sequence[int], width: int) -> None:
+    if any(b <= a for a, b in pairwise(kept)):
+        raise StoreError(f"`{name}` must be ascending without repeats")
+    if kept and (kept[0] < 0 or kept[-1] >= width):
+        bad = kept[0] if kept[0] < 0 else kept[-1]
+        raise StoreError(f"`{name}` must lie in 0..{width - 1}, got {bad}")
+
+
 @dataclass
 class Plan(Document):
     """The neurons that stay. Can be read, edited and applied."""
@@ -307,6 +318,9 @@ class Plan(Document):
     query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
     merged: list[int] | None = None  # tokens merged in each block; None: in none
     last_for_read: bool = False  # the last block computes only what the classifier reads
+    cls_keep: list[list[int]] | None = None
+    """Per block, hidden units of the tokens that the classifier reads (the class token), beside
+    those of the others in `keep`; empty: all tokens share those; None: in every block."""
 
     def __post_init__(self) -> None:
         self.keep = [_whole(f"keep[{l}]", kept) for l, kept in enumerate(self.keep)]
@@ -316,6 +330,13 @@ class Plan(Document):
         for name in ("classes", "query_dims"):
             if getattr(self, name) is not None:
                 setattr(self, name, _whole(name, getattr(self, name)))
+        if self.cls_keep is not None:
+            self.cls_keep = [_whole(f"cls_keep[{l}]", k) for l, k in enumerate(self.cls_keep)]
+            if len(self.cls_keep) != len(self.widths):
+                raise StoreError(
+                    f"`cls_keep` must have one list a block ({len(self.widths)}), "
+                    f"got {len(self.cls_keep)}"
+                )
         if len(self.keep) != len(self.widths):
             raise StoreError(
                 f"a plan keeps neurons in every block: {plural(len(self.widths), 'block')}, "
@@ -324,11 +345,8 @@ class Plan(Document):
         for block, (kept, width) in enumerate(zip(self.keep, self.widths, strict=True)):
             if not kept:
                 raise StoreError(f"`keep[{block}]` must name at least one neuron, got none")
-            if any(b <= a for a, b in pairwise(kept)):
-                raise StoreError(f"`keep[{block}]` must be ascending without repeats")
-            if kept[0] < 0 or kept[-1] >= width:
-                bad = kept[0] if kept[0] < 0 else kept[-1]
-                raise StoreError(f"`keep[{block}]` must lie in 0..{width - 1}, got {bad}")
+            _check_kept(f"keep[{block}]", kept, width)
+            _check_kept(f"cls_keep[{block}]", self.own(block), width)
         if self.merged is not None:
             if len(self.merged) != len(self.widths):
                 raise StoreError(
@@ -342,6 +360,11 @@ class Plan(Document):
     def kept_widths(self) -> list[int]:
         """Hidden units per block after pruning."""
         return [len(kept) for kept in self.keep]
+
+    def own(self, block: int) -> list[int]:
+        """The hidden units of a block that the tokens which the classifier reads have to
+        themselves; empty: all tokens share those of `keep`."""
+        return self.cls_keep[block] if self.cls_keep is not None else []
 
     @property
     def kept_fraction(self) -> float:

@@ -41,8 +41,9 @@ Pooling = Literal["token", "avg"]
 """What a classifier reads, where a file does not say: class token or mean patch token."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-Axis = Literal["mlp", "heads", "qk", "tokens"]
-"""What may be removed: hidden units, attention heads, query/key dimensions; patch tokens merge."""
+Axis = Literal["mlp", "cls", "heads", "qk", "tokens"]
+"""What may be removed: hidden units (of the class token apart from the patches'), attention heads,
+query/key dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 PathUse = Literal["auto", "protect", "prior", "off"]

@@ -81,6 +81,10 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
         ("all", str(dense), str(kept), text.percent(kept / dense), str(sum(_protected(summary))))
     )
     output.table(title, ("block", "dense", "kept", "share", "of paths"), rows)
+    if (own := variant.model.cls_widths) is not None:
+        output.line()
+        few = [(str(block), text.own(width)) for block, width in enumerate(own[:MANY_BLOCKS])]
+        output.table("Hidden units of the class token's own", ("block", "own"), few)
     if attention := text.attention(summary):
         output.line()
         each = [(str(block), *row) for block, row in enumerate(attention[:MANY_BLOCKS])]

@@ -79,6 +79,9 @@ class VitView(Protocol):
     distilled networks; None: it pools more."""
     merges: bool
     """Whether the network itself merges tokens."""
+    own_units: bool
+    """Whether the tokens that are read have hidden units of their own, so that a neuron is no
+    longer one thing for all tokens."""
 
     def tokens(self, scope: Scope) -> slice:
         """The positions of `scope` on the token axis; ModelError if the model has none."""

@@ -112,6 +112,11 @@ def to_timm(
             "timm's networks merge no tokens, and this one does",
             hint="export to ONNX or a torch archive",
         )
+    if info.cls_widths is not None:
+        raise ExportError(
+            "timm's networks have one MLP per block, and here the class token has one of its own",
+            hint="export to ONNX or a torch archive",
+        )
     ratio = _mlp_ratio(info)
     tensors = {k: v.contiguous() for k, v in frozen_copy(model).state_dict().items()}
     for name, tensor in tensors.items():

@@ -131,6 +131,8 @@ def _described(model: Any, info: ModelInfo) -> dict[str, Any]:
         raise _refuse(f"networks of timm's class {kind}")
     if info.merged is not None:
         raise _refuse("networks that merge tokens")
+    if info.cls_widths is not None:
+        raise _refuse("networks whose class token has hidden units of its own")
     if model.pos_embed is None or not hasattr(model.patch_embed.proj, "kernel_size"):
         raise _refuse("networks without position embeddings or with another patch embedding")
     blocks, first = list(model.blocks), model.blocks[0]

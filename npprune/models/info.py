@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from npprune.core.compression import cost
 from npprune.errors import ModelError
 from npprune.models.attention import projections
+from npprune.models.own_units import kind_of, own_widths
 from npprune.models.tokens import tokens_of
 from npprune.models.view import classifiers, make_view
 from npprune.records import ModelInfo, ModelSource, Preprocessing
@@ -54,6 +55,7 @@ def model_info(model: nn.Module, source: ModelSource) -> ModelInfo:
         preprocessing=preprocessing,
         merged=merged if any(merged) else None,
         last_for_read=last,
+        cls_widths=own_widths(model),
     )
 
 
@@ -114,7 +116,7 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
     view = make_view(model)
     patch: Any = getattr(view.model, "patch_embed", None)
     proj = getattr(patch, "proj", None)
-    if not isinstance(proj, nn.Conv2d) or len({type(block.mlp) for block in view.blocks}) != 1:
+    if not isinstance(proj, nn.Conv2d) or len({kind_of(block.mlp) for block in view.blocks}) != 1:
         raise ModelError(
             f"{type(model).__name__}: the closed-form cost needs one patch convolution and blocks "
             "with MLPs of one kind"
@@ -146,6 +148,8 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         read=view.tokens_read if last else None,
         rotary=0 if getattr(model, "rope", None) is None else 2 * int(block.attn.head_dim),
     )
+    if (own := own_widths(model)) is not None:
+        sizes = replace(sizes, own=tuple(own), own_tokens=view.tokens_read or 1)
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
     return replace(sizes, fixed_params=rest)
 

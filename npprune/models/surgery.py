@@ -27,6 +27,7 @@ from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
+from npprune.models.own_units import OwnUnits, check_own, give_own, own_mlp
 from npprune.models.tokens import apply_tokens, patch_tokens, tokens_of
 from npprune.models.uneven import set_heads, set_query_dim
 from npprune.models.view import TimmView, classifiers, make_view
@@ -54,7 +55,11 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
         pruned = copy.deepcopy(model)
         view = make_view(pruned)
         for l, kept in enumerate(plan.keep):
-            _remove_units(view, l, kept)
+            own = copy.deepcopy(view.blocks[l].mlp) if plan.own(l) else None
+            _remove_units(view.blocks[l].mlp, l, kept)
+            if own is not None:
+                _remove_units(own, l, plan.own(l))
+                give_own(view.blocks[l].mlp, own, _read(view))
         for l, heads in enumerate(plan.heads or []):
             _remove_heads(view, l, heads)
         for l, query_dims in enumerate(plan.query_dims or []):
@@ -76,7 +81,12 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
     masked = copy.deepcopy(model)
     view = make_view(masked)
     for l, kept in enumerate(plan.keep):
-        _mask_inputs(view.fc2(l), torch.tensor(kept))
+        mlp: Any = view.blocks[l].mlp
+        own: Any = copy.deepcopy(mlp) if plan.own(l) else None
+        _mask_inputs(mlp.fc2, torch.tensor(kept))
+        if own is not None:
+            _mask_inputs(own.fc2, torch.tensor(plan.own(l)))
+            give_own(mlp, own, _read(view))
     for l, heads in enumerate(plan.heads or []):
         attn: Any = view.blocks[l].attn
         channels = torch.arange(attn.proj.in_features).unflatten(0, (attn.num_heads, -1))
@@ -120,6 +130,14 @@ def set_fc2(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None = None
         ModelError: a shape does not agree.
     """
     _set_linear(make_view(model).fc2(l), f"block {l}: `fc2`", weight, bias)
+
+
+def set_own_fc2(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None = None) -> None:
+    """As `set_fc2`, the second layer of the tokens that have hidden units of their own."""
+    mlp: Any = own_mlp(make_view(model).blocks[l])
+    if mlp is None:
+        raise ModelError(f"block {l}: all tokens share one MLP")
+    _set_linear(mlp.fc2, f"block {l}: `mlp.cls.fc2`", weight, bias)
 
 
 def set_qkv(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None) -> None:
@@ -177,9 +195,12 @@ def check_axes(model: nn.Module, axes: Sequence[str]) -> None:
                 "the network merges tokens already",
                 hint="prune the network that it was made from, or leave `tokens` out of the axes",
             )
-    for l, block in enumerate(make_view(model).blocks):
+    view = make_view(model)
+    for l, block in enumerate(view.blocks):
         if "tokens" in axes:
             check_tokens(model, l)
+        if "cls" in axes:
+            check_own(block.mlp, l, view.tokens_read)
         for axis in ("heads", "qk"):
             if axis in axes:
                 check_attention(block.attn, l, axis)
@@ -194,6 +215,12 @@ def check_prunable(model: nn.Module) -> None:
             raise ModelError(
                 f"{kind} is not a two-layer MLP that npprune can prune",
                 hint="plain and gated MLPs (Mlp, GluMlp, SwiGLU) can be pruned",
+            )
+        if isinstance(mlp, OwnUnits):
+            raise ModelError(
+                f"block {l}: the class token has hidden units of its own already, so a unit is no "
+                "longer one thing for all tokens",
+                hint="prune the network that it was made from",
             )
         if not isinstance(mlp.norm, nn.Identity):
             raise ModelError(
@@ -238,17 +265,25 @@ def check_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> None:
             )
         for l, query_dims in enumerate(plan.query_dims):
             _check_query_dims(view, l, query_dims)
+    if plan.cls_keep is not None:
+        for l, block in enumerate(view.blocks):
+            if plan.own(l):
+                check_own(block.mlp, l, view.tokens_read)
     if plan.classes is not None:
         _check_classes(model, plan.classes)
+
+
+def _read(view: TimmView) -> int:
+    assert view.tokens_read is not None  # `check_plan`
+    return view.tokens_read
 
 
 def _short(widths: list[int]) -> str:
     return str(widths[0]) if len(set(widths)) == 1 else str(widths)
 
 
-def _remove_units(view: TimmView, l: int, kept: list[int]) -> None:
-    mlp: Any = view.blocks[l].mlp
-    fc2 = view.fc2(l)
+def _remove_units(mlp: Any, l: int, kept: list[int]) -> None:
+    fc2: nn.Linear = mlp.fc2
     gone = sorted(set(range(fc2.in_features)) - set(kept))
     if not gone:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from npprune.core.view import Projections
 from npprune.errors import ModelError
 from npprune.models.attention import NarrowAttention, check_attention, projections
+from npprune.models.own_units import check_own, give_own
+from npprune.models.view import make_view
 
-PRUNABLE = re.compile(r"blocks\.(\d+)\.(mlp\.(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$")
+PRUNABLE = re.compile(r"blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$")
 """The linear layers whose sizes pruning may change."""
 
 
@@ -29,6 +32,11 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
     if len(heads) != len(blocks):
         raise ModelError(f"the network has {len(blocks)} blocks, got heads for {len(heads)}")
+    for l, block in enumerate(blocks):
+        if f"blocks.{l}.mlp.cls.fc2.weight" in tensors:
+            tokens_read = make_view(model).tokens_read
+            check_own(block.mlp, l, tokens_read)  # type: ignore[arg-type]
+            give_own(block.mlp, copy.deepcopy(block.mlp), tokens_read or 1)  # type: ignore[arg-type]
     for name, module in model.named_modules():
         weight = tensors.get(f"{name}.weight")
         if (

@@ -30,6 +30,7 @@ from npprune.models.merging import (
     followed,
     paired,
 )
+from npprune.models.own_units import OwnUnits
 from npprune.words import SearchPrecision
 
 """Of the network's products: float32; float32 with TF32's ten bits on a GPU (see
@@ -56,6 +57,7 @@ class TimmView:
         if getattr(model, "head_dist", None) is not None:
             self.tokens_read = 2
         options = [getattr(block, "token_options", None) for block in self.blocks]
+        self.own_units = any(isinstance(block.mlp, OwnUnits) for block in self.blocks)
         self.merges: bool = any(o is not None and o.merged for o in options)
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self._compiled: list[Any] = [torch.compile(b) for b in self.blocks] if compiled else []

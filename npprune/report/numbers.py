@@ -195,6 +195,8 @@ def _cost(result: Result, variant: Variant) -> list[Measure]:
         row("MACs per image", dense.macs, pruned.macs, text.macs),
         row("Hidden units", sum(dense.widths), sum(pruned.widths), text.count),
     ]
+    if pruned.cls_widths:
+        rows.append(row("Class token's own hidden units", 0, sum(pruned.cls_widths), text.count))
     if dense.heads != pruned.heads:
         rows.append(row("Attention heads", sum(dense.heads), sum(pruned.heads), text.count))
     if attention := variant.prune.details.get("attention"):

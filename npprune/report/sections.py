@@ -316,12 +316,14 @@ def _widths(result: Result) -> Section:
         name = text.clean(v.name) if len(shown) > 1 else ""
         columns += [f"{name} kept".strip(), f"{name} share".strip()]
         columns += [f"{name} path neurons".strip()] if any(v.prune.protected) else []
+        columns += [f"{name} class token's own".strip()] if v.model.cls_widths else []
     rows = []
     for b, width in enumerate(dense):
         row = [str(b), text.count(width)]
         for v in shown:
             row += [text.count(v.prune.widths[b]), text.percent(v.prune.widths[b] / width)]
             row += [text.count(v.prune.protected[b])] if any(v.prune.protected) else []
+            row += [text.own(v.model.cls_widths[b])] if v.model.cls_widths else []
         rows.append(cells(*row))
     draw = partial(figures.widths, dense, panels, "Kept hidden units per block", "widths")
     section.items.append(

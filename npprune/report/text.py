@@ -79,6 +79,11 @@ def attention(summary: PruneSummary) -> list[tuple[str, str]]:
     return list(zip(*columns, strict=True))
 
 
+def own(width: int) -> str:
+    """Hidden units of the class token's own in one block: `64`, or `shared`."""
+    return count(width) if width else "shared"
+
+
 def path_neurons(summary: PruneSummary) -> str:
     """`1,204 of 4,130, with 38.0 % of the votes`."""
     kept = sum(summary.protected)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from npprune.core.compression.compensation import choose_shrinkage, compensate
 from npprune.core.compression.elimination import SHRINKAGE
-from npprune.core.compression.harm import Replacement
+from npprune.core.compression.harm import Replacement, layers_replaced, replaced
 from npprune.core.compression.sequential import PRIOR_IMAGES, Fit, compensate_in_sequence
 from npprune.core.compression.statistics import collect_statistics
 from npprune.models.view import TimmView
@@ -160,3 +160,35 @@ def test_held_out_images_choose_the_shrinkage_and_nothing_else() -> None:
         without.second[0].weight,
         compensate(dense, fc2.weight, fc2.bias, KEEP[0], shrinkage=SHRINKAGE).weight,
     )
+
+
+def test_own_units_of_the_class_token_are_fitted_on_class_tokens_alone() -> None:
+    view, (images, _) = tiny_view(), data(60)
+    own = [[1, 2, 3], [], [4, 5]]
+    fit = Fit(0.5, shrinkage=0.0, own_shrinkages=(0.0,))
+    found = compensate_in_sequence(view, images.split(7), KEEP, fit=fit, own=own)
+    shared = compensate_in_sequence(view, images.split(7), KEEP, fit=fit)
+    assert [r.first is None for r in found.second] == [False, True, False]
+    first = found.second[0]
+    assert first.first is not None
+    tokens, theirs = first.first
+    assert (tokens, theirs.keep) == (1, own[0])
+    # nothing is lost before block 0 but at its attention's projection, which is the same twice
+    proj = view.attention(0).proj
+    with layers_replaced({proj: found.projections[0]}):
+        h, _ = recorded(view, view.fc2(0), images)
+        x = view.tail(0, view.embed(images), view.attention_output(0, view.embed(images)))
+    y = view.block(0, view.embed(images))
+    goal = view.fc2(0)(h) + 0.5 * (y - x)
+    for layer, tokens_of in ((first, slice(1, None)), (theirs, slice(0, 1))):
+        rows = h[:, tokens_of]
+        weight, bias = fitted(
+            rows[..., list(layer.keep)], goal[:, tokens_of], torch.ones(rows.shape[1]).double()
+        )
+        torch.testing.assert_close(layer.weight, weight)
+        torch.testing.assert_close(layer.bias, bias)
+    assert not torch.allclose(shared.second[0].weight, first.weight)
+    with replaced(view, {0: first}):
+        out = recorded(view, view.fc2(0), images)[1]
+    kept = h[..., list(theirs.keep)]
+    torch.testing.assert_close(out[:, 0], (kept @ theirs.weight.T + theirs.bias)[:, 0])

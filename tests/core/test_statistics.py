@@ -10,7 +10,13 @@ import timm
 import torch
 from torch import Tensor
 
-from npprune.core.compression.statistics import Statistics, collect_statistics
+from npprune.core.compression.statistics import (
+    Statistics,
+    collect_statistics,
+    cotangent,
+    logits_of,
+)
+from npprune.core.recording import recorded
 from npprune.errors import UsageError
 from npprune.models.view import TimmView, make_view
 
@@ -187,3 +193,45 @@ def test_refusals() -> None:
         Statistics.from_tensors({})
     with pytest.raises(UsageError, match=r"got `0\.what`"):
         Statistics.from_tensors({**a.to_tensors(), "0.what": torch.zeros(1)})
+
+
+def test_sums_of_what_is_read_and_of_the_others_are_those_of_their_tokens() -> None:
+    view, (images, _) = tiny_view(), data(12)
+    every = ["moments", "salience", "gates", "curvature", "read"]
+    stats = collect_statistics(view, images.split(5), needs=every, generator=seeded())  # type: ignore[arg-type]
+    whole = collect_statistics(view, images.split(5), generator=seeded())
+    again = Statistics.from_tensors(stats.to_tensors())
+    for l in range(3):
+        assert torch.equal(stats.block(l).gram, whole.block(l).gram)  # type: ignore[arg-type]
+        read, others = again.side("read"), again.side("others")
+        h, g = hidden_and_gradients(view, images.split(5), l)
+        for side, rows, grads in (
+            (read, h[:, :1], g[:, :1]),
+            (others, h[:, 1:], g[:, 1:]),
+        ):
+            flat, flat_g = rows.flatten(0, 1), grads.flatten(0, 1)
+            moments = side.moments(l)
+            torch.testing.assert_close(moments.mean, flat.mean(0))
+            torch.testing.assert_close(moments.covariance, torch.cov(flat.T, correction=0))
+            torch.testing.assert_close(side.curvature(l), flat_g.T @ flat_g / len(flat_g))
+            a = (rows * (grads @ view.fc2(l).weight)).sum(1)
+            torch.testing.assert_close(side.fisher(l), a.square().mean(0))
+            weight = flat_g.square().sum(1)
+            assert len(side.position_weights(l, 0.5)) == rows.shape[1]
+            if float(weight.sum()) > 1e-9:
+                salient = (weight[:, None] * flat).sum(0) / weight.sum()
+                found = 0.5 * moments.mean + 0.5 * salient
+                torch.testing.assert_close(side.moments(l, 0.5).mean, found)
+
+
+def hidden_and_gradients(view: TimmView, batches: Any, l: int) -> tuple[Tensor, Tensor]:
+    """What goes into block l's `fc2` [n, t, h], and the drawn gradients at its output [n, t, d]."""
+    hs, gs, generator = [], [], seeded()
+    for images in batches:
+        with recorded([view.fc2(l)]) as seen:
+            logits = logits_of(view, images, True)
+        h, y = seen[view.fc2(l)]
+        (g,) = torch.autograd.grad(logits, y, cotangent(logits.detach(), generator))
+        hs.append(h.detach())
+        gs.append(g)
+    return torch.cat(hs), torch.cat(gs)

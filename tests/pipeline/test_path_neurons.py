@@ -108,6 +108,6 @@ def test_the_measure_is_the_divergence_of_the_refitted_network() -> None:
     measured, asked, before = measured_of(many())
     _, record = with_path_neurons(measured, asked, before)
     view, images = measured.subject.view, measured.subject.held_out
-    smaller = predict(view, images, _refitted(measured, before.keep))
+    smaller = predict(view, images, _refitted(measured, before))
     expected = float(divergence(predict(view, images), smaller).mean())
     assert record["tried"][0]["nats"] == pytest.approx(expected, rel=1e-6)

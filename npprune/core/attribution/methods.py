@@ -55,6 +55,12 @@ def find_paths(
             "tokens in every block",
             hint="find them in the dense network",
         )
+    if view.own_units:
+        raise ModelError(
+            "paths cannot be found in a network whose class token has hidden units of its own: a "
+            "neuron is no longer one thing for all tokens",
+            hint="find them in the dense network",
+        )
     if not 1 <= topk <= min(view.widths):
         raise UsageError(
             f"`topk` must be in 1..{min(view.widths)} (the narrowest block's hidden units), "

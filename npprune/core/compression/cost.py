@@ -49,20 +49,22 @@ class Sizes:
     merged: tuple[int, ...] | None = None  # tokens merged in each block
     read: int | None = None  # tokens of the last block's queries, projection and MLP; None: all
     rotary: int = 0  # numbers of a token's rotary embedding, which merge with it
+    own: tuple[int, ...] | None = None  # hidden units of the tokens that are read; 0: they share
+    own_tokens: int = 1  # how many tokens are read
 
     def __post_init__(self) -> None:
-        for name in ("queries", "values", "merged"):
+        for name in ("queries", "values", "merged", "own"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.hidden):
                 raise UsageError(
                     f"`{name}` must have one entry per block ({len(self.hidden)}), got {len(value)}"
                 )
 
-    def with_hidden(self, hidden: Sequence[int]) -> Sizes:
-        """The same network with other hidden widths."""
+    def with_hidden(self, hidden: Sequence[int], own: Sequence[int] | None = None) -> Sizes:
+        """The same network with other hidden widths, and own ones of the tokens that are read."""
         if len(hidden) != len(self.hidden):
             raise UsageError(f"`hidden` must have {len(self.hidden)} entries, got {len(hidden)}")
-        return replace(self, hidden=tuple(hidden))
+        return replace(self, hidden=tuple(hidden), own=None if own is None else tuple(own))
 
     def with_tokens(self, merged: Sequence[int] | None, read: int | None = None) -> Sizes:
         """The same network with so many tokens merged in each block, and read of the last one."""
@@ -77,10 +79,11 @@ class Sizes:
         return self.read if self.read is not None and self._last(l) else self.attended(l)
 
     def mlp_tokens(self, l: int) -> int:
-        """Tokens that go through block l's MLP."""
+        """Tokens that go through block l's MLP; those with hidden units of their own do not."""
         if self.pooled_only and self._last(l):
             return 1
-        return self.answered(l) - (0 if self.merged is None else self.merged[l])
+        aside = self.own_tokens if self.own is not None and self.own[l] else 0
+        return self.answered(l) - (0 if self.merged is None else self.merged[l]) - aside
 
     def _last(self, l: int) -> bool:
         return l == len(self.hidden) - 1
@@ -93,7 +96,7 @@ def params(sizes: Sizes) -> int:
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
         total += attention_price(sizes, q, v, "params") + d  # the projection's bias
-        total += h * neuron_price(sizes, l, "params")
+        total += h * neuron_price(sizes, l, "params") + own_price(sizes, l, "params")
         total += d * int(sizes.output_bias) + sizes.block_params
     return total
 
@@ -105,7 +108,7 @@ def macs(sizes: Sizes) -> int:
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
         total += attention_price(sizes, q, v, "macs", l) + merging_macs(sizes, l)
-        total += h * neuron_price(sizes, l, "macs")
+        total += h * neuron_price(sizes, l, "macs") + own_price(sizes, l, "macs")
     return total
 
 
@@ -119,6 +122,17 @@ def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
     if price == "macs":
         return sizes.mlp_tokens(l) * sizes.width * (rows + 1)
     raise UsageError(f"price must be neurons, params or macs, got {price!r}")
+
+
+def own_price(sizes: Sizes, l: int, price: Price, own: int | None = None) -> int:
+    """What block l's hidden units of the tokens that are read cost, their second layer's bias
+    included; `own`: so many of them, None: as many as there are."""
+    count = own if own is not None else 0 if sizes.own is None else sizes.own[l]
+    if price == "params" and count:
+        return count * neuron_price(sizes, l, price) + sizes.width * int(sizes.output_bias)
+    if price == "macs":
+        return count * sizes.own_tokens * sizes.width * (3 if sizes.gated else 2)
+    return count
 
 
 def attention_price(
@@ -158,7 +172,10 @@ def hidden_budget(sizes: Sizes, goal: float, price: Price, *, attention: bool = 
     if price != "params" and price != "macs":
         raise UsageError(f"price must be params or macs, got {price!r}")
     whole = params(sizes) if price == "params" else macs(sizes)
-    hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
+    hidden = sum(
+        h * neuron_price(sizes, l, price) + own_price(sizes, l, price)
+        for l, h in enumerate(sizes.hidden)
+    )
     if attention:
         hidden += sum(
             attention_price(sizes, *_attention(sizes, l), price, l)

@@ -31,11 +31,25 @@ Option = TypeVar("Option")
 
 @dataclass
 class Replacement:
-    """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d]."""
+    """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d].
+
+    first: how many tokens, the first ones, have a layer of their own, and that layer.
+    """
 
     keep: Sequence[int]
     weight: Tensor
     bias: Tensor
+    first: tuple[int, Replacement] | None = None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """What the layer gives for its dense inputs h [..., t, h]."""
+        index = torch.as_tensor(list(self.keep), device=h.device)
+        kept = h.index_select(-1, index)
+        out = nn.functional.linear(kept, self.weight.to(h), self.bias.to(h))
+        if self.first is None:
+            return out
+        tokens, own = self.first
+        return torch.cat([own(h[..., :tokens, :]), out[..., tokens:, :]], -2)
 
 
 def candidates_for(
@@ -74,24 +88,17 @@ def least_squares(
 
 @contextmanager
 def replaced(view: VitView, replacements: Mapping[int, Replacement]) -> Iterator[None]:
-    """For the duration, `fc2` of each named block gives W_K h_K + b."""
+    """For the duration, `fc2` of each named block is the one given."""
     with layers_replaced({view.fc2(l): r for l, r in replacements.items()}):
         yield
 
 
 @contextmanager
 def layers_replaced(replacements: Mapping[nn.Linear, Replacement]) -> Iterator[None]:
-    """For the duration, each of these layers gives W_K x_K + b."""
+    """For the duration, each of these layers gives what its replacement does: W_K x_K + b."""
 
     def hook(r: Replacement) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        index = torch.as_tensor(list(r.keep))
-
-        def give(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            h = inputs[0]
-            kept = h.index_select(-1, index.to(h.device))
-            return nn.functional.linear(kept, r.weight.to(h), r.bias.to(h))
-
-        return give
+        return lambda module, inputs, output: r(inputs[0])
 
     handles = [layer.register_forward_hook(hook(r)) for layer, r in replacements.items()]
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from npprune.core.compression.elimination import eliminate
+from npprune.core.compression.elimination import SHRINKAGE, eliminate
 from npprune.core.compression.statistics import Moments, Statistics
 from npprune.criteria import CRITERIA
 from npprune.errors import UsageError
@@ -36,6 +36,7 @@ class Context:
         salience: share of the loss-gradient token weighting (see `Statistics.moments`); only 0
             can do without the need "salience".
         generator: of `random`.
+        shrinkage: of the elimination's covariance (see `eliminate`).
     """
 
     second: Sequence[nn.Linear]
@@ -47,6 +48,7 @@ class Context:
     prior: Sequence[Tensor] | None = None
     salience: float = 0.0
     generator: torch.Generator | None = None
+    shrinkage: float = SHRINKAGE
     eliminated: set[int] = field(default_factory=set)  # blocks whose order is an elimination's
 
     def weight(self, l: int) -> Tensor:
@@ -94,6 +96,7 @@ class Context:
             self.moments(l).covariance,
             self.weight(l),
             curvature,
+            shrinkage=self.shrinkage,
             damping=DAMPING,
             protected=() if self.protected is None else self.protected[l],
             prior=None if self.prior is None else self.prior[l],

@@ -14,7 +14,7 @@ may be anything: neurons, parameters, MACs, measured latency.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,10 +57,50 @@ class Ranking:
 
 
 @dataclass
+class Split:
+    """What a block may do in place of sharing: hidden units for the tokens that the classifier
+    reads alone, and others for the rest. Both together are never more than the block has now.
+
+    Args:
+        rest, own: which units of each side go first, and how many may stay.
+        harm: nats per block and width of the rest, and of the own.
+        prices: per block, of the rest and of the own.
+        blocks: where it may be done.
+    """
+
+    rest: Ranking
+    own: Ranking
+    own_widths: Sequence[Sequence[int]]
+    harm: tuple[Table, Table]
+    prices: tuple[Sequence[Prices], Sequence[Prices]]
+    blocks: Collection[int]
+
+    def options(self, l: int) -> Item:
+        """Block l's, (width of the rest, of the own); those that another beats are left out."""
+        if l not in self.blocks:
+            return Item({}, {})
+        widths = self.rest.widths[l], list(self.own_widths[l])
+        rest, own = (smooth(t[l], ws) for t, ws in zip(self.harm, widths, strict=True))
+        rest_price, own_price = (
+            _price_row(p[l], l, ws) for p, ws in zip(self.prices, widths, strict=True)
+        )
+        harm, prices, least = {}, {}, math.inf
+        pairs = [(w, c) for w in widths[0] for c in widths[1] if w + c <= widths[0][-1]]
+        for w, c in sorted(pairs, key=lambda o: (rest_price[o[0]] + own_price[o[1]], o)):
+            nats = rest[w] + own[c]
+            if nats < least:
+                least = nats
+                harm[w, c], prices[w, c] = nats, rest_price[w] + own_price[c]
+        return Item(harm, prices)
+
+
+@dataclass
 class Selection:
     """The kept neurons, ascending, per block; the budget asked for and what they cost.
 
-    `achieved` and `budget` are in units of the price; `total` is the dense network's.
+    `own`: those of the tokens that are read, in blocks where they have some to themselves; there
+    `keep` is of the others. `achieved` and `budget` are in units of the price; `total` is the dense
+    network's.
     """
 
     keep: list[list[int]]
@@ -71,11 +111,18 @@ class Selection:
     warnings: list[str] = field(default_factory=list)
     others: list[list[Any]] = field(default_factory=list)  # options taken, [axis][block]
     shares: list[float] = field(default_factory=list)  # of the harm: hidden units', then others'
+    own: list[list[int]] | None = None
 
     @property
     def widths(self) -> list[int]:
         """Neurons that stay in each block."""
         return [len(kept) for kept in self.keep]
+
+    @property
+    def either(self) -> list[list[int]]:
+        """Those that stay for some of the tokens."""
+        own = self.own or [[]] * len(self.keep)
+        return [sorted({*kept, *theirs}) for kept, theirs in zip(self.keep, own, strict=True)]
 
 
 def select(
@@ -86,6 +133,7 @@ def select(
     prices: Sequence[Prices] | None = None,
     harm: Table | None = None,
     others: Sequence[Sequence[Item]] = (),
+    split: Split | None = None,
     tolerance: float = 0.01,
 ) -> Selection:
     """Keep sets from a ranking of hidden units, within a budget.
@@ -96,6 +144,7 @@ def select(
         harm: nats per block and width (`measured` only), read at other widths by `smooth`.
         others: further axes that the budget is for as well (`measured` only): one item for each
             block, of which one option is taken.
+        split: what blocks may do in place of sharing their units (`measured` only).
         tolerance: share of the budget that may be missed without a warning.
 
     Raises:
@@ -118,6 +167,7 @@ def select(
     floors = _floors(choices, sets, price, budget - sum(min(item.prices.values()) for item in more))
     chosen: list[list[Any]] = []
     lost: list[float] = []
+    own = [0] * len(dense)
     if method == "uniform":
         widths = _uniform(choices, price, budget, total)
         achieved = sum(row[w] for row, w in zip(price, widths, strict=True))
@@ -126,9 +176,16 @@ def select(
         open_ = [[w for w in row if w >= f] for row, f in zip(choices, floors, strict=True)]
         fill = interpolate if harm is None else smooth
         filled = [fill(row, ws) for row, ws in zip(table, open_, strict=True)]
-        hidden = [Item(h, row) for h, row in zip(filled, price, strict=True)]
-        (widths, *chosen), achieved, lost = _solved([hidden, *others], budget)
-    keep, warnings = keep_sets(ranking.scores, widths, sets, ranking.votes)
+        hidden = [_shared(h, row) for h, row in zip(filled, price, strict=True)]
+        if split is not None:
+            hidden = [_either(item, split.options(l)) for l, item in enumerate(hidden)]
+        (pairs, *chosen), achieved, lost = _solved([hidden, *others], budget)
+        widths, own = [w for w, _ in pairs], [c for _, c in pairs]
+    fixed = [() if c else s for s, c in zip(sets, own, strict=True)]
+    keep, warnings = keep_sets(ranking.scores, widths, fixed, ranking.votes)
+    if split is not None:
+        of_rest = keep_sets(split.rest.scores, widths, [()] * len(dense))[0]
+        keep = [r if c else k for r, k, c in zip(of_rest, keep, own, strict=True)]
     if abs(achieved - budget) > tolerance * budget:
         what = "what is kept costs" if others else "the kept neurons cost"
         warnings.append(
@@ -138,8 +195,24 @@ def select(
         )
     cost = None if harm is None else sum(lost)
     return Selection(
-        keep, float(budget), float(achieved), float(total), cost, warnings, chosen, lost
-    )
+        keep, float(budget), float(achieved), float(total), cost, warnings, chosen, lost,
+        kept_own(split.own, own) if split is not None and any(own) else None,
+    )  # fmt: skip
+
+
+def kept_own(ranking: Ranking, widths: Sequence[int]) -> list[list[int]]:
+    """The best own units of each block; none where its width is 0."""
+    fixed = ranking.protected or [()] * len(widths)
+    return keep_sets(ranking.scores, widths, fixed, ranking.votes)[0]
+
+
+def _shared(harm: Mapping[int, float], prices: Mapping[int, float]) -> Item:
+    """Widths as options of a block that may be split, too: own units, 0 of them, come second."""
+    return Item({(w, 0): n for w, n in harm.items()}, {(w, 0): p for w, p in prices.items()})
+
+
+def _either(one: Item, other: Item) -> Item:
+    return Item({**one.harm, **other.harm}, {**one.prices, **other.prices})
 
 
 def _solved(

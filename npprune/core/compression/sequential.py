@@ -34,7 +34,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npprune.core.compression.compensation import Compensated, Cross, choose_shrinkage, compensate
+from npprune.core.compression.compensation import (
+    SHRINKAGES,
+    Compensated,
+    Cross,
+    choose_shrinkage,
+    compensate,
+)
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement, layers_replaced, replaced
 from npprune.core.compression.statistics import Moments, Sums
@@ -54,8 +60,8 @@ class Refitted:
     """The layers that stand in for the dense ones.
 
     `second` are the blocks' second layers. `projections` maps a block to its attention's `proj`,
-    `classifiers` are those of the view, in its order; both are empty with beta = 0, or where the
-    network has no such layer with a bias.
+    `classifiers` are those of the view, in its order; the last two are empty with beta = 0, or
+    where the network has no such layer with a bias.
     """
 
     second: list[Replacement]
@@ -73,12 +79,15 @@ class Fit:
         shrinkage: lambda over the mean diagonal of the covariance.
         held_out: images that nothing is fitted on; where given, each layer's shrinkage is the one
             that loses least on them.
+        own_shrinkages: those tried for the layers of the tokens that are read alone; without
+            held-out images the middle one is taken.
     """
 
     beta: float = BETA
     weights: Sequence[Tensor] | None = None
     shrinkage: float = SHRINKAGE
     held_out: Sequence[Tensor] = ()
+    own_shrinkages: Sequence[float] = SHRINKAGES
 
 
 @torch.no_grad()
@@ -90,6 +99,7 @@ def compensate_in_sequence(
     fit: Fit | None = None,
     changed: Sequence[Mapping[nn.Linear, Replacement]] | None = None,
     merged: Sequence[int] | None = None,
+    own: Sequence[Sequence[int]] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
 ) -> Refitted:
     """Refit every block on the network whose earlier blocks are pruned already.
@@ -102,6 +112,8 @@ def compensate_in_sequence(
             network alone: what they lose is an error of the stream like that of earlier blocks.
             A `proj` among them says which of its inputs stay; it is refitted.
         merged: per block, tokens that the pruned network merges; None: none.
+        own: per block, the neurons of the tokens that are read, where they have some to
+            themselves and `keep` is of the others; empty: all tokens share.
         on_block: called with each block's number and how its second layer was found.
     """
     fit = fit or Fit()
@@ -134,14 +146,27 @@ def compensate_in_sequence(
             pairs = [view.pairs(l, x, a, merged[l]) for x, a in both]
         for i, a in enumerate(given):
             dense[i] = view.tail(l, dense[i], a, merge=pairs[i])
-        sums = _Sums(fitted)
+        sums, of_own = _Sums(fitted), _Sums(fitted)
+        aside = (view.tokens_read or 0) if own is not None and own[l] else 0
         for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
             with recorded([fc2]) as seen:
                 after = view.tail(l, x, a, merge=join)
-            error = _values(dense[i]) - _values(after) if beta else None
-            sums.add(seen[fc2][0], error, _weights(weight, after))
+            h, error = seen[fc2][0], _values(dense[i]) - _values(after) if beta else None
+            if aside:
+                of_own.add(h[:, :aside], None if error is None else error[:, :aside], None)
+            sums.add(
+                h[:, aside:],
+                None if error is None else error[:, aside:],
+                _after(_weights(weight, after), aside),
+            )
         found = sums.refit(fc2, keep[l], beta, shrinkage)
-        out.second.append(Replacement(list(keep[l]), found.weight, found.bias))
+        second = Replacement(list(keep[l]), found.weight, found.bias)
+        if aside and own is not None:
+            tried = fit.own_shrinkages
+            middle = tried[len(tried) // 2]
+            theirs = of_own.refit(fc2, own[l], beta, middle, tried=tried, diagnose=False)
+            second.first = aside, Replacement(list(own[l]), theirs.weight, theirs.bias)
+        out.second.append(second)
         if on_block is not None:
             on_block(l, found)
         with replaced(view, {l: out.second[-1]}):
@@ -166,6 +191,11 @@ def _weights(weight: Tensor | None, at: Tensor | Tokens) -> Tensor | None:
     each = torch.ones(at.where.shape[1]) if weight is None else weight
     each = each.to(at.x)[None, :, None].expand(len(at.x), -1, -1)
     return gathered(each, at.where, at.x.shape[1])[..., 0]
+
+
+def _after(weights: Tensor | None, first: int) -> Tensor | None:
+    """The weights [t] or [b, t] of the tokens after the first ones."""
+    return weights if weights is None else weights[..., first:]
 
 
 def _projection(view: VitView, l: int) -> nn.Linear | None:
@@ -285,6 +315,7 @@ class _Sums:
         beta: float,
         shrinkage: float,
         *,
+        tried: Sequence[float] = SHRINKAGES,
         diagnose: bool = True,
     ) -> Compensated:
         """The layer for the kept inputs; the shrinkage from the held-out part, if there is one."""
@@ -292,8 +323,9 @@ class _Sums:
         if self.held.weight:
             held_out, held_cross = self.held.finish(beta)
             shrinkage, _ = choose_shrinkage(
-                moments, held_out, layer.weight, keep, cross=cross, held_out_cross=held_cross
-            )
+                moments, held_out, layer.weight, keep,
+                cross=cross, held_out_cross=held_cross, candidates=tried,
+            )  # fmt: skip
         return compensate(
             moments, layer.weight, layer.bias, keep,
             shrinkage=shrinkage, cross=cross, diagnose=diagnose,

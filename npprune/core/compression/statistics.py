@@ -8,6 +8,8 @@ gradient of the loss at y, one row a token):
     gates       per image a_j = sum over tokens of h_j (W^T g)_j, the gradient of a gate on
                 neuron j: sum a (Taylor), sum a^2 (Fisher)
     curvature   sum g g^T                                   over all tokens
+    read        all of these once more, over the tokens that the classifier reads alone (see
+                `Statistics.side`)
 
 The loss gradient at the logits is sqrt(p) e - p (sqrt(p) . e) with random signs e: its outer
 product is diag(p) - p p^T on average, the exact curvature of KL(dense || changed) (the Fisher
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +37,8 @@ from npprune.errors import UsageError
 
 STILL = 1e-6
 """A variance over the squared mean that is rounding, in products of float32."""
+Side = Literal["read", "others"]
+
 _TARGET = 2.0  # in saved states: the gradient above; 0 and 1 were others
 
 
@@ -53,6 +58,8 @@ class BlockSums:
     gate: Tensor | None = None  # [h] sum of |a| over images
     gate_square: Tensor | None = None  # [h] sum of a^2 over images
     curvature: Tensor | None = None  # [d, d]
+    read: BlockSums | None = None  # of the tokens that the classifier reads
+    rest: BlockSums | None = None  # of the others: gates, which no difference gives
 
     def add(self, other: BlockSums) -> None:
         """Add the sums of other images, in place."""
@@ -60,10 +67,26 @@ class BlockSums:
             mine, theirs = getattr(self, f.name), getattr(other, f.name)
             if theirs is None:
                 continue
-            if isinstance(mine, Tensor):
+            if isinstance(mine, BlockSums):
+                mine.add(theirs)
+            elif isinstance(mine, Tensor):
                 mine += theirs.to(mine.device)
             else:
                 setattr(self, f.name, theirs if mine is None else mine + theirs)
+
+    def others(self) -> BlockSums:
+        """Of the tokens that the classifier does not read: all less those that it does."""
+        read, rest = self.read, self.rest or BlockSums()
+        if read is None:
+            raise UsageError("these statistics hold no sums of the tokens that are read")
+        out = BlockSums(self.tokens - read.tokens, self.images, weight=self.weight - read.weight)
+        for name in ("hidden", "absolute", "gram", "salient", "salient_gram", "curvature"):
+            whole, part = getattr(self, name), getattr(read, name)
+            setattr(out, name, None if whole is None else whole - part)
+        if self.position is not None and read.position is not None:
+            out.position = self.position[len(read.position) :]
+        out.gate, out.gate_square = rest.gate, rest.gate_square
+        return out
 
 
 @dataclass
@@ -177,15 +200,16 @@ class Statistics:
         s = self.block(l)
         return self._need(s.curvature, "curvature") / s.tokens
 
+    def side(self, which: Side) -> Statistics:
+        """Those of the tokens that the classifier reads alone, or of all others."""
+        return _OneSide(self, which)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it as named tensors on the CPU, for any file format."""
         flags = [float(need in self.needs) for need in NEEDS]
         out = {"header": torch.tensor([float(self.images), _TARGET, *flags], dtype=torch.float64)}
         for l, sums in self.blocks.items():
-            for f in fields(sums):
-                value = getattr(sums, f.name)
-                if value is not None:
-                    out[f"{l}.{f.name}"] = torch.as_tensor(value, dtype=torch.float64).cpu().clone()
+            out |= _named(sums, f"{l}.")
         return out
 
     @classmethod
@@ -198,17 +222,21 @@ class Statistics:
         if "header" not in tensors:
             raise UsageError("saved statistics need a tensor `header`, got none")
         images, _, *flags = tensors["header"].tolist()
-        needs = tuple(need for need, flag in zip(NEEDS, flags, strict=True) if flag)
+        needs = tuple(need for need, flag in zip(NEEDS, flags, strict=False) if flag)
         out = cls(needs=needs, images=int(images))
         known = {f.name: f for f in fields(BlockSums)}
         for name, value in tensors.items():
             if name == "header":
                 continue
-            l, _, key = name.partition(".")
-            if not l.isdigit() or key not in known:
+            l, *side, key = name.split(".")
+            if not l.isdigit() or key not in known or side not in ([], ["read"], ["rest"]):
                 raise UsageError(f"saved statistics hold BLOCK.SUM tensors, got `{name}`")
             scalar = known[key].default is not None
             sums = out.blocks.setdefault(int(l), BlockSums())
+            if side:
+                part = getattr(sums, side[0]) or BlockSums()
+                setattr(sums, side[0], part)
+                sums = part
             setattr(sums, key, float(value) if scalar else value.clone())
         return out
 
@@ -227,11 +255,43 @@ class Statistics:
         return value
 
 
+class _OneSide(Statistics):
+    """Statistics of some of the tokens; one block's sums at a time."""
+
+    def __init__(self, whole: Statistics, which: Side) -> None:
+        super().__init__(whole.needs, whole.images)
+        self._whole, self._which = whole, which
+        self._last: tuple[int, BlockSums] | None = None
+
+    def block(self, l: int) -> BlockSums:
+        if self._last is None or self._last[0] != l:
+            sums = self._whole.block(l)
+            self._last = (
+                l,
+                self._need(sums.read, "read") if self._which == "read" else sums.others(),
+            )
+        return self._last[1]
+
+    def _need(self, value: Any, need: Need) -> Any:
+        return self._whole._need(value, need)
+
+
+def _named(sums: BlockSums, prefix: str) -> dict[str, Tensor]:
+    out: dict[str, Tensor] = {}
+    for f in fields(sums):
+        value = getattr(sums, f.name)
+        if isinstance(value, BlockSums):
+            out |= _named(value, f"{prefix}{f.name}.")
+        elif value is not None:
+            out[prefix + f.name] = torch.as_tensor(value, dtype=torch.float64).cpu().clone()
+    return out
+
+
 def collect_statistics(
     view: VitView,
     batches: Iterable[Tensor],
     *,
-    needs: Iterable[Need] = NEEDS,
+    needs: Iterable[Need] = ("moments", "salience", "gates", "curvature"),
     blocks: Sequence[int] | None = None,
     draws: int = 1,
     generator: torch.Generator | None = None,
@@ -259,13 +319,16 @@ def collect_statistics(
     gradients = bool({"salience", "gates", "curvature"} & set(stats.needs))
     if draws < 1:
         raise UsageError(f"draws must be at least 1, got {draws}")
+    read = view.tokens_read if "read" in stats.needs else 0
+    if read is None:
+        raise UsageError("the classifier of this network reads every token: no sums of some alone")
     for images in batches:
         with recorded(layers.values()) as seen, torch.set_grad_enabled(gradients):
             logits = logits_of(view, images, gradients)
         check_logits(view, images, logits, first=stats.images)
         for l, fc2 in layers.items():  # one at a time: a batch's own sums are as large as all
             sums = stats.blocks.setdefault(l, BlockSums())
-            sums.add(_moments(seen[fc2][0].detach(), stats.needs))
+            sums.add(_moments(seen[fc2][0].detach(), stats.needs, read))
         for draw in range(draws if gradients else 0):
             if generator is None:
                 raise UsageError("the loss gradient is drawn at random and needs a generator")
@@ -276,7 +339,7 @@ def collect_statistics(
             check_scores(torch.stack(sizes, 1), what="gradients", dtype=images.dtype)
             for (l, fc2), g in zip(layers.items(), gs, strict=True):
                 h = seen[fc2][0].detach()
-                _add_gradient(stats.blocks[l], fc2, h, g, stats.needs, draws)
+                stats.blocks[l].add(_gradients(fc2, h, g, stats.needs, draws, read))
         stats.images += len(images)
         if on_batch is not None:
             on_batch(stats)
@@ -315,21 +378,23 @@ def double(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
 
-def _moments(h: Tensor, needs: tuple[Need, ...]) -> BlockSums:
-    """What a batch [b, t, h] adds without a gradient."""
+def _moments(h: Tensor, needs: tuple[Need, ...], read: int = 0) -> BlockSums:
+    """What a batch [b, t, h] adds without a gradient; `read` tokens once more."""
     tokens = h.flatten(0, 1)
     sums = BlockSums(tokens=float(len(tokens)), images=float(len(h)))
     if "moments" in needs:
         rows = double(tokens)
         sums.hidden, sums.absolute = rows.sum(0), rows.abs().sum(0)
         sums.gram = rows.T @ rows
+    if read:
+        sums.read = _moments(h[:, :read], needs)
     return sums
 
 
-def _add_gradient(
-    sums: BlockSums, fc2: nn.Linear, h: Tensor, g: Tensor, needs: tuple[Need, ...], draws: int
-) -> None:
-    """Add one backward pass' share: h [b, t, h], g [b, t, d]."""
+def _gradients(
+    fc2: nn.Linear, h: Tensor, g: Tensor, needs: Sequence[Need], draws: int, read: int = 0
+) -> BlockSums:
+    """One backward pass' share: h [b, t, h], g [b, t, d]; of `read` tokens once more."""
     found = BlockSums()
     if "gates" in needs:
         a = double((h * (g @ fc2.weight.detach())).sum(dim=1))
@@ -346,4 +411,8 @@ def _add_gradient(
         # the weights are a random draw: products in the model's precision, sums in float64
         scaled = h.flatten(0, 1) * weight.sqrt().to(h)[:, None]
         found.salient_gram = double(scaled.T @ scaled)
-    sums.add(found)
+    if read:
+        found.read = _gradients(fc2, h[:, :read], g[:, :read], needs, draws)
+        gates: list[Need] = ["gates"] if "gates" in needs else []
+        found.rest = _gradients(fc2, h[:, read:], g[:, read:], gates, draws)
+    return found

@@ -61,6 +61,12 @@ def reconstruct(
             "fit",
             hint=f"{setting('data.images_per_class', 'N')} takes fewer",
         )
+    if make_view(student).own_units:
+        raise ModelError(
+            f"{setting('heal.layerwise')} fits one second layer per block, and the class token of "
+            "this network has hidden units of its own",
+            hint=f"leave {setting('heal.layerwise')} out",
+        )
     if tokens_of(student) != ([0] * len(tokens_of(student)[0]), False):
         raise ModelError(
             f"{setting('heal.layerwise')} compares every token block by block, and the network "

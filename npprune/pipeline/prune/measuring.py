@@ -18,13 +18,15 @@ from npprune import words
 from npprune.budget import Budget, budget_of
 from npprune.core.compression.cost import Price, Sizes
 from npprune.core.compression.scores import Context, score
-from npprune.core.compression.selection import Ranking
+from npprune.core.compression.selection import Ranking, Table
 from npprune.core.compression.statistics import Statistics, collect_statistics
 from npprune.core.view import VitView
 from npprune.criteria import CRITERIA, Need
 from npprune.errors import UsageError, setting
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Option, beyond_hidden
+from npprune.pipeline.prune.axes.cls import WORD as CLS
+from npprune.pipeline.prune.axes.cls import OwnUnits
 from npprune.pipeline.prune.axes.hidden import HiddenUnits
 from npprune.pipeline.prune.axes.tokens import (
     WORD,
@@ -139,6 +141,7 @@ class Harm:
     hidden: list[dict[int, float]]
     further: list[list[dict[Option, float]]]
     schedules: list[Schedule]
+    own: tuple[Table, Table] | None = None  # of hidden units for patches, and for what is read
 
 
 @dataclass(frozen=True)
@@ -158,6 +161,7 @@ class Measured:
     harm: Harm | None = None
     held_out: Statistics | None = None
     read: int | None = None
+    own: OwnUnits | None = None
 
     def spent(self, settings: PlanSettings) -> dict[str, float]:
         """Seconds of the parts that a run of these settings alone would have had."""
@@ -192,6 +196,8 @@ def measure(
     notes += scarce(subject)
     generator, seconds = work.generator(), {}
     needs = needs_of(criterion)
+    if CLS in settings.axes:
+        needs |= {"read"}
     salience = SALIENCE if "salience" in needs else 0.0
     if like is not None and set(like.statistics.needs) == needs:
         collected = like
@@ -213,6 +219,7 @@ def measure(
             generator=generator,
         )
         scores = score(criterion, context)
+    read = read_alone(view) if settings.price == "macs" or subject.last_for_read else None
     ranking = Ranking(
         scores,
         protected,
@@ -227,8 +234,19 @@ def measure(
             fit = subject.placed(subject.fit)
             further.append(axis.measured(view, settings.axes, fit, generator, told))
     hidden = HiddenUnits(view, collected.statistics, ranking, salience)
-    read = read_alone(view) if settings.price == "macs" or subject.last_for_read else None
-    return Measured(subject, criterion, collected, hidden, further, notes, seconds, read=read)
+    own = None
+    if CLS in settings.axes:
+
+        def of_side(sums: Statistics, shrinkage: float) -> list[Tensor]:
+            return score(
+                criterion, replace(context, sums=sums, shrinkage=shrinkage, eliminated=set())
+            )
+
+        with timed(seconds, CLS):
+            own = OwnUnits.measured(hidden, of_side, last_for_read=read is not None)
+    return Measured(
+        subject, criterion, collected, hidden, further, notes, seconds, read=read, own=own
+    )
 
 
 def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured:
@@ -248,17 +266,26 @@ def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured
             with timed(seconds, WORD):
                 told = tell(work, WORD, count(view), "schedules")
                 merging = measured_schedules(view, few, told)
-        measured = replace(measured, harm=Harm(hidden, further, merging), seconds=seconds)
+        sides = None
+        if measured.own is not None:
+            with timed(seconds, CLS):
+                sides = measured.own.harm(few, tell(work, CLS, blocks, "blocks"))
+        measured = replace(measured, harm=Harm(hidden, further, merging, sides), seconds=seconds)
     if needs_held_out(measured, settings) and measured.held_out is None:
         with timed(seconds, "held-out"):
             statistics = collect_statistics(
                 subject.view,
                 subject.placed(subject.held_out),
-                needs={"moments", "salience"} if measured.hidden.salience else {"moments"},
+                needs=_held_out_needs(measured),
                 generator=torch.Generator().manual_seed(0),
             )
         measured = replace(measured, held_out=statistics, seconds=seconds)
     return measured
+
+
+def _held_out_needs(measured: Measured) -> set[Need]:
+    needs: set[Need] = {"moments", "salience"} if measured.hidden.salience else {"moments"}
+    return needs | {"read"} if measured.own is not None else needs
 
 
 def needs_held_out(measured: Measured, settings: PlanSettings) -> bool:

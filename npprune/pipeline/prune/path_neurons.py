@@ -5,7 +5,8 @@ alone would decide which stay. So the criterion chooses first. Then path neurons
 first, take a growing share of each block's kept width (or votes raise the criterion's scores by a
 growing weight). Every share is refitted by least squares and its predictions on images that nothing
 is fitted on compared with those of share 0; the largest that is not worse by more than one standard
-error of the paired difference is taken.
+error of the paired difference is taken. Where the class token has hidden units of its own, the
+paths' are among these.
 """
 
 from __future__ import annotations
@@ -39,13 +40,12 @@ def with_path_neurons(
     if paths is None or settings.paths == "off":
         return selection, {}
     tried: list[dict[str, float]] = []
-    keep = selection.keep
     if settings.paths in ("auto", "prior") and not settings.by_paths(paths):
-        keep, tried = _largest(measured, settings, selection, paths)
-    record = {"use": settings.paths, "tried": tried, **held(paths, keep)}
+        selection, tried = _largest(measured, settings, selection, paths)
+    record = {"use": settings.paths, "tried": tried, **held(paths, selection.either)}
     if tried:
         record["taken"] = next(row["share"] for row in reversed(tried) if row["taken"])
-    return replace(selection, keep=keep), record
+    return selection, record
 
 
 def held(paths: Paths, keep: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -67,20 +67,20 @@ def staying(paths: Paths, keep: Sequence[Sequence[int]]) -> list[set[int]]:
 
 def _largest(
     measured: Measured, settings: PlanSettings, selection: Selection, paths: Paths
-) -> tuple[list[list[int]], list[dict[str, float]]]:
-    """The keep sets of the largest share that costs nothing, and all that were tried."""
+) -> tuple[Selection, list[dict[str, float]]]:
+    """The selection by the largest share that costs nothing, and all that were tried."""
     subject, tried = measured.subject, []
     images = subject.placed(subject.held_out) or subject.few(HARM_IMAGES)
     dense = predict(subject.view, images)
-    keep, base = selection.keep, None
+    taken_last, base = selection, None
     for share in WEIGHTS if settings.paths == "prior" else SHARES:
-        sets = _sets(measured, settings, selection, paths, share)
-        nats = divergence(dense, predict(subject.view, images, _refitted(measured, sets)))
+        found = _by(measured, settings, selection, paths, share)
+        nats = divergence(dense, predict(subject.view, images, _refitted(measured, found)))
         base = nats if base is None else base
         change = mean_interval(nats - base)
         taken = change.value <= change.standard_error
         if taken:
-            keep = sets
+            taken_last = found
         tried.append(
             {
                 "share": share,
@@ -88,27 +88,39 @@ def _largest(
                 "change": change.value,
                 "standard_error": change.standard_error,
                 "taken": taken,
-                **held(paths, sets),
+                **held(paths, found.either),
             }
         )
-    return keep, tried
+    return taken_last, tried
 
 
-def _sets(
+def _by(
     measured: Measured, settings: PlanSettings, selection: Selection, paths: Paths, share: float
-) -> list[list[int]]:
-    """Keep sets at the selection's widths, with path neurons by a share or a weight."""
-    scores, widths = measured.hidden.ranking.scores, selection.widths
+) -> Selection:
+    """The selection at the same widths, with path neurons by a share or a weight: among the class
+    token's own units where it has some, else among those that all tokens share."""
     if share == 0:
-        return selection.keep
+        return selection
+    scores, keep = list(measured.hidden.ranking.scores), selection.keep
+    own = selection.own or [[] for _ in keep]
+    if measured.own is not None:
+        theirs = measured.own.own.ranking.scores
+        scores = [t if o else s for s, t, o in zip(scores, theirs, own, strict=True)]
+    widths = [len(o) or len(k) for k, o in zip(keep, own, strict=True)]
     if settings.paths == "prior":
-        raised = [_raised(s, v, share) for s, v in zip(scores, paths.votes, strict=True)]
-        return keep_sets(raised, widths, [()] * len(widths))[0]
-    first = [
-        _most_voted(union, votes, int(share * width))
-        for union, votes, width in zip(paths.union, paths.votes, widths, strict=True)
-    ]
-    return keep_sets(scores, widths, first, paths.votes)[0]
+        scores = [_raised(s, v, share) for s, v in zip(scores, paths.votes, strict=True)]
+        first: list[list[int]] = [[] for _ in keep]
+    else:
+        first = [
+            _most_voted(union, votes, int(share * width))
+            for union, votes, width in zip(paths.union, paths.votes, widths, strict=True)
+        ]
+    sets = keep_sets(scores, widths, first, paths.votes)[0]
+    return replace(
+        selection,
+        keep=[k if o else s for k, o, s in zip(keep, own, sets, strict=True)],
+        own=selection.own and [s if o else [] for o, s in zip(own, sets, strict=True)],
+    )
 
 
 def _raised(scores: Tensor, votes: Tensor, weight: float) -> Tensor:
@@ -122,11 +134,12 @@ def _most_voted(union: Sequence[int], votes: Tensor, count: int) -> list[int]:
     return sorted(ranked[:count])
 
 
-def _refitted(measured: Measured, keep: Sequence[Sequence[int]]) -> dict[int, Replacement]:
+def _refitted(measured: Measured, selection: Selection) -> dict[int, Replacement]:
     """Second layers of the kept units, by least squares, each block by itself."""
-    view = measured.subject.view
-    return {
-        l: least_squares(view.fc2(l), measured.hidden.moments(l), kept)
-        for l, kept in enumerate(keep)
-        if len(kept) < view.widths[l]
-    }
+    view, out = measured.subject.view, {}
+    for l, kept in enumerate(selection.keep):
+        if selection.own is not None and selection.own[l] and measured.own is not None:
+            out[l] = measured.own.least_squares(l, kept, selection.own[l])
+        elif len(kept) < view.widths[l]:
+            out[l] = least_squares(view.fc2(l), measured.hidden.moments(l), kept)
+    return out

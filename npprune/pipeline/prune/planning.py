@@ -23,6 +23,8 @@ from npprune.core.compression.solver import Item
 from npprune.errors import GateError, plural
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Kept
+from npprune.pipeline.prune.axes.cls import OWN_SHRINKAGE, OWN_SHRINKAGES
+from npprune.pipeline.prune.axes.cls import WORD as CLS
 from npprune.pipeline.prune.axes.hidden import HiddenUnits
 from npprune.pipeline.prune.axes.tokens import WORD, Schedule, between, own
 from npprune.pipeline.prune.latency import LATENCY_TOLERANCE, LatencyTable
@@ -53,15 +55,21 @@ class Chosen:
     further: Further = field(default_factory=list)
     merged: list[int] | None = None  # tokens, per block
     last_for_read: bool = False  # the last block computes only what the classifier reads
+    own: list[list[int]] | None = None  # hidden units of the tokens that are read, per block
 
     def fields(self) -> dict[str, Any]:
         """What further axes and tokens put into the plan."""
-        return _fields(self.further, self.merged, self.last_for_read)
+        return _fields(self.further, self.merged, self.last_for_read, self.own)
 
 
-def _fields(further: Further, merged: list[int] | None, last_for_read: bool) -> dict[str, Any]:
-    """Of a plan, beside the hidden units."""
-    found: dict[str, Any] = {"merged": merged, "last_for_read": last_for_read}
+def _fields(
+    further: Further,
+    merged: list[int] | None,
+    last_for_read: bool,
+    own: list[list[int]] | None,
+) -> dict[str, Any]:
+    """Of a plan, beside the hidden units that all tokens share."""
+    found: dict[str, Any] = {"merged": merged, "last_for_read": last_for_read, "cls_keep": own}
     for axis, kept in further:
         found |= axis.plan(kept)
     return found
@@ -209,7 +217,9 @@ def _best(
 def skeleton(measured: Measured, choice: Choice) -> Plan:
     """A plan of the sizes that a choice leads to, for timing; the values are not refitted."""
     further = _kept_of(measured, choice.selection, "none")
-    fields = _fields(further, choice.schedule.counts, measured.read is not None)
+    fields = _fields(
+        further, choice.schedule.counts, measured.read is not None, choice.selection.own
+    )
     return Plan(choice.selection.keep, list(measured.subject.view.widths), **fields)
 
 
@@ -225,6 +235,7 @@ def _selected(
     harm = measured.harm if settings.selection == "measured" else None
     price = settings.price
     further: list[list[Item]] = []
+    split = None
     if latency is not None:
         prices: list[Any] = list(latency.prices)
     elif price == "neurons":
@@ -238,6 +249,8 @@ def _selected(
                 [Item(table[l], axis.prices(l, sizes, price)) for l in blocks]
                 for axis, table in zip(measured.further, harm.further, strict=True)
             ]
+            if measured.own is not None and harm.own is not None:
+                split = measured.own.split(harm.own, sizes, price)
         whole = [max(row.values()) for row in prices]
         whole += [max(item.prices.values()) for axis in further for item in axis]
         amount = min(amount, sum(whole))  # merging tokens may have met the budget already
@@ -248,6 +261,7 @@ def _selected(
         prices=prices,
         harm=harm.hidden if harm is not None else None,
         others=further,
+        split=split,
         tolerance=LATENCY_TOLERANCE if latency is not None else 0.01,
     )
 
@@ -269,7 +283,7 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
         if mode == "sequential":
             refitted, found = _in_sequence(measured, settings, choice, further, work)
         else:
-            refitted, found = _block_by_block(measured, settings, selection.keep, further)
+            refitted, found = _block_by_block(measured, settings, selection, further)
     details: dict[str, Any] = {
         "shrinkage": [c.shrinkage for c in found],
         "condition_number": [c.condition for c in found],
@@ -280,18 +294,21 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     if paths:
         details["paths"] = paths
     details |= {axis.name: axis.described(kept) for axis, kept in further}
+    if selection.own is not None:
+        details[CLS] = [len(own) for own in selection.own]
     if measured.harm is not None and settings.price == "macs":
         details["axes"] = _by_axis(measured, choice, further)
     details["seconds"] = {**measured.spent(settings), **seconds}
     return Chosen(
         selection.keep,
         refitted,
-        _path_neurons(measured, settings, selection.keep),
+        _path_neurons(measured, settings, selection.either),
         [*measured.notes, *selection.warnings, *_crowded(measured, selection)],
         details,
         further,
         schedule.counts,
         measured.read is not None,
+        selection.own,
     )
 
 
@@ -319,7 +336,10 @@ def _by_axis(measured: Measured, choice: Choice, further: Further) -> list[dict[
     for (axis, kept), nats in zip(further, selection.shares[1:], strict=True):
         sizes = axis.resized(sizes, kept)
         steps.append((axis.name, sizes, nats))
-    steps.append(("mlp", sizes.with_hidden(selection.widths), selection.shares[0]))
+    if selection.own is not None and measured.own is not None:
+        sizes = replace(sizes, own_tokens=measured.own.tokens)
+    own = None if selection.own is None else [len(kept) for kept in selection.own]
+    steps.append(("mlp", sizes.with_hidden(selection.widths, own), selection.shares[0]))
     rows, before = [], whole
     for name, after, nats in steps:
         rows.append({"axis": name, "macs": (before - macs(after)) / whole, "nats": nats})
@@ -362,9 +382,11 @@ def _in_sequence(
             weights=weights,
             shrinkage=SHRINKAGE if settings.shrinkage is None else settings.shrinkage,
             held_out=subject.placed(subject.held_out if settings.shrinkage is None else []),
+            own_shrinkages=OWN_SHRINKAGES,
         ),
         changed=changed if further else None,
         merged=choice.schedule.counts,
+        own=choice.selection.own,
         on_block=on_block,
     )
     return refitted, found
@@ -379,7 +401,7 @@ def _at_patches(subject: Subject, weights: Tensor) -> Tensor:
 def _block_by_block(
     measured: Measured,
     settings: PlanSettings,
-    keep: Sequence[Sequence[int]],
+    selection: Selection,
     further: Further,
 ) -> tuple[Refitted, list[Compensated]]:
     """Each block from the dense network's statistics alone."""
@@ -388,15 +410,24 @@ def _block_by_block(
     shrinkage = SHRINKAGE if settings.shrinkage is None else settings.shrinkage
     held_out = measured.held_out if needs_held_out(measured, settings) else None
     layers, found = [], []
-    for l, kept in enumerate(keep):
-        fc2, moments = view.fc2(l), hidden.moments(l)
+    for l, kept in enumerate(selection.keep):
+        own = [] if selection.own is None else selection.own[l]
+        split = measured.own if own else None
+        fc2, moments = view.fc2(l), (hidden if split is None else split.rest).moments(l)
         if held_out is not None:
-            others = held_out.moments(l, hidden.salience)
+            sums = held_out if split is None else held_out.side("others")
+            others = sums.moments(l, hidden.salience)
             shrinkage, _ = choose_shrinkage(moments, others, fc2.weight, kept)
         block = compensate(
             moments, fc2.weight, fc2.bias, kept, mode=settings.compensation, shrinkage=shrinkage
         )
         layers.append(Replacement(list(kept), block.weight, block.bias))
+        if split is not None:
+            theirs = compensate(
+                split.own.moments(l), fc2.weight, fc2.bias, own,
+                mode=settings.compensation, shrinkage=OWN_SHRINKAGE, diagnose=False,
+            )  # fmt: skip
+            layers[-1].first = split.tokens, Replacement(own, theirs.weight, theirs.bias)
         found.append(block)
     projections: dict[int, Replacement] = {}
     for axis, kept_by in further:

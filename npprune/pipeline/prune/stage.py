@@ -19,7 +19,7 @@ from npprune.core.compression.harm import Replacement
 from npprune.errors import GateError, UsageError, setting
 from npprune.files import keeping
 from npprune.models.info import model_info, model_sizes, state
-from npprune.models.surgery import apply_plan, set_classifiers, set_fc2, set_proj
+from npprune.models.surgery import apply_plan, set_classifiers, set_fc2, set_own_fc2, set_proj
 from npprune.models.view import make_view
 from npprune.pipeline.common.inputs import Images, Network, class_names, is_cut, label_doubt
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
@@ -313,6 +313,8 @@ def carried_out(network: Network, plan: Plan, chosen: Chosen) -> nn.Module:
     refitted = chosen.refitted
     for l, layer in enumerate(refitted.second):
         set_fc2(smaller, l, *values(layer))
+        if layer.first is not None:
+            set_own_fc2(smaller, l, *values(layer.first[1]))
     for axis, kept in chosen.further:
         axis.carry_out(smaller, make_view(network.model), kept)
     for l, layer in refitted.projections.items():

@@ -348,7 +348,8 @@ class _Collecting:
         """What the sums of block l take."""
         h, d = self.view.widths[l], self.view.fc2(l).out_features
         matrices = h * h * (("moments" in self.needs) + ("salience" in self.needs))
-        return 8 * (matrices + d * d * ("curvature" in self.needs) + 6 * h)
+        sums = 8 * (matrices + d * d * ("curvature" in self.needs) + 6 * h)
+        return 2 * sums if "read" in self.needs else sums
 
     def _say_found(self, store: StatisticsStore) -> None:
         there = sum(part.images for part in store.info.blocks.values())
