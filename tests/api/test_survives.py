@@ -63,6 +63,18 @@ def test_pickle_and_deepcopy(network: npprune.Pruned, data: Data) -> None:
         assert torch.equal(again(data[0]), expected)
 
 
+def test_units_of_the_class_tokens_own_survive_too(
+    model: nn.Module, data: Data, tmp_path: Path
+) -> None:
+    wish = {"axes": ["mlp", "cls"], "target_macs": 0.8, "compensation": "least-squares"}
+    pruned = npprune.prune(model, data, **wish, **SMALL)
+    expected = pruned.model(data[0])
+    assert torch.equal(pickle.loads(pickle.dumps(pruned.model))(data[0]), expected)
+    npprune.save(pruned, tmp_path / "x")
+    assert torch.equal(npprune.load(tmp_path / "x").model(data[0]), expected)
+    assert pruned.plan.cls_keep is not None
+
+
 def test_state_dicts_go_round(network: npprune.Pruned, data: Data, tmp_path: Path) -> None:
     expected = network.model(data[0])
     torch.save(network.model.state_dict(), tmp_path / "x.pt")
