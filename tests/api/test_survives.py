@@ -66,7 +66,7 @@ def test_pickle_and_deepcopy(network: npprune.Pruned, data: Data) -> None:
 def test_units_of_the_class_tokens_own_survive_too(
     model: nn.Module, data: Data, tmp_path: Path
 ) -> None:
-    wish = {"axes": ["mlp", "cls"], "target_macs": 0.8, "compensation": "least-squares"}
+    wish = {"axes": ["mlp", "cls"], "target_macs": 0.6, "compensation": "least-squares"}
     pruned = npprune.prune(model, data, **wish, **SMALL)
     expected = pruned.model(data[0])
     assert torch.equal(pickle.loads(pickle.dumps(pruned.model))(data[0]), expected)
