@@ -59,7 +59,7 @@ class Joined(ImageSource):
         self.first, self.second = first, second
         self.spec = f"{first.spec} + {second.spec}"
         self.label_rule, self.classes = first.label_rule, first.classes
-        self.text_order = first.text_order
+        self.text_order, self.content = first.text_order, first.content
         self.selected, self.notes = first.selected, [*first.notes, *second.notes]
         self.items: list[Item] = [*first.items, *(Item(i.id, NO_LABEL) for i in second.items)]
 

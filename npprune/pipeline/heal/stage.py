@@ -210,16 +210,19 @@ def _teacher(student: Network, dense: Network, settings: HealSection, work: Work
 def _augmentation(settings: HealSection, images: int, source: Images) -> str:
     if settings.layerwise:
         return "none"
+    of_files = source.source.items is not None and source.source.content is None
     if settings.augment != "auto":
-        if settings.augment == "strong" and source.source.items is None:
+        if settings.augment == "strong" and not of_files:
+            why = "reads images again and again, and a stream has no positions"
+            if source.source.content is not None:
+                why = "crops image files, and these images are in memory, prepared"
             raise UsageError(
-                f"{setting('heal.augment', 'strong')} reads images again and again, and a stream "
-                "has no positions",
+                f"{setting('heal.augment', 'strong')} {why}",
                 hint=f"use {setting('heal.augment', 'flips')}",
             )
         return settings.augment
     long = settings.epochs is not None and settings.epochs >= LONG_EPOCHS
-    return "strong" if long and source.source.items is not None and images else "mixed"
+    return "strong" if long and of_files and images else "mixed"
 
 
 def _length(settings: HealSection) -> str:
@@ -247,7 +250,9 @@ class _Healing:
 def _identity(healing: _Healing, settings: HealSection, work: Work) -> dict[str, Any]:
     """All that decides the weights: a state of anything else is refused."""
     source, items = healing.images.source, healing.images.source.items
+    content = {} if source.content is None else {"content": source.content()}
     return {
+        **content,
         **settings.model_dump(),
         "augment": healing.course,
         "seed": work.seed,
