@@ -297,6 +297,6 @@ def _read_metadata(known: dict[str, str], path: Path) -> tuple[list[ClassInfo], 
         raise ExportError(f"the metadata of {path} cannot be used: {why}")
     for name, words in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if (word := getattr(prepared, name)) not in words:
-            known = ", ".join(words)
-            raise ExportError(f"`{name}` in the metadata of {path} must be {known}, got `{word}`")
+            rule = ", ".join(words)
+            raise ExportError(f"`{name}` in the metadata of {path} must be {rule}, got `{word}`")
     return classes, prepared
