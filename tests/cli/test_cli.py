@@ -590,6 +590,7 @@ def test_eval_shows_the_cost_where_the_run_is_there(
     stage("evaluate", "evaluate", an_evaluation())
     result, variant, other = a_result(), a_variant(), a_variant()
     variant.evaluation, other.name = an_evaluation(), "other"
+    variant.checkpoint = "../tiny_half"
     result.variants = [other, variant]
     (run_folder / "result.json").write_text(to_json(result))
     assert app.run_app(["eval", str(checkpoint), "--data", "digits:test"]) == 0
