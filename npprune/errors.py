@@ -59,6 +59,8 @@ class NpPruneError(Exception):
         self._raw = message, hint
         self.message, self.hint = self.said(python_name)
         super().__init__(self.message)
+        if self.hint:
+            self.__notes__ = [f"hint: {self.hint}"]  # below the message in Python's traceback
 
     def said(self, name_of: NameOf) -> tuple[str, str | None]:
         """Message and hint with the settings named by `name_of`."""

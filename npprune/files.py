@@ -15,7 +15,6 @@ import ctypes
 import errno
 import glob
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from npprune.errors import StoreError, UnstoredError, UsageError, setting
+from npprune.untrusted import parse_json
 
 try:
     import fcntl
@@ -72,8 +72,8 @@ def foreign_folder(path: str | Path) -> str | None:
     try:
         if config.stat().st_size > _CONFIG_BYTES:
             return None
-        said = json.loads(config.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        said = parse_json(config.read_text(encoding="utf-8-sig"), parse_constant=float)
+    except (OSError, ValueError):
         return None
     if not isinstance(said, dict) or "kind" in said:
         return None

@@ -33,12 +33,13 @@ class Item:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """Decodes one file when it is called."""
+    """Reads one file when it is called."""
 
     path: Path
+    read: Callable[[Path, str], Image.Image] = decode
 
     def __call__(self) -> Image.Image:
-        return decode(self.path, plain_text(str(self.path)))
+        return self.read(self.path, plain_text(str(self.path)))
 
 
 Sample = tuple[Item, Callable[[], "Image.Image"]]
@@ -52,11 +53,13 @@ class ImageSource(ABC):
     known. selected: the labels that occur or were chosen, ascending. items: all images sorted by
     label, then id; None for a stream, whose images come only in the order they are read.
     notes: what the user should know about the labels. text_order: label -> label if names were
-    ranked as plain text, where labels are ranks and the two orders differ.
+    ranked as plain text, where labels are ranks and the two orders differ. content: of images that
+    a caller holds (see `data.given`), a hash that tells them from others; None: their ids do.
     """
 
     selected: list[int]
     items: list[Item] | None
+    content: Callable[[], str] | None = None
 
     def __init__(self, spec: str, labels: Labels) -> None:
         self.spec = spec

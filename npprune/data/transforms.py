@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from npprune.errors import UsageError
+from npprune.images.resizing import check_resized, fault
 from npprune.records import Preprocessing
 from npprune.words import CROP_MODES, INTERPOLATIONS, check_word
 
@@ -30,7 +31,20 @@ def make_transform(preprocessing: Preprocessing) -> Transform:
         UsageError: a value out of range.
     """
     pre = resolve(preprocessing)
-    return from_timm(pre, crop_pct=pre.crop_pct, crop_mode=pre.crop_mode)
+    transform: Any = from_timm(pre, crop_pct=pre.crop_pct, crop_mode=pre.crop_mode)
+    transform.transforms.insert(0, _Bounded(pre))
+    return transform  # type: ignore[no-any-return]
+
+
+class _Bounded:
+    """Passes images on; DataError for one that resizing would make too large."""
+
+    def __init__(self, pre: Preprocessing) -> None:
+        self.pre = pre
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        check_resized(image.height, image.width, self.pre)
+        return image
 
 
 def from_timm(pre: Preprocessing, **more: Any) -> Transform:
@@ -76,11 +90,12 @@ def resolve(
     crop_pct: float | None = None,
     crop_mode: str | None = None,
     img_size: int | Sequence[int] | None = None,
+    from_files: bool = True,
 ) -> Preprocessing:
     """The model's own preprocessing with what was asked for put in its place.
 
     One value of `mean` or `std` stands for every channel; `img_size` is one side or (height,
-    width).
+    width). `from_files`: the images are files or PIL images, of 1 or 3 channels.
 
     Raises:
         UsageError: a value out of range; names the setting.
@@ -96,7 +111,7 @@ def resolve(
         crop_pct=base.crop_pct if crop_pct is None else crop_pct,
         crop_mode=base.crop_mode if crop_mode is None else crop_mode,
     )
-    if channels not in (1, 3):
+    if from_files and channels not in (1, 3):
         raise UsageError(f"images have 1 or 3 channels, and the model takes {channels}")
     if min(pre.input_size) < 1:
         raise UsageError(f"`img_size` must be 1 or more, got {pre.input_size[1:]}")
@@ -109,6 +124,8 @@ def resolve(
             f"`crop_pct` must be in (0, 1], got {pre.crop_pct}",
             hint="1 takes the whole image, 0.9 cuts its middle out",
         )
+    if why := fault(pre):
+        raise UsageError(why)
     return pre
 
 

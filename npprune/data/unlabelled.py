@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npprune.data.labels import Labels
 from npprune.data.sources import ImageFile, ImageSource, Item, MapSource, Sample
 from npprune.errors import DataError
+from npprune.images.decoding import decode
 from npprune.images.folders import walk
 from npprune.records import DataInfo, plain_text
+from npprune.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 NO_LABEL = -1
 
 
-def open_unlabelled(spec: str) -> ImageSource:
+def open_unlabelled(spec: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """Every image below a folder, however it is arranged, each with the label -1.
 
     Raises:
@@ -33,7 +36,8 @@ def open_unlabelled(spec: str) -> ImageSource:
     tree = walk(root)
     if not tree.images:
         raise tree.without_images()
-    entries = ((plain_text(path), NO_LABEL, ImageFile(root / path)) for path in tree.images)
+    read = partial(decode, max_pixels=max_pixels)
+    entries = ((plain_text(path), NO_LABEL, ImageFile(root / path, read)) for path in tree.images)
     source = MapSource(spec, Labels("none: they are not used", {}, [], notes=tree.notes()), entries)
     source.selected = []
     return source
@@ -55,7 +59,7 @@ class Joined(ImageSource):
         self.first, self.second = first, second
         self.spec = f"{first.spec} + {second.spec}"
         self.label_rule, self.classes = first.label_rule, first.classes
-        self.text_order = first.text_order
+        self.text_order, self.content = first.text_order, first.content
         self.selected, self.notes = first.selected, [*first.notes, *second.notes]
         self.items: list[Item] = [*first.items, *(Item(i.id, NO_LABEL) for i in second.items)]
 

@@ -207,6 +207,10 @@ def _manifest(name: str, network: Network, images: Images, search: _Search) -> M
     }
     if settings.method == "random":
         deciding["seed"] = work.seed
+    if network.held:
+        deciding["arguments"] = to_dict(network.info.source)["model_args"]
+    if images.source.content is not None:
+        deciding["content"] = images.source.content()
     return Manifest(
         name=name,
         created=_now(),

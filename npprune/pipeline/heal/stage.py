@@ -21,6 +21,7 @@ from npprune.pipeline.common.inputs import (
     class_names,
     label_doubt,
     open_checkpoint,
+    remembered,
 )
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.common.processes import Processes
@@ -93,7 +94,7 @@ def heal(
     student = open_checkpoint(checkpoint, work)
     config = student.config
     assert config is not None
-    recorded = run_of(checkpoint, config) is None or peers.on_first(
+    recorded = run_of(checkpoint, config, work) is None or peers.on_first(
         lambda: recordable(run_of(checkpoint, config), work)
     )
     if config.prune is None:
@@ -151,8 +152,9 @@ def heal_pruned(
     """Heal right after pruning: into `<checkpoint>_healed`, on the images of `data`, or else
     those that the checkpoint was calibrated on."""
     if data is None:
-        details = read_config(checkpoint).details["data"]
-        data = DataSection(**{**details, "train": details["calibration"]})
+        details = read_config(checkpoint).details.get("data", {})
+        said = {**details, "train": details.get("calibration")}
+        data = remembered(DataSection, said, checkpoint)
     out = healed_folder(checkpoint)
     return out, heal(checkpoint, data, settings, out, work=work)
 
@@ -208,16 +210,19 @@ def _teacher(student: Network, dense: Network, settings: HealSection, work: Work
 def _augmentation(settings: HealSection, images: int, source: Images) -> str:
     if settings.layerwise:
         return "none"
+    of_files = source.source.items is not None and source.source.content is None
     if settings.augment != "auto":
-        if settings.augment == "strong" and source.source.items is None:
+        if settings.augment == "strong" and not of_files:
+            why = "reads images again and again, and a stream has no positions"
+            if source.source.content is not None:
+                why = "crops image files, and these images are in memory, prepared"
             raise UsageError(
-                f"{setting('heal.augment', 'strong')} reads images again and again, and a stream "
-                "has no positions",
+                f"{setting('heal.augment', 'strong')} {why}",
                 hint=f"use {setting('heal.augment', 'flips')}",
             )
         return settings.augment
     long = settings.epochs is not None and settings.epochs >= LONG_EPOCHS
-    return "strong" if long and source.source.items is not None and images else "mixed"
+    return "strong" if long and of_files and images else "mixed"
 
 
 def _length(settings: HealSection) -> str:
@@ -245,7 +250,9 @@ class _Healing:
 def _identity(healing: _Healing, settings: HealSection, work: Work) -> dict[str, Any]:
     """All that decides the weights: a state of anything else is refused."""
     source, items = healing.images.source, healing.images.source.items
+    content = {} if source.content is None else {"content": source.content()}
     return {
+        **content,
         **settings.model_dump(),
         "augment": healing.course,
         "seed": work.seed,

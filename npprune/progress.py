@@ -1,9 +1,14 @@
-"""The pipeline's events as a person wants them: a bar on a terminal, sparse lines elsewhere."""
+"""The pipeline's events as a person wants them: a bar on a terminal, sparse lines elsewhere.
+
+For the command line and the Python API.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,7 +18,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.events import Emit, Event
+from npprune.untrusted import shown
 
 QUIET_SECONDS = 10.0  # without a terminal: a line at least this often,
 QUIET_SHARE = 0.1  # or at every tenth of the work,
@@ -114,15 +120,15 @@ class Progress:
         if event.level == "progress":
             self._advance(event)
         elif event.level == "warning":
-            self._print(Text.assemble(("warning: ", "yellow"), event.message))
+            self._print(Text.assemble(("warning: ", "yellow"), shown(event.message)))
         else:
-            self._print(Text.assemble((f"{event.stage}: ", "bold"), event.message))
+            self._print(Text.assemble((f"{event.stage}: ", "bold"), shown(event.message)))
 
     def _print(self, text: Text, **options: Any) -> None:
         self.console.print(text, soft_wrap=True, **options)
 
     def _advance(self, event: Event) -> None:
-        name = f"{event.stage}: {event.message}" if event.message else event.stage
+        name = shown(f"{event.stage}: {event.message}" if event.message else event.stage)
         now = self.clock()
         meter = self.meters.get(name)
         if meter is None or event.done < meter.done:
@@ -130,7 +136,7 @@ class Progress:
             self.meters[name] = meter
         meter.done, meter.total, meter.now = event.done, event.total, now
         finished = event.total is not None and event.done >= event.total
-        note = str(event.data.get("note", ""))
+        note = shown(str(event.data.get("note", "")))
         if self.bars:
             self._bar(name, meter, event.unit, note)
         elif not finished and self._due(meter):
@@ -168,3 +174,28 @@ class Progress:
         del self.meters[name]
         words = (f"{meter.done} {_one(unit) if meter.done == 1 else unit}", meter.pace(unit), note)
         self._print(Text(f"{name}: {', '.join(filter(None, words))}"))
+
+
+@contextmanager
+def showing(progress: bool | Emit | None) -> Iterator[Emit]:
+    """An `Emit` for work that was asked for in Python.
+
+    progress: a function that gets every event; True: a bar on a terminal, lines elsewhere; False:
+        silence, and warnings as Python's; None: True on a terminal or in a notebook.
+    """
+    if callable(progress):
+        yield progress
+        return
+    console = Console(stderr=True, highlight=False, emoji=False)
+    if progress is None:
+        progress = console.is_terminal or console.is_jupyter
+    if not progress:
+        yield _only_warnings
+        return
+    with Progress(console) as shown:
+        yield shown.emit
+
+
+def _only_warnings(event: Event) -> None:
+    if event.level == "warning":
+        warnings.warn(event.message, stacklevel=2)
