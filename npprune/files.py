@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from npprune.errors import StoreError, UnstoredError, UsageError, setting
+from npprune.untrusted import parse_json
 
 _CONFIG_BYTES = 16 * 2**20  # of a config.json that is read
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
@@ -60,8 +60,8 @@ def foreign_folder(path: str | Path) -> str | None:
     try:
         if config.stat().st_size > _CONFIG_BYTES:
             return None
-        said = json.loads(config.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError):
+        said = parse_json(config.read_text(encoding="utf-8-sig"), parse_constant=float)
+    except (OSError, ValueError):
         return None
     if not isinstance(said, dict) or "kind" in said:
         return None

@@ -19,6 +19,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from npprune.pipeline.common.events import Emit, Event
+from npprune.untrusted import shown
 
 QUIET_SECONDS = 10.0  # without a terminal: a line at least this often,
 QUIET_SHARE = 0.1  # or at every tenth of the work,
@@ -119,15 +120,15 @@ class Progress:
         if event.level == "progress":
             self._advance(event)
         elif event.level == "warning":
-            self._print(Text.assemble(("warning: ", "yellow"), event.message))
+            self._print(Text.assemble(("warning: ", "yellow"), shown(event.message)))
         else:
-            self._print(Text.assemble((f"{event.stage}: ", "bold"), event.message))
+            self._print(Text.assemble((f"{event.stage}: ", "bold"), shown(event.message)))
 
     def _print(self, text: Text, **options: Any) -> None:
         self.console.print(text, soft_wrap=True, **options)
 
     def _advance(self, event: Event) -> None:
-        name = f"{event.stage}: {event.message}" if event.message else event.stage
+        name = shown(f"{event.stage}: {event.message}" if event.message else event.stage)
         now = self.clock()
         meter = self.meters.get(name)
         if meter is None or event.done < meter.done:
@@ -135,7 +136,7 @@ class Progress:
             self.meters[name] = meter
         meter.done, meter.total, meter.now = event.done, event.total, now
         finished = event.total is not None and event.done >= event.total
-        note = str(event.data.get("note", ""))
+        note = shown(str(event.data.get("note", "")))
         if self.bars:
             self._bar(name, meter, event.unit, note)
         elif not finished and self._due(meter):
@@ -191,8 +192,8 @@ def showing(progress: bool | Emit | None) -> Iterator[Emit]:
     if not progress:
         yield _only_warnings
         return
-    with Progress(console) as shown:
-        yield shown.emit
+    with Progress(console) as bar:
+        yield bar.emit
 
 
 def _only_warnings(event: Event) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -17,7 +18,9 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from npprune.details import CheckpointDetails, ExportDetails, Line, PruneDetails
 from npprune.errors import StoreError, plural
+from npprune.untrusted import parse_json
 
 SCHEMA_VERSION = 1
 
@@ -29,13 +32,33 @@ _adapters: dict[type, TypeAdapter[Any]] = {}  # building one takes milliseconds
 
 def _adapter(cls: type) -> TypeAdapter[Any]:
     if cls not in _adapters:
-        _adapters[cls] = TypeAdapter(with_config(ConfigDict(extra="forbid"))(cls))
+        kept = with_config(ConfigDict(extra="forbid"))(cls) if is_dataclass(cls) else cls
+        _adapters[cls] = TypeAdapter(kept)
     return _adapters[cls]
 
 
 def to_json(record: Any, *, indent: int | None = 2) -> str:
     """A record as JSON text, keys in declaration order, ending in a newline."""
-    return json.dumps(to_dict(record), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    data = to_dict(record)
+    try:
+        return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError as err:  # NaN or infinity
+        raise StoreError(
+            f"`{_not_finite(data) or type(record).__name__}` is NaN or infinite, which JSON cannot "
+            "hold",
+            hint="the network gives no finite numbers on these images: check weights and images",
+        ) from err
+
+
+def _not_finite(data: Any, at: str = "") -> str | None:
+    """Where the first number is that is not finite; None: nowhere."""
+    if isinstance(data, float):
+        return None if math.isfinite(data) else at
+    if isinstance(data, dict | list | tuple):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+            if (found := _not_finite(value, f"{at}.{key}".lstrip("."))) is not None:
+                return found
+    return None
 
 
 def to_dict(record: Any) -> dict[str, Any]:
@@ -89,7 +112,7 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
 def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     """As `from_dict`, from text."""
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as err:
         raise StoreError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
     if not isinstance(data, dict):
@@ -111,6 +134,16 @@ def digest(record: Any) -> str:
     data = to_dict(record) if is_dataclass(record) else record
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def checked(given: object, shape: type, name: str) -> None:
+    """StoreError where a free-form part of a record has a known entry of another type."""
+    try:
+        _adapter(shape).validate_python(given, strict=True)
+    except ValidationError as err:
+        first = err.errors()[0]
+        path = ".".join([name, *map(str, first["loc"])])
+        raise StoreError(f"`{path}`: {first['msg'].lower()}") from err
 
 
 @dataclass
@@ -233,6 +266,7 @@ class ClassRow:
     dense_top1: float
     pruned_top1: float
     deviation: float  # mean relative change of the true class's probability
+    path_kept: float | None = None  # share of its paths' neurons that stay; None: no paths
 
 
 @dataclass
@@ -318,6 +352,7 @@ class Plan(Document):
     query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
     merged: list[int] | None = None  # tokens merged in each block; None: in none
     last_for_read: bool = False  # the last block computes only what the classifier reads
+    head_dims: list[int] | None = None  # of a head's queries, keys and values alike; None: all
     cls_keep: list[list[int]] | None = None
     """Per block, hidden units of the tokens that the classifier reads (the class token), beside
     those of the others in `keep`; empty: all tokens share those; None: in every block."""
@@ -327,7 +362,7 @@ class Plan(Document):
         self.widths = _whole("widths", self.widths)
         if self.heads is not None:
             self.heads = [_whole(f"heads[{l}]", kept) for l, kept in enumerate(self.heads)]
-        for name in ("classes", "query_dims"):
+        for name in ("classes", "query_dims", "head_dims"):
             if getattr(self, name) is not None:
                 setattr(self, name, _whole(name, getattr(self, name)))
         if self.cls_keep is not None:
@@ -392,6 +427,9 @@ class PruneSummary:
     predicted: dict[str, float] = field(default_factory=dict)  # on held-out calibration images
     details: dict[str, Any] = field(default_factory=dict)  # shrinkage, condition numbers, harm
     label_doubt: str = ""  # why the calibration images' labels are probably wrong
+
+    def __post_init__(self) -> None:
+        checked(self.details, PruneDetails, "details")
 
 
 @dataclass
@@ -466,6 +504,7 @@ class Evaluation:
     pruned_model: ModelInfo | None = None
     seconds: float = 0.0
     label_doubt: str = ""  # why the labels are probably wrong
+    spared: Mean | None = None  # rank correlation, over classes, of path kept and deviation
     merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
 
 
@@ -498,6 +537,9 @@ class ExportRecord(Document):
     dense_bytes: int | None = None
     latency: list[Latency] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checked(self.details, ExportDetails, "details")
 
 
 @dataclass
@@ -551,6 +593,20 @@ class CheckpointConfig(Document):
     versions: dict[str, str] = field(default_factory=dict)
     merged: list[int] | None = None  # tokens merged in each block; None: in none
     last_for_read: bool = False  # the last block computes only what the classifier reads
+
+    def __post_init__(self) -> None:
+        checked(self.details, CheckpointDetails, "details")
+        checked(self.run, Line | None, "run")  # type: ignore[arg-type]
+        outputs = self.details.get("outputs")
+        if outputs is None:
+            return
+        if len(outputs) != self.num_classes:
+            raise StoreError(
+                f"`details.outputs` must name {plural(self.num_classes, 'output')}, got "
+                f"{len(outputs)}"
+            )
+        if any(not 0 <= c.index < len(outputs) for c in self.classes):
+            raise StoreError(f"`classes` must be outputs, 0..{len(outputs) - 1}")
 
 
 @dataclass

@@ -128,7 +128,7 @@ def test_text_that_is_no_document_is_refused() -> None:
 
 
 def test_what_json_cannot_say_is_never_written() -> None:
-    with pytest.raises(ValueError, match="JSON compliant"):
+    with pytest.raises(StoreError, match="`crop_pct` is NaN or infinite, which JSON cannot hold"):
         records.to_json(Preprocessing(crop_pct=float("nan")))
 
 

@@ -31,12 +31,14 @@ from npprune.cli import (
     prune,
     report,
     run,
+    specialise,
     streams,
     study,
 )
 from npprune.cli.console import drop, rank, say, show_error
 from npprune.cli.options import flag_name
 from npprune.errors import NpPruneError, PeerError
+from npprune.untrusted import first_line, out_of_memory
 from npprune.words import did_you_mean
 
 BUG = 70
@@ -89,6 +91,7 @@ for _name, _module in (
     ("explore", explore),
     ("study", study),
     ("report", report),
+    ("specialise", specialise),
     ("run", run),
     ("demo", demo),
     ("env", env),
@@ -129,7 +132,9 @@ def run_app(args: list[str] | None = None) -> int:
     except Exception as error:
         if isinstance(error, PARSER_ERROR):  # the parser's usage errors
             return _usage_error(error, args)
-        if type(error).__name__ in ("OutOfMemoryError", "MemoryError"):
+        if type(error).__name__.endswith("LinAlgError"):
+            return _no_solution(error)
+        if out_of_memory(error):
             return _out_of_memory(error)
         return _bug(error)
     if code == INTERRUPTED:  # newer versions of Typer catch the interrupt themselves
@@ -195,9 +200,21 @@ def _os_error(error: OSError) -> int:
     return _debug(error, USAGE)
 
 
+def _no_solution(error: Exception) -> int:
+    """Statistics on which a factorisation of the linear algebra library does not converge."""
+    show_error(
+        f"the calibration statistics cannot be factorised: {first_line(error)}",
+        "more calibration images, or a larger `--shrinkage`",
+    )
+    return _debug(error, USAGE)
+
+
 def _out_of_memory(error: Exception) -> int:
-    first = (str(error).splitlines() or ["the machine has no memory left"])[0]
-    show_error(f"out of memory: {first}", "a smaller `--batch-size` takes less")
+    said = first_line(error) if str(error) else "the machine has none left"
+    show_error(
+        f"out of memory: {said}",
+        "a smaller `--batch-size`, fewer `--workers` and smaller images take less",
+    )
     return _debug(error, USAGE)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -21,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from npprune.errors import UnstoredError
+from npprune.untrusted import escaped, shown
 
 if TYPE_CHECKING:
     from npprune.pipeline.common.events import Emit
@@ -31,6 +33,8 @@ T = TypeVar("T")
 NAME_WIDTH = 24  # columns that a row's name has at least before it is broken between words
 WIDE_CELL = 20  # columns; a longer interval is broken at its comma, to fit three into 80
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
+_UNQUOTED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+"""Control characters that JSON may hold as they are."""
 STYLES = {"error": "bold red", "hint": "cyan", "warning": "yellow"}
 
 
@@ -46,7 +50,7 @@ def say(label: str, message: str) -> None:
     text = Text(where)
     if label:
         text.append(f"{label}: ", style=STYLES.get(label, ""))
-    text.append(message)
+    text.append(shown(message))
     _console(stderr=True).print(text, soft_wrap=True)
 
 
@@ -163,6 +167,7 @@ class Output:
             text.encode(sys.stdout.encoding or "ascii")
         except UnicodeEncodeError:  # JSON has a way of its own to write what is missing
             text = json.dumps(full, indent=2, allow_nan=False)
+        text = _UNQUOTED.sub(lambda m: "\\u" + escaped(m[0])[2:].zfill(4), text)
         try:
             sys.stdout.write(text + "\n")
             sys.stdout.flush()
@@ -172,7 +177,7 @@ class Output:
     def line(self, text: str = "") -> None:
         """One line of data."""
         if not self.as_json and not self.quiet:
-            _console(stderr=False).print(Text(text), soft_wrap=True)
+            _console(stderr=False).print(Text(shown(text)), soft_wrap=True)
 
     def warn(self, messages: Iterable[str]) -> None:
         """Warnings, on stderr."""
@@ -189,9 +194,10 @@ class Output:
         """
         if self.as_json or self.quiet:
             return
-        rows = [list(row) for row in rows]
+        header = [shown(name) for name in header]
+        rows = [[shown(cell) for cell in row] for row in rows]
         console = _console(stderr=False)
-        console.print(Text(title, style="bold"), soft_wrap=True)
+        console.print(Text(shown(title), style="bold"), soft_wrap=True)
         if _least_width(header, rows) > console.width:
             for line in _stacked(header, rows):
                 console.print(line, soft_wrap=True)

@@ -20,6 +20,7 @@ from npprune.cli.options import argument, choice, option
 from npprune.cli.streams import PLAIN
 from npprune.errors import DataError, StoreError, UsageError
 from npprune.report import text
+from npprune.untrusted import MAX_PIXELS, cell
 from npprune.words import ON_BAD_IMAGE, PROVIDERS, TABLE_FORMATS, check_word
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def command(
         str,
         choice(PREDICTION, "--on-bad-image", "stop, or report it and continue", ON_BAD_IMAGE),
     ] = "error",
+    max_megapixels: Annotated[
+        float,
+        option(PREDICTION, "--max-megapixels", "N", "millions of pixels of the largest image"),
+    ] = MAX_PIXELS / 1e6,
     format: Annotated[
         str | None,
         choice("Output", "--format", "\\[default: by --out's name, else table]", TABLE_FORMATS),
@@ -71,6 +76,8 @@ def command(
         if value is not None and value < 1:
             raise UsageError(f"`{flag}` must be at least 1, got `{value}`")
     check_word("on_bad_image", on_bad_image, ON_BAD_IMAGE)
+    if not 0 < max_megapixels <= 10_000:
+        raise UsageError(f"`--max-megapixels` must be in (0, 10000], got `{max_megapixels:g}`")
 
     from npprune.export.predict import find_images, predict
 
@@ -88,6 +95,7 @@ def command(
         threads=threads,
         on_bad="skip" if on_bad_image == "skip" else "error",
         warn=lambda note: output.warn([note]),
+        max_pixels=int(1e6 * max_megapixels),
     )
     seen = _Count()
     first = next(found)  # what cannot start is said before anything is written
@@ -176,11 +184,10 @@ def _csv(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:
     rows.writerow(["image", "rank", "index", "name", "synset", "probability", "error"])
     for p in found:
         if p.error is not None:
-            rows.writerow([p.image, "", "", "", "", "", p.error])
+            rows.writerow([cell(p.image), "", "", "", "", "", cell(p.error)])
         for rank, g in enumerate(p.guesses, 1):
-            rows.writerow(
-                [p.image, rank, g.index, g.name, g.synset or "", f"{g.probability:.6g}", ""]
-            )
+            words = cell(g.name), cell(g.synset or "")
+            rows.writerow([cell(p.image), rank, g.index, *words, f"{g.probability:.6g}", ""])
 
 
 def _json(sink: IO[str], found: Iterable[Prediction], model: Path) -> None:

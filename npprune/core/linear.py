@@ -51,6 +51,23 @@ def factor(matrix: Tensor) -> Tensor:
     return lower
 
 
+def solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """M^-1 B for a symmetric positive semidefinite M [h, h] and B [h, n]; where M is singular, that
+    of the nearest multiple of the identity added, as in `factor`."""
+    found, failed = torch.linalg.solve_ex(matrix, right)
+    if bool(failed) or not math.isfinite(float(found.sum())):
+        found = torch.cholesky_solve(right, factor((matrix + matrix.T) / 2))
+    return found
+
+
+def inverted(matrix: Tensor) -> Tensor:
+    """M^-1, likewise."""
+    found, failed = torch.linalg.inv_ex(matrix)
+    if bool(failed) or not math.isfinite(float(found.sum())):
+        found = torch.cholesky_inverse(factor((matrix + matrix.T) / 2))
+    return found
+
+
 def check_finite(matrix: Tensor) -> None:
     """ModelError where a matrix of statistics holds a value that is not finite."""
     if not math.isfinite(float(matrix.sum())):

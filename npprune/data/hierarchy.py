@@ -15,6 +15,7 @@ from pathlib import Path
 
 from npprune.data.labels import read_list
 from npprune.errors import DataError, setting
+from npprune.untrusted import parse_json
 
 Parents = dict[str, list[str]]
 
@@ -59,7 +60,7 @@ def _lines(text: str, where: str, separator: str | None, *, parent_first: bool) 
 
 def _json(text: str, path: Path) -> Parents:
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as err:
         raise DataError(f"hierarchy `{path}` is not valid JSON: {err}") from err
     if not isinstance(data, dict) or not data:

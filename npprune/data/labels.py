@@ -19,6 +19,7 @@ from typing import Any
 
 from npprune.errors import DataError, setting
 from npprune.records import ClassInfo
+from npprune.untrusted import MAX_PIXELS, parse_json
 
 SYNSET = re.compile(r"n\d{8}\Z")
 RANKED = "folder rank"
@@ -54,6 +55,7 @@ class Asked:
     known: KnownNames | None = None
     classes: Sequence[str | int] | str | None = None
     images_per_class: int | None = None
+    max_pixels: int = MAX_PIXELS
 
     @property
     def some(self) -> bool:
@@ -204,7 +206,7 @@ def _json_map(text: str, path: Path) -> dict[str, tuple[int, str | None]]:
         return seen
 
     try:
-        data = json.loads(text, object_pairs_hook=once)
+        data = parse_json(text, object_pairs_hook=once)
     except ValueError as err:
         raise DataError(f"class map `{path}` is not valid JSON: {err}") from err
     if isinstance(data, list):

@@ -108,7 +108,8 @@ class _Images(Dataset[Read]):
 
     def __getitem__(self, i: int) -> Read:
         assert self.source.items is not None
-        return (i, self.source.items[i], _read(partial(self.source.load, i), self.transform))
+        item = self.source.items[i]
+        return (i, item, _read(item.id, partial(self.source.load, i), self.transform))
 
 
 def _mapped(
@@ -141,7 +142,7 @@ def _stream(
 ) -> Generator[list[Read], None, None]:
     def read(entry: tuple[int, Sample]) -> Read:
         position, (item, opener) = entry
-        return (position, item, _read(opener, transform))
+        return (position, item, _read(item.id, opener, transform))
 
     if workers == 0:
         while chunk := list(islice(entries, batch_size)):
@@ -152,8 +153,12 @@ def _stream(
             yield list(pool.map(read, chunk))
 
 
-def _read(opener: Callable[[], Image.Image], transform: Transform) -> Tensor | UnreadableImage:
+def _read(
+    id: str, opener: Callable[[], Image.Image], transform: Transform
+) -> Tensor | UnreadableImage:
     try:
         return transform(opener())
     except UnreadableImage as err:
         return err
+    except DataError as err:
+        return UnreadableImage(id, err.message)

@@ -14,6 +14,7 @@ from npprune.data.sources import ImageSource, MapSource
 from npprune.errors import DataError
 from npprune.images.decoding import decode
 from npprune.records import plain_text
+from npprune.untrusted import MAX_PIXELS
 
 
 def open_source(
@@ -24,6 +25,7 @@ def open_source(
     known: KnownNames | None = None,
     classes: Sequence[str | int] | str | None = None,
     images_per_class: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageSource:
     """The source called `spec`.
 
@@ -34,13 +36,14 @@ def open_source(
     known: the class names of the network, which decide where there is no class map.
     classes: indices, synsets, names, or a text file of them; None: all.
     images_per_class: only the first so many of each class.
+    max_pixels: of an image that is decoded; larger ones cannot be read.
 
     Raises:
         DataError: missing, empty or mislabelled source, unknown class.
     """
     if images_per_class is not None and images_per_class < 1:
         raise DataError(f"`images_per_class` must be 1 or more, got {images_per_class}")
-    asked = Asked(num_classes, class_map, known, classes, images_per_class)
+    asked = Asked(num_classes, class_map, known, classes, images_per_class, max_pixels)
     if spec.startswith("folder:"):
         return _open_folder(spec, asked)
     if spec.split(":")[0] == "digits":
@@ -83,8 +86,9 @@ def _open_folder(spec: str, asked: Asked) -> ImageSource:
         for name in taken:
             if not folders[name]:
                 raise without_images(tree, name)
+    read = partial(decode, max_pixels=asked.max_pixels)
     entries = (
-        (plain_text(path), label, partial(decode, root / path, plain_text(str(root / path))))
+        (plain_text(path), label, partial(read, root / path, plain_text(str(root / path))))
         for name, label in taken.items()
         for path in folders[name]
     )

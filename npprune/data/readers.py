@@ -10,7 +10,6 @@ place. So timm finds and opens the data here, and the images are decoded one by 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +22,7 @@ from npprune.data.sources import ImageSource, MapSource, StreamSource
 from npprune.errors import DataError, setting
 from npprune.images.decoding import ENDINGS, UnreadableImage, decode, reading, to_rgb
 from npprune.records import plain_text
+from npprune.untrusted import parse_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -39,6 +39,8 @@ PACKAGES = {
 OPTIONS = ("root", "split", "input_key", "target_key", "num_samples", "download")
 
 Opener = Callable[[], "Image.Image"]
+Read = Callable[[Any, str], "Image.Image"]
+"""`decode`, with the limit that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def open_reader(
     labels = _labels(spec, names, asked)
     chosen = asked.chosen(labels, where=spec)
     to_label = partial(_label, spec, names, labels, asked.num_classes)
+    read = partial(decode, max_pixels=asked.max_pixels)
     if parsed.prefix in ("torch", "hfds"):
         entries = _torch_entries if parsed.prefix == "torch" else _hfds_entries
         return MapSource(
@@ -105,7 +108,7 @@ def open_reader(
             labels,
             (
                 (id, label, opener)
-                for id, target, opener in entries(dataset)
+                for id, target, opener in entries(dataset, read)
                 if (label := to_label(target)) is not None
             ),
             chosen=chosen,
@@ -116,7 +119,7 @@ def open_reader(
 
     def one_pass() -> Iterator[tuple[str, int, Opener]]:
         try:
-            for id, target, opener in samples(dataset):
+            for id, target, opener in samples(dataset, read):
                 label = to_label(target)
                 if label is not None:
                     yield id, label, opener
@@ -237,7 +240,7 @@ def _label(
     return index if labels.within is None or index in labels.within else None
 
 
-def _torch_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
+def _torch_entries(dataset: Any, read: Read) -> Iterator[tuple[str, Any, Opener]]:
     files = getattr(dataset, "samples", None) or getattr(dataset, "imgs", None)
     targets = getattr(dataset, "targets", None)
     root = Path(dataset.root)
@@ -248,7 +251,7 @@ def _torch_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
             continue
         path = Path(files[i][0])
         id = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        yield plain_text(id), target, partial(decode, path, plain_text(str(path)))
+        yield plain_text(id), target, partial(read, path, plain_text(str(path)))
 
 
 def _from_torch(dataset: Any, i: int) -> Image.Image:
@@ -256,24 +259,24 @@ def _from_torch(dataset: Any, i: int) -> Image.Image:
         return to_rgb(dataset[i][0])
 
 
-def _hfds_entries(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
+def _hfds_entries(dataset: Any, read: Read) -> Iterator[tuple[str, Any, Opener]]:
     reader = dataset.reader
     targets = reader.dataset[reader.label_key]
     for i, target in enumerate(targets):
-        yield f"{i:08d}", target, partial(_from_hfds, reader, i)
+        yield f"{i:08d}", target, partial(_from_hfds, reader, i, read)
 
 
-def _from_hfds(reader: Any, i: int) -> Image.Image:
+def _from_hfds(reader: Any, i: int, read: Read) -> Image.Image:
     id = f"{i:08d}"
     try:
         file = reader[i][0]
     except (OSError, AssertionError) as err:
         raise UnreadableImage(id, str(err) or "no bytes and no file") from err
     with file:
-        return decode(file, id)
+        return read(file, id)
 
 
-def _wds_samples(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
+def _wds_samples(dataset: Any, read: Read) -> Iterator[tuple[str, Any, Opener]]:
     """Undecoded samples of the shards that timm found, in order."""
     import os
 
@@ -290,7 +293,8 @@ def _wds_samples(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
     for sample in pipeline:
         id = sample["__key__"]
         if label_key:
-            target = json.loads(sample.get("json", b"{}")).get(label_key)
+            about = parse_json(sample.get("json", b"{}"), parse_constant=float)
+            target = about.get(label_key) if isinstance(about, dict) else None
         else:
             target = sample["cls"].decode() if "cls" in sample else None
         if target is None:
@@ -299,33 +303,34 @@ def _wds_samples(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
                 hint="labels are .cls files, or target_key=KEY names a field of the .json files",
             )
         image = next((sample[key] for key in image_keys if key in sample), b"")
-        yield id, target, partial(decode, image, id)
+        yield id, target, partial(read, image, id)
 
 
-def _hfids_samples(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
+def _hfids_samples(dataset: Any, read: Read) -> Iterator[tuple[str, Any, Opener]]:
     from datasets import Image as HfImage
 
     reader = dataset.reader
     stream = reader.builder.as_streaming_dataset(split=reader.split)
     stream = stream.cast_column(reader.input_key, HfImage(decode=False))
     for i, sample in enumerate(stream):
-        yield f"{i:08d}", sample[reader.target_key], partial(_from_hf, sample[reader.input_key], i)
+        opener = partial(_from_hf, sample[reader.input_key], i, read)
+        yield f"{i:08d}", sample[reader.target_key], opener
 
 
-def _from_hf(image: dict[str, Any], i: int) -> Image.Image:
+def _from_hf(image: dict[str, Any], i: int, read: Read) -> Image.Image:
     id = f"{i:08d}"
     if image.get("bytes"):
-        return decode(image["bytes"], id)
+        return read(image["bytes"], id)
     path = Path(image.get("path") or "")
     if path.is_file():
-        return decode(path, id)
+        return read(path, id)
     from datasets import Image as HfImage
 
     with reading(id):  # from the network, by its own decoder
         return to_rgb(HfImage().decode_example(image))
 
 
-def _decoded_samples(dataset: Any) -> Iterator[tuple[str, Any, Opener]]:
+def _decoded_samples(dataset: Any, read: Read) -> Iterator[tuple[str, Any, Opener]]:
     for i, (image, target) in enumerate(dataset):
         yield f"{i:08d}", target, partial(_from_pillow, image, f"{i:08d}")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from npprune.errors import UsageError
+from npprune.images.resizing import check_resized, fault
 from npprune.records import Preprocessing
 from npprune.words import CROP_MODES, INTERPOLATIONS, check_word
 
@@ -30,7 +31,20 @@ def make_transform(preprocessing: Preprocessing) -> Transform:
         UsageError: a value out of range.
     """
     pre = resolve(preprocessing)
-    return from_timm(pre, crop_pct=pre.crop_pct, crop_mode=pre.crop_mode)
+    transform: Any = from_timm(pre, crop_pct=pre.crop_pct, crop_mode=pre.crop_mode)
+    transform.transforms.insert(0, _Bounded(pre))
+    return transform  # type: ignore[no-any-return]
+
+
+class _Bounded:
+    """Passes images on; DataError for one that resizing would make too large."""
+
+    def __init__(self, pre: Preprocessing) -> None:
+        self.pre = pre
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        check_resized(image.height, image.width, self.pre)
+        return image
 
 
 def from_timm(pre: Preprocessing, **more: Any) -> Transform:
@@ -110,6 +124,8 @@ def resolve(
             f"`crop_pct` must be in (0, 1], got {pre.crop_pct}",
             hint="1 takes the whole image, 0.9 cuts its middle out",
         )
+    if why := fault(pre):
+        raise UsageError(why)
     return pre
 
 

@@ -13,6 +13,7 @@ from npprune.errors import DataError
 from npprune.images.decoding import decode
 from npprune.images.folders import walk
 from npprune.records import DataInfo, plain_text
+from npprune.untrusted import MAX_PIXELS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 NO_LABEL = -1
 
 
-def open_unlabelled(spec: str) -> ImageSource:
+def open_unlabelled(spec: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     """Every image below a folder, however it is arranged, each with the label -1.
 
     Raises:
@@ -35,8 +36,9 @@ def open_unlabelled(spec: str) -> ImageSource:
     tree = walk(root)
     if not tree.images:
         raise tree.without_images()
+    read = partial(decode, max_pixels=max_pixels)
     entries = (
-        (plain_text(path), NO_LABEL, partial(decode, root / path, plain_text(str(root / path))))
+        (plain_text(path), NO_LABEL, partial(read, root / path, plain_text(str(root / path))))
         for path in tree.images
     )
     source = MapSource(spec, Labels("none: they are not used", {}, [], notes=tree.notes()), entries)

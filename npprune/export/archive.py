@@ -124,7 +124,7 @@ def to_timm(
             raise ExportError(
                 f"timm's attention is as wide as the stream ({info.embed_dim}): `{name}` gives "
                 f"{tensor.shape[0] // 3}",
-                hint="heads were removed: export to ONNX or a torch archive",
+                hint="attention was made smaller: export to ONNX or a torch archive",
             )
     pre = info.preprocessing
     config = {

@@ -7,8 +7,6 @@ does it. Normalising in NumPy may differ from PyTorch in the last bit of a float
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from npprune.errors import DataError, ExportError, NpPruneError, UsageError
 from npprune.export.session import open_session
-from npprune.images.decoding import UnreadableImage, decode, to_rgb
+from npprune.images.decoding import UnreadableImage, decode, reading, to_rgb
 from npprune.images.folders import walk
+from npprune.images.resizing import check_resized, fault, resized
 from npprune.records import ClassInfo, Preprocessing, from_dict, plain_text
-from npprune.words import OnBadImage
+from npprune.untrusted import MAX_PIXELS, parse_json
+from npprune.words import CROP_MODES, INTERPOLATIONS, OnBadImage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +56,18 @@ class Classifier:
         self.session = open_session(path, provider, threads)
         self.classes, self.preprocessing = _read_metadata(self.session.metadata, Path(path))
         self.pixels = self.session.input_name == "pixels"
+        self._check_input(Path(path))
+
+    def open(self, source: Path | bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+        """An image file, or its bytes, as `classify` takes it.
+
+        Raises:
+            UnreadableImage: it cannot be decoded, or is too large before or after resizing.
+        """
+        image = decode(source, name, max_pixels)
+        with reading(name):
+            check_resized(image.height, image.width, self.preprocessing)
+        return image
 
     def classify(self, images: Sequence[Image.Image], *, topk: int = 5) -> list[list[Guess]]:
         """The `topk` likeliest classes of each image, best first. One run per call, or several
@@ -91,7 +103,39 @@ class Classifier:
         normal: np.ndarray = (scaled - mean) / std
         return normal
 
+    def _check_input(self, path: Path) -> None:
+        """ExportError where the file does not take the images that its metadata describes."""
+        channels, *size = self.preprocessing.input_size
+        wanted = [*size, channels] if self.pixels else [channels, *size]
+        batch, *shape = self.session.input_shape or [0]
+        sizes = [
+            b if isinstance(a, str) or a is None else a for a, b in zip(shape, wanted, strict=False)
+        ]
+        if len(shape) != 3 or sizes != wanted or (isinstance(batch, int) and batch < 1):
+            raise ExportError(
+                f"{path} takes inputs of shape {self.session.input_shape}, and its metadata "
+                f"describes images of {wanted}",
+                hint="export the network with `npprune export`",
+            )
+
     def _logits(self, batch: np.ndarray) -> np.ndarray:
+        import numpy as np
+
+        logits = np.asarray(self._run(batch))
+        if logits.shape != (len(batch), len(self.classes)) or logits.dtype.kind != "f":
+            raise ExportError(
+                f"{self.session.path} must give a number for each of its {len(self.classes)} "
+                f"classes, got {logits.dtype} {list(logits.shape)} for {len(batch)} images",
+                hint="export the network with `npprune export`",
+            )
+        if not np.isfinite(logits).all():
+            raise ExportError(
+                f"{self.session.path} gives NaN or infinity for one of {len(batch)} images",
+                hint="export the network again, in fp32 if it was not",
+            )
+        return logits
+
+    def _run(self, batch: np.ndarray) -> np.ndarray:
         import numpy as np
 
         fixed = self.session.fixed_batch
@@ -119,6 +163,7 @@ def predict(
     threads: int | None = None,
     on_bad: OnBadImage = "error",
     warn: Callable[[str], None] | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[Prediction]:
     """Predictions for `images` (files, and folders searched through), in order, batch by batch.
 
@@ -132,7 +177,7 @@ def predict(
     files = find_images(images, warn)
     classifier = Classifier(onnx_path, provider=provider, threads=threads)
     for start in range(0, len(files), batch):
-        opened = [_open(f, on_bad) for f in files[start : start + batch]]
+        opened = [_open(classifier, f, on_bad, max_pixels) for f in files[start : start + batch]]
         good = [image for image in opened if not isinstance(image, str)]
         guesses = iter(classifier.classify(good, topk=topk))
         for file, image in zip(files[start : start + batch], opened, strict=False):
@@ -172,8 +217,8 @@ def resize_and_crop(image: Image.Image, preprocessing: Preprocessing) -> Image.I
     image = to_rgb(image)
     if channels == 1:
         image = image.convert("L")
-    target = [math.floor(side / preprocessing.crop_pct) for side in (height, width)]
-    h, w = _resized(image.height, image.width, target, preprocessing.crop_mode)
+    check_resized(image.height, image.width, preprocessing)
+    h, w = resized(image.height, image.width, preprocessing)
     if (h, w) != (image.height, image.width):
         image = image.resize((w, h), _resample(preprocessing.interpolation))
     fill: tuple[int, ...] = (0,) * channels
@@ -190,18 +235,6 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     e = np.exp(shifted)
     probabilities: np.ndarray = e / e.sum(axis=1, keepdims=True)
     return probabilities
-
-
-def _resized(h: int, w: int, target: list[int], mode: str) -> tuple[int, int]:
-    """(height, width) after resizing, rounded as torchvision and timm round."""
-    if mode == "squash":
-        return target[0], target[1]
-    if mode == "center" and target[0] == target[1]:
-        side = target[0]
-        return (side, int(side * w / h)) if h <= w else (int(side * h / w), side)
-    ratios = (h / target[0], w / target[1])
-    ratio = max(ratios) if mode == "border" else min(ratios)
-    return round(h / ratio), round(w / ratio)
 
 
 def _center(image: Image.Image, height: int, width: int, fill: tuple[int, ...]) -> Image.Image:
@@ -235,9 +268,9 @@ def _resample(name: str) -> Any:
     return known[name]
 
 
-def _open(path: Path, on_bad: str) -> Image.Image | str:
+def _open(classifier: Classifier, path: Path, on_bad: str, limit: int) -> Image.Image | str:
     try:
-        return decode(path, str(path))
+        return classifier.open(path, str(path), limit)
     except UnreadableImage as err:
         if on_bad == "skip":
             return err.message
@@ -252,9 +285,16 @@ def _read_metadata(known: dict[str, str], path: Path) -> tuple[list[ClassInfo], 
             hint="export the network with `npprune export`",
         )
     try:
-        labels = json.loads(known["labels"])
-        settings = json.loads(known["preprocessing"])
+        labels = parse_json(known["labels"])
+        settings = parse_json(known["preprocessing"])
         classes = [from_dict(ClassInfo, c, where=f"{path}, labels") for c in labels]
-        return classes, from_dict(Preprocessing, settings, where=f"{path}, preprocessing")
+        prepared = from_dict(Preprocessing, settings, where=f"{path}, preprocessing")
     except (ValueError, TypeError, NpPruneError) as err:
         raise ExportError(f"the metadata of {path} cannot be read: {err}") from err
+    if why := fault(prepared):
+        raise ExportError(f"the metadata of {path} cannot be used: {why}")
+    for name, words in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if (word := getattr(prepared, name)) not in words:
+            known = ", ".join(words)
+            raise ExportError(f"`{name}` in the metadata of {path} must be {known}, got `{word}`")
+    return classes, prepared

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from npprune import words
 from npprune.errors import DeviceError, ExportError, UsageError, setting
+from npprune.export.loops import repeated
+from npprune.untrusted import shown
 from npprune.words import check_word
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
 }
 _PLACE = re.compile(r"\S*\.(?:cc|cpp|cu|cuh|h|hpp|mm):\d+ ")  # in ONNX Runtime's source
+_NO_ONNX = "the file is damaged, or no ONNX file"
 _GPU_HINT = "pip install 'onnxruntime-gpu[cuda,cudnn]', and a driver that `nvidia-smi` can see"
 
 
@@ -95,6 +98,7 @@ def open_session(
     path = Path(path)
     if not path.is_file():
         raise ExportError(f"no ONNX file at {path}", hint="`npprune export` writes one")
+    _refuse_loops(path)
     built = ort.get_available_providers()
     if provider == "auto":
         return _auto(path, threads, built, timed)
@@ -113,6 +117,20 @@ def open_session(
             hint=_GPU_HINT + ("; TensorRT: pip install tensorrt" if "tensor" in provider else ""),
         )
     return _session(session, path, provider, "asked for", threads)
+
+
+def _refuse_loops(path: Path) -> None:
+    """ExportError for a file that may never end, or that is none of ONNX."""
+    try:
+        operator = repeated(path)
+    except ValueError as err:
+        raise ExportError(f"{path} cannot be opened: {err}", hint=_NO_ONNX) from err
+    if operator is not None:
+        raise ExportError(
+            f"{path} holds the operator {shown(operator)}, which repeats a part of the network and "
+            "may never end: it is not run",
+            hint="npprune writes no such files; export the network with `npprune export`",
+        )
 
 
 def _auto(path: Path, threads: int | None, built: list[str], timed: bool) -> Session:
@@ -146,6 +164,7 @@ def _start(path: Path, provider: str, threads: int | None, timed: bool) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.load_model_format", "ONNX")  # as was looked at
     if threads is not None:
         options.intra_op_num_threads = threads
     # Threads of one session must not burn the cores while another one is being timed.
@@ -215,7 +234,7 @@ def _hint(why: str) -> str | None:
     if re.search(r"external|no such file|GetFileLength", why, re.IGNORECASE):
         return "the `.data` file written with it must lie next to it, whole and under its own name"
     if "Protobuf parsing failed" in why or "No graph was found" in why:
-        return "the file is damaged, or no ONNX file"
+        return _NO_ONNX
     return None
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, features
 
 from npprune.errors import DataError
+from npprune.untrusted import MAX_PIXELS
 
 
 def _readable() -> dict[str, tuple[str, ...]]:
@@ -62,22 +63,39 @@ class UnreadableImage(DataError):
         return (UnreadableImage, (self.path, self.reason))  # crosses process borders
 
 
-def decode(source: Path | bytes | IO[bytes], path: str) -> Image.Image:
+def decode(
+    source: Path | bytes | IO[bytes], path: str, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
     """The image in full (of several, the first), as 8-bit RGB.
 
     As in timm, alpha is dropped and an orientation in the file's EXIF data is not applied.
 
     Raises:
         UnreadableImage: missing, truncated, no image, no plain file, of a format that is not in
-            FORMATS, too large for Pillow's limit, or of a pixel format without a fixed range.
+            FORMATS, of more than `max_pixels`, or of a pixel format without a fixed range.
     """
     with reading(path):
         if isinstance(source, Path):
             _require_plain(source)
         stream = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(stream, formats=list(FORMATS)) as image:
+        with _opened(stream, max_pixels) as image:
             image.load()
             return to_rgb(image)
+
+
+def _opened(stream: Path | IO[bytes], max_pixels: int) -> Image.Image:
+    """The image by its header alone: nothing is decoded of one that is too large."""
+    if max_pixels > MAX_PIXELS and Image.MAX_IMAGE_PIXELS is not None:
+        Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # Pillow's own limit
+    most = f"at most {max_pixels / 1e6:g} million are decoded (max_megapixels)"
+    try:
+        image = Image.open(stream, formats=list(FORMATS))
+    except Image.DecompressionBombError as err:
+        raise DataError(f"more pixels than Pillow's limit, and {most}") from err
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise DataError(f"{image.width} x {image.height} pixels, and {most}")
+    return image
 
 
 @contextmanager

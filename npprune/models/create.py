@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import psutil
 import timm
 import torch
 from timm.layers import LayerNorm
@@ -16,6 +17,7 @@ from timm.models._registry import _deprecated_models
 from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
+from npprune.untrusted import first_line
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu", "relu", "silu")
 CLASS_AND_PATCHES = "class+patches"
@@ -106,11 +108,36 @@ def create(name: str, args: dict[str, Any], **timm_options: Any) -> nn.Module:
             return _reading_two_parts(model) if two_parts else model
         except (TypeError, AssertionError, ValueError, ZeroDivisionError) as err:
             given = ", ".join(f"{k}={v}" for k, v in args.items())
-            lines = str(err).strip().splitlines() or [type(err).__name__]
             raise ModelError(
-                f"timm cannot build {name} with {given or 'its defaults'}: {lines[0][:160]}",
+                f"timm cannot build {name} with {given or 'its defaults'}: {first_line(err)}",
                 hint="check the image size and the number of heads",
             ) from err
+
+
+def check_fits(name: str, args: Mapping[str, Any], where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes by name of the network that a file describes, from shapes alone: no memory.
+
+    Raises:
+        ModelError: it cannot be built, or not in the memory that is free.
+    """
+    try:
+        with torch.device("meta"):
+            state = create(name, dict(args)).state_dict()
+    except (RuntimeError, OverflowError) as err:
+        raise _too_large(name, where, first_line(err)) from err
+    needed = sum(v.numel() * v.element_size() for v in state.values())
+    free = psutil.virtual_memory().available
+    if needed > free:
+        gib = f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free"
+        raise _too_large(name, where, gib)
+    return {key: tuple(value.shape) for key, value in state.items()}
+
+
+def _too_large(name: str, where: str, why: str) -> ModelError:
+    return ModelError(
+        f"{where}: the network described ({name}) does not fit into memory: {why}",
+        hint="check the sizes, or use a machine with more memory",
+    )
 
 
 def _reading_two_parts(model: Any) -> nn.Module:

@@ -7,7 +7,6 @@ file or in several with an index.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from npprune.models.foreign import Size
 from npprune.models.huggingface import Translated, from_transformers
 from npprune.models.weights import read_all
 from npprune.records import ClassInfo
+from npprune.untrusted import parse_json
 
 WEIGHTS = (
     "model.safetensors",
@@ -142,22 +142,31 @@ def read_tensors(folder: Folder) -> dict[str, Tensor]:
     """The tensors beside the description; of several files, all that the index names."""
     if folder.weights.suffix != ".json":
         return read_all(folder.weights)
-    index = _json(folder.weights).get("weight_map")
-    names = set(index.values()) if isinstance(index, dict) else set()
-    if not names or not all(isinstance(n, str) and re.fullmatch(r"[\w-][\w.-]*", n) for n in names):
-        raise ModelError(f"`{folder.weights}` is no index of weights files in its folder")
     tensors: dict[str, Tensor] = {}
-    for name in sorted(names):
+    for name in weights_files(folder.weights):
         tensors |= read_all(folder.path / name)
     return tensors
+
+
+def weights_files(index: Path) -> list[str]:
+    """The names of the files in its own folder that an index of weights names.
+
+    Raises:
+        ModelError: it names none, or anything else.
+    """
+    names = _json(index).get("weight_map")
+    names = list(names.values()) if isinstance(names, dict) else []
+    if not names or not all(isinstance(n, str) and re.fullmatch(r"[\w-][\w.-]*", n) for n in names):
+        raise ModelError(f"`{index}` is no index of weights files in its folder")
+    return sorted(set(names))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError("it is larger than 16 MiB")
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as err:
+        value = parse_json(path.read_text(encoding="utf-8-sig"), parse_constant=float)
+    except (OSError, ValueError) as err:
         raise ModelError(f"`{path}` cannot be read as JSON: {err}", hint="fetch it again") from err
     if not isinstance(value, dict):
         raise ModelError(f"`{path}` must hold an object, got {type(value).__name__}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import ModelError, setting
+from npprune.errors import ModelError, NpPruneError, setting
+from npprune.models.folders import weights_files
 
 FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 TIMEOUT = 10.0  # seconds to wait for the hub's first answer
@@ -115,6 +115,8 @@ def fetch_folder(repo: str) -> Path:
             f"the hub's {name} lacks {DESCRIPTION}, or weights ({', '.join(_WEIGHTS)})",
             hint=f"pass a weights file with {setting('model.checkpoint', 'FILE')}",
         ) from err
+    except NpPruneError:
+        raise
     except Exception as err:
         missing = isinstance(err, RepositoryNotFoundError)
         lines = str(err).strip().splitlines() or [""]
@@ -131,6 +133,26 @@ def fetch_folder(repo: str) -> Path:
         ) from err
 
 
+def is_fetched(repo: str) -> bool:
+    """Whether a network on the hub lies on this machine already; the network is not asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    name, _, revision = repo.partition("@")
+
+    def cached(file: str) -> Path:
+        found = try_to_load_from_cache(name, file, revision=revision or None)
+        if not isinstance(found, str):
+            raise EntryNotFoundError(file)
+        return Path(found)
+
+    try:
+        _whole(cached)
+    except (EntryNotFoundError, HFValidationError):
+        return False
+    return True
+
+
 def _whole(get: Callable[[str], Path]) -> Path:
     """All files of a network by one way; EntryNotFoundError where a needed one is missing."""
     from huggingface_hub.errors import EntryNotFoundError
@@ -144,9 +166,8 @@ def _whole(get: Callable[[str], Path]) -> Path:
             if i == len(_WEIGHTS) - 1:
                 raise
     if path.name.endswith(".index.json"):
-        parts = json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values()
-        for part in sorted(set(parts)):
-            get(str(part))
+        for part in weights_files(path):
+            get(part)
     for file in _OPTIONAL:
         try:
             get(file)

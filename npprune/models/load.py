@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
 from npprune.models.beit import infer_beit, is_beit
-from npprune.models.create import checked_args, create, current_name, published
+from npprune.models.create import check_fits, checked_args, create, current_name, published
 from npprune.models.fit import (
     check_patches,
     cut_short,
@@ -41,7 +42,8 @@ from npprune.models.hub import fetch
 from npprune.models.info import model_info, weights_sha256
 from npprune.models.tokens import apply_tokens
 from npprune.models.translations import translated
-from npprune.models.uneven import fit_to
+from npprune.models.uneven import PRUNABLE, fit_to
+from npprune.models.unwrap import Shapes
 from npprune.models.view import classifiers, make_view
 from npprune.models.weights import read_weights
 from npprune.models.where import AUTO, Described, find_folder
@@ -49,6 +51,8 @@ from npprune.records import CheckpointConfig, ClassInfo, ModelInfo, ModelSource
 from npprune.words import Activation, Pooling
 
 ImageSize = int | Sequence[int]
+
+_SMALL = 2**20  # elements of a tensor
 
 
 @dataclass
@@ -162,9 +166,10 @@ def build(config: CheckpointConfig, tensors: dict[str, Tensor]) -> nn.Module:
     Raises:
         ModelError: the tensors do not form the network that `config` describes.
     """
-    given = checked_args(config.source.model_args, "config.json")
-    args = {**given, "num_classes": config.num_classes}
-    model = create(config.source.architecture, args)
+    name, given = config.source.architecture, config.source.model_args
+    args = checked_args({**given, "num_classes": config.num_classes}, "config.json")
+    _same_sizes(check_fits(name, args, "config.json"), tensors, name)
+    model = create(name, args)
     fit_to(model, tensors, heads=config.heads)
     try:
         model.load_state_dict(tensors, strict=True)
@@ -179,6 +184,24 @@ def build(config: CheckpointConfig, tensors: dict[str, Tensor]) -> nn.Module:
             hint="the checkpoint's two files do not belong together",
         )
     return apply_tokens(model, config.merged, config.last_for_read).eval()
+
+
+def _same_sizes(dense: Shapes, tensors: dict[str, Tensor], name: str) -> None:
+    """ModelError where a tensor that pruning never changes has other sizes than described.
+
+    Small ones that are missing are left to loading, which names them all.
+    """
+    for key, shape in dense.items():
+        there = tensors.get(key)
+        found = None if there is None else tuple(there.shape)
+        if found is None and math.prod(shape) < _SMALL:
+            continue
+        if not PRUNABLE.match(key.rpartition(".")[0]) and found != shape:
+            raise ModelError(
+                f"config.json describes {name} with `{key}` of shape {list(shape)}, and the "
+                f"tensors have {'none' if found is None else list(found)}",
+                hint="the checkpoint's two files do not belong together",
+            )
 
 
 def load_timm_folder(folder: Path) -> nn.Module:
@@ -231,6 +254,7 @@ def _load_transformers(name: str, folder: Folder, wishes: Wishes, given: str) ->
             )
     side = found.args["in_chans"], *found.args["img_size"]
     cfg = {**folder.cfg, "input_size": side, "num_classes": found.args["num_classes"]}
+    check_fits(found.name, found.args, str(folder.path))
     model = create(found.name, found.args, pretrained_cfg_overlay=cfg)
     make_view(model)
     try:
@@ -269,6 +293,8 @@ def _load_named(
     refuse_representation_layer(tensors)
     refuse_projection(name, cfg, tensors)
     args["num_classes"] = outputs(name, tensors, cfg, num_classes, weights.beside)
+    if args.keys() - {"num_classes"}:
+        check_fits(name, args, str(path))
     bare = create(name, args, pretrained_cfg_overlay=said)
     make_view(bare)
     grid: dict[str, Any] = {}
@@ -328,6 +354,7 @@ def _load_auto(path: Path, wishes: Wishes) -> Loaded:
         args["img_size"] = list(size)
     if not is_beit(tensors):
         tensors = with_timm_scales(tensors)
+    check_fits(found.name, args, str(path))
     bare = create(found.name, args)
     make_view(bare)
     if unknown := unknown_to(bare, tensors):

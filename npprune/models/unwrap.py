@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ PREFIXES = ("_orig_mod.", "module.", "model.", "net.")
 
 Shapes = dict[str, tuple[int, ...]]
 
+_DICTIONARIES = 100_000
 _DEPTH = 6  # of dictionaries in dictionaries
 _WRAPPED_MODULE = re.compile(r"(^|\.)(?:(?:_orig_mod|_(?:fsdp|checkpoint)_wrapped_module)\.)+")
 _FIRST_BLOCK = re.compile(r"((?:.*\.)?)blocks\.0\.(?:attn|norm1|mlp)\.")
@@ -69,7 +71,10 @@ def unwrap(loaded: Any, path: Path, like: Callable[[], Shapes] | None = None) ->
     Raises:
         ModelError: no tensors, or different networks and none is known to be meant.
     """
-    holders = dict(_holders(loaded))
+    looked = list(islice(_holders(loaded), _DICTIONARIES + 1))
+    if len(looked) > _DICTIONARIES:
+        raise ModelError(f"checkpoint {path} holds more than {_DICTIONARIES:,} dictionaries")
+    holders = {at: tensors for at, tensors in looked if tensors}
     if not holders:
         raise _no_tensors(loaded, path)
     found = [network for at, tensors in holders.items() for network in _networks(at, tensors)]
@@ -88,16 +93,18 @@ def unwrap(loaded: Any, path: Path, like: Callable[[], Shapes] | None = None) ->
 def _holders(
     value: Any, at: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every dictionary that holds tensors itself, with the keys that lead there."""
+    """Every dictionary, its own tensors, and the keys that lead there.
+
+    Keys other than text and numbers are passed over: nobody names a weight so, and the text of
+    nested ones has no bound.
+    """
     if not isinstance(value, dict) or len(at) > _DEPTH:
         return
-    tensors = {
-        _WRAPPED_MODULE.sub(r"\1", str(k)): v for k, v in value.items() if isinstance(v, Tensor)
-    }
-    if tensors:
-        yield at, tensors
-    for key, inner in value.items():
-        yield from _holders(inner, (*at, str(key)))
+    items = {str(k): v for k, v in value.items() if isinstance(k, str | int)}
+    tensors = {_WRAPPED_MODULE.sub(r"\1", k): v for k, v in items.items() if isinstance(v, Tensor)}
+    yield at, tensors
+    for key, inner in items.items():
+        yield from _holders(inner, (*at, key))
 
 
 def _networks(at: tuple[str, ...], tensors: dict[str, Tensor]) -> list[Network]:
@@ -224,7 +231,8 @@ def _named(rest: Rest, chosen: tuple[str, ...]) -> str:
 def _no_tensors(loaded: Any, path: Path) -> ModelError:
     what = type(loaded).__name__
     if isinstance(loaded, dict):
-        what = f"a dictionary with {', '.join(map(repr, list(loaded)[:4])) or 'nothing'}"
+        keys = [repr(k) if isinstance(k, str | int) else type(k).__name__ for k in list(loaded)[:4]]
+        what = f"a dictionary with {', '.join(keys) or 'nothing'}"
     return ModelError(
         f"checkpoint {path} must hold named tensors, got {what}",
         hint="save `model.state_dict()`, alone or under a key such as `model` or `state_dict`",

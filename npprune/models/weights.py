@@ -6,7 +6,9 @@ Which of a file's tensors are the network is found by `unwrap`.
 
 from __future__ import annotations
 
+import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from npprune.errors import ModelError
 from npprune.models.unwrap import Shapes, unwrap
+from npprune.untrusted import check_archive, check_unpacked, first_line, out_of_memory
 
 
 @dataclass
@@ -70,6 +73,10 @@ def read_all(path: Path) -> dict[str, Tensor]:
 
 
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    try:  # a few bytes can be told to stand for any number of elements
+        check_unpacked(path, sum(t.numel() * t.element_size() for t in tensors.values()))
+    except ValueError as err:
+        raise _damaged(path, "PyTorch", err) from err
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(
@@ -99,7 +106,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as err:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as err:
         raise _damaged(path, "safetensors", err) from err
 
 
@@ -107,16 +114,41 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     import numpy as np
 
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is no archive of arrays")
+        check_archive(path)
         with np.load(path, allow_pickle=False) as archive:
+            for member in archive.zip.infolist():
+                _check_member(archive.zip, member)
             arrays = {name: archive[name] for name in archive.files}
-        return {name: torch.from_numpy(a) for name, a in arrays.items() if a.dtype.kind in "fiub"}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, AttributeError) as err:
+        kept = {name: a for name, a in arrays.items() if isinstance(a, np.ndarray)}
+        return {name: torch.from_numpy(a) for name, a in kept.items() if a.dtype.kind in "fiub"}
+    except Exception as err:  # NumPy and zipfile raise anything on broken files
+        if out_of_memory(err):
+            raise
         raise _damaged(path, "NumPy", err) from err
+
+
+def _check_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """ValueError for an array whose shape is not that of its bytes: it would be made first."""
+    from numpy.lib import format
+
+    if not member.filename.endswith(".npy"):
+        return
+    with archive.open(member) as file:
+        version = format.read_magic(file)
+        header = format.read_array_header_1_0 if version == (1, 0) else format.read_array_header_2_0
+        shape, _, dtype = header(file)
+        told = math.prod(shape) * dtype.itemsize
+        there = member.file_size - file.tell()
+    if told > there:
+        raise ValueError(f"`{member.filename}` says {told} bytes of values, and holds {there}")
 
 
 def _read_torch(path: Path) -> Any:
     _refuse_programs(path)
     try:
+        check_archive(path)
         with torch.serialization.safe_globals(_plain_types()):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as err:
@@ -130,7 +162,9 @@ def _read_torch(path: Path) -> Any:
             f"checkpoint {path} holds pickled code ({', '.join(code[:3])}), which is not run",
             hint=hint,
         ) from err
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as err:
+    except Exception as err:  # a broken pickle raises anything
+        if out_of_memory(err):
+            raise
         raise _damaged(path, "PyTorch", err) from err
 
 
@@ -139,7 +173,7 @@ def _refuse_programs(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {name.partition("/")[2] for name in archive.namelist()}
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return  # PyTorch's older format, or damaged
     if "constants.pkl" in names:
         raise ModelError(
@@ -185,9 +219,8 @@ def _pickled_code(path: Path) -> list[str]:
 
 
 def _damaged(path: Path, kind: str, err: Exception) -> ModelError:
-    lines = str(err).strip().splitlines() or [type(err).__name__]
     return ModelError(
-        f"checkpoint {path} cannot be read as a {kind} file: {lines[0][:160]}",
+        f"checkpoint {path} cannot be read as a {kind} file: {first_line(err)}",
         hint="it is damaged, cut short, or of another kind; `.safetensors` and `.npz` are read "
         "by their suffix, everything else as a PyTorch file",
     )

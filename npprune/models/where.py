@@ -62,6 +62,13 @@ def timms_own(name: str) -> str | None:
     return last[1]
 
 
+def foreign_repo(name: str) -> str | None:
+    """The name on the hub, `OWNER/NAME`, of a network that timm does not publish itself."""
+    if timms_own(name) is not None or _is_folder(name) or not _is_repo(name):
+        return None
+    return HUB.sub("", name)
+
+
 def _is_folder(name: str) -> bool:
     return name.startswith((LOCAL, "/", "./", "../", "~")) or Path(name).is_dir()
 

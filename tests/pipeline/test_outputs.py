@@ -35,7 +35,7 @@ from npprune.recipe import (
     Recipe,
     StudySection,
 )
-from npprune.records import Environment, Result
+from npprune.records import Environment, Result, Variant
 from npprune.store.checkpoints import read_config
 from npprune.store.runs import RunFolder
 from tests.helpers.deploying import plan_of, write_dense, write_images, write_pruned
@@ -190,7 +190,9 @@ def measured(world: Path) -> tuple[Path, DataSection]:
     info = read_config(world / "of_run")
     run.path.mkdir()
     model = model_info(dense, info.source)
-    run.write_result(Result("run", "t0", Environment(), model, info.classes))
+    assert info.prune is not None
+    listed = Variant("of_run", "../of_run", model, info.prune)
+    run.write_result(Result("run", "t0", Environment(), model, info.classes, None, [listed]))
     return world / "of_run", DataSection(val=write_images(world / "images", per_class=2))
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from npprune.core.linear import check_finite, factor, regularised
+from npprune.core.linear import check_finite, factor, inverted, regularised, solved
 from npprune.errors import UsageError
 
 SHRINKAGE = 1e-3
@@ -155,13 +155,13 @@ def eliminate_groups(
         found = []
         for g in left:
             j = columns[g]
-            found.append(float((u[:, j].T @ u[:, j]).mul(torch.linalg.inv(a[j][:, j])).sum()))
+            found.append(float((u[:, j].T @ u[:, j]).mul(inverted(a[j][:, j])).sum()))
         cheapest = min(range(len(left)), key=lambda i: found[i])
         g = left.pop(cheapest)
         order.append(g)
         costs.append(found[cheapest])
         j = columns[g]
-        rows = torch.linalg.solve(a[j][:, j], a[j])
+        rows = solved(a[j][:, j], a[j])
         u, a = u - u[:, j] @ rows, a - a[:, j] @ rows
     return Elimination(torch.tensor(order), torch.tensor(costs, dtype=torch.float64))
 

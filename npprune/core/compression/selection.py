@@ -308,6 +308,9 @@ def interpolate(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, fl
     return out
 
 
+_LARGEST_POWER = 700.0  # of e, that float64 holds
+
+
 def smooth(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
     """Harm at any width from noisy harm at a few: a parabola through its logarithm.
 
@@ -327,7 +330,8 @@ def smooth(row: Mapping[int, float], widths: Sequence[int]) -> dict[int, float]:
     fit = torch.linalg.lstsq(x, y).solution[:, 0].tolist()
 
     def parabola(w: int) -> float:
-        return math.exp(fit[0] + fit[1] * w / span + fit[2] * (w / span) ** 2)
+        power = fit[0] + fit[1] * w / span + fit[2] * (w / span) ** 2
+        return math.exp(min(power, _LARGEST_POWER))
 
     last, level = known[-1], parabola(known[-1])
     out, worst = {}, 0.0

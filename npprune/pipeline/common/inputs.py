@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from npprune.core import metrics
@@ -32,7 +33,9 @@ from npprune.records import (
     Result,
 )
 from npprune.report import text
-from npprune.store.checkpoints import is_checkpoint, read_checkpoint
+from npprune.store.checkpoints import CONFIG, is_checkpoint, read_checkpoint
+
+S = TypeVar("S", bound=BaseModel)
 
 PREPROCESSING = ("preprocessing", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 """Fields of a data section that say how images are prepared."""
@@ -66,6 +69,23 @@ def check_weights(network: Network, paths_of: str, run: Path) -> None:
             f"{sha256[:12]}...",
             hint="discover again, or restore the weights",
         )
+
+
+def remembered(section: type[S], said: Mapping[str, Any], checkpoint: str | Path) -> S:
+    """Settings that a checkpoint remembers, as a section of a recipe.
+
+    Raises:
+        StoreError: its `config.json` holds other than such settings.
+    """
+    try:
+        return section(**said)
+    except ValidationError as err:
+        first = err.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        raise StoreError(
+            f"`{checkpoint}`: `{name}` in the details of its {CONFIG}: {first['msg'].lower()}",
+            hint="copy or prune the checkpoint again",
+        ) from err
 
 
 def is_cut(config: CheckpointConfig) -> bool:
@@ -254,6 +274,7 @@ def open_images(
         "known": names,
         "classes": section.classes,
         "images_per_class": section.images_per_class,
+        "max_pixels": section.max_pixels,
     }
     source = open_source(spec, **of) if held is None else open_given(held, spec, Asked(**of))
     count = "a stream" if source.length is None else plural(source.length, "image")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from npprune.core.view import VitView
+from npprune.untrusted import out_of_memory
 
 T = TypeVar("T")
 SHARE = 0.5  # of the machine's memory, where no limit is given
-MESSAGES = ("out of memory", "can't allocate memory", "alloc_failed")  # MPS, CPU, cuBLAS
 
 
 def images_that_fit(
@@ -66,16 +66,10 @@ def halving(work: Callable[[int, int], T], total: int, limit: int) -> tuple[list
             lo = hi
             continue
         except (RuntimeError, MemoryError) as err:
-            if not _out_of_memory(err) or hi - lo == 1:
+            if not out_of_memory(err) or hi - lo == 1:
                 raise
         # Out here the error is gone, and with it the frames that held the failed attempt.
         limit = (hi - lo) // 2
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return parts, limit
-
-
-def _out_of_memory(err: BaseException) -> bool:
-    if isinstance(err, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(message in str(err).lower() for message in MESSAGES)

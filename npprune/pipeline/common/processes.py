@@ -18,9 +18,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from npprune.errors import NpPruneError, PeerError
+from npprune.errors import NpPruneError, PeerError, UsageError
+from npprune.untrusted import first_line
 
 T = TypeVar("T")
+_STARTED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables of torchrun
 
 
 @dataclass(frozen=True)
@@ -122,16 +124,42 @@ def _connected(exchange: Callable[[], object]) -> None:
 
 
 def processes() -> Processes:
-    """The processes that torchrun started, or this one alone."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    """The processes that torchrun started, or this one alone.
+
+    Raises:
+        UsageError: the environment names processes that are not there.
+    """
+    count = _number("WORLD_SIZE", "1")
     if count == 1 or not dist.is_available():
         return Processes()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, local_count = _number("LOCAL_RANK", "0"), _number("LOCAL_WORLD_SIZE", "1")
     if not dist.is_initialized():
-        # Shards differ in how long they take: the first to end waits for the last.
-        dist.init_process_group(backend(local_count), timeout=timedelta(days=7))
+        missing = [name for name in _STARTED if not os.environ.get(name)]
+        if missing:
+            raise UsageError(
+                f"the environment says WORLD_SIZE={count}, and lacks {', '.join(missing)}",
+                hint=f"start {count} processes with `torchrun --nproc-per-node {count} -m npprune "
+                "...`, or unset WORLD_SIZE",
+            )
+        try:
+            # Shards differ in how long they take: the first to end waits for the last.
+            dist.init_process_group(backend(local_count), timeout=timedelta(days=7))
+        except (RuntimeError, ValueError) as err:
+            raise UsageError(
+                f"the {count} processes of this run cannot meet: {first_line(err)}",
+                hint="start them with `torchrun`, which says where they meet",
+            ) from err
     return Processes(dist.get_rank(), count, local_rank, local_count)
+
+
+def _number(name: str, default: str) -> int:
+    value = os.environ.get(name, default)
+    if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) < 1):
+        raise UsageError(
+            f"{name} in the environment must be a count, got `{value}`",
+            hint="`torchrun` sets it; unset it to work in one process",
+        )
+    return int(value)
 
 
 def backend(local_count: int) -> str:

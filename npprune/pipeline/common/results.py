@@ -8,6 +8,7 @@ from pathlib import Path
 
 from npprune.errors import StoreError
 from npprune.files import CARD, check_folder, refuse_overwriting
+from npprune.pipeline.common.work import Work
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
 from npprune.report import card
 from npprune.report.html import render_html
@@ -62,12 +63,41 @@ def add_command(result: Result, command: str) -> None:
         result.commands = [c for c in result.commands if c != command] + [command]
 
 
-def run_of(checkpoint: Path, config: CheckpointConfig) -> RunFolder | None:
-    """The run folder a checkpoint belongs to, or None where it is not there any more."""
+def run_of(
+    checkpoint: Path, config: CheckpointConfig, work: Work | None = None
+) -> RunFolder | None:
+    """The run folder a checkpoint belongs to, or None where it is not there any more.
+
+    A checkpoint names its run, and anyone can write that: the run has to know the checkpoint, too.
+    Where it does not, `work` says so.
+    """
     if config.run is None:
         return None
     run = RunFolder(Path(os.path.normpath(checkpoint / config.run)))
-    return run if run.result_path.is_file() else None
+    if not run.result_path.is_file():
+        return None
+    if not _knows(run, checkpoint, config):
+        if work is not None:
+            work.warn(
+                f"`{checkpoint}` names the run `{run.path}`, whose result does not list it: what "
+                "is found is shown, not recorded"
+            )
+        return None
+    return run
+
+
+def _knows(run: RunFolder, checkpoint: Path, config: CheckpointConfig) -> bool:
+    """Whether a run made a checkpoint: it names this folder, or, where the folder was moved or
+    renamed since, a variant of the same plan."""
+    variants = run.read_result().variants
+    plan = config.prune.plan_sha256 if config.prune is not None else None
+    named = next((v for v in variants if v.name == checkpoint.resolve().name), None)
+    if named is None:
+        return any(v.prune.plan_sha256 == plan for v in variants)
+    place = run.path / named.checkpoint
+    if place.exists():
+        return os.path.realpath(place) == os.path.realpath(checkpoint)
+    return named.prune.plan_sha256 == plan
 
 
 def render_report(run: Path, *, out: Path | None = None) -> tuple[Path, Path]:

@@ -93,7 +93,9 @@ def paths_of(
         return found.table
     below = found.folder.path / "methods"
     if data is not None:
-        text = data.model_dump_json(exclude={"batch_size", "workers", "val", "calibration"})
+        text = data.model_dump_json(
+            exclude={"batch_size", "workers", "max_megapixels", "val", "calibration"}
+        )
         below = below / hashlib.sha256(text.encode()).hexdigest()[:12]
     work.on("analyze").say(f"paths by {method}: {below / method}")
     if data is None and (there := _there(below / method, found)) is not None:

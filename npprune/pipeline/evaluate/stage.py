@@ -13,6 +13,8 @@ from npprune.core import metrics
 from npprune.errors import DataError, ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
+from npprune.models.hub import is_fetched
+from npprune.models.where import foreign_repo
 from npprune.pipeline.common.inputs import (
     Images,
     Network,
@@ -21,6 +23,7 @@ from npprune.pipeline.common.inputs import (
     open_checkpoint,
     open_images,
     open_network,
+    remembered,
 )
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import run_of, update_variant
@@ -28,7 +31,8 @@ from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.merging import merged_images
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
-from npprune.store.checkpoints import is_checkpoint
+from npprune.store.checkpoints import PLAN, is_checkpoint
+from npprune.store.runs import read_plan
 
 STAGE = "evaluate"
 
@@ -54,7 +58,7 @@ def evaluate(
     pruned = open_checkpoint(checkpoint, work)
     config = pruned.config
     assert config is not None
-    recorded = recordable(run_of(checkpoint, config), work)
+    recorded = recordable(run_of(checkpoint, config, work), work)
     dense = open_dense(config, checkpoint, dense_checkpoint, work)
     work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
     outputs = config.details.get("outputs")  # a head cut to some classes
@@ -72,6 +76,7 @@ def evaluate(
         logits[0].argmax(1), labels, dense.info.num_classes, images.source
     )
     evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
+    _path_shares(evaluation, checkpoint, config)
     evaluation.merged = merged_images(pruned, sample, labels, images)
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:
@@ -92,6 +97,26 @@ def evaluate(
                 checkpoint, config, pruned.info, dense.info, update, command=work.command
             )
     return evaluation
+
+
+def _path_shares(evaluation: Evaluation, checkpoint: Path, config: CheckpointConfig) -> None:
+    """How much of each class's path stays, and whether that spares the class."""
+    run = run_of(checkpoint, config)
+    found = run.read_result() if run is not None else None
+    if found is None or found.discovery is None or not (checkpoint / PLAN).is_file():
+        return
+    plan = read_plan(checkpoint)
+    if plan.widths != found.model.widths:  # of a network that was pruned before
+        return
+    stays = [{*kept, *plan.own(l)} for l, kept in enumerate(plan.keep)]
+    for row in evaluation.classes:
+        path = found.discovery.class_paths.get(row.label)
+        if path is not None:
+            kept = sum(len(stays[l] & set(neurons)) for l, neurons in enumerate(path))
+            row.path_kept = kept / max(1, sum(len(set(neurons)) for neurons in path))
+    pairs = [(r.path_kept, r.deviation) for r in evaluation.classes if r.path_kept is not None]
+    if pairs:
+        evaluation.spared = metrics.rank_correlation(*map(list, zip(*pairs, strict=True)))
 
 
 def open_dense(
@@ -143,7 +168,16 @@ def dense_section(config: CheckpointConfig, folder: Path, override: str | None) 
                 hint="give the folder that has its weights and its `config.json`",
             )
         asked = {"name": str(Path(override).parent)}
-    section = ModelSection(**{k: v for k, v in asked.items() if not k.endswith("_relative")})
+    section = remembered(
+        ModelSection, {k: v for k, v in asked.items() if not k.endswith("_relative")}, folder
+    )
+    repo = foreign_repo(section.name) if override is None else None
+    if repo is not None and not is_fetched(repo):
+        raise ModelError(
+            f"the dense network of `{folder}` is {repo} on the hub, which is not on this machine; "
+            "what a checkpoint names is not downloaded",
+            hint=f"if you trust it, `hf download {repo}` fetches it",
+        )
     if section.checkpoint is not None and not Path(section.checkpoint).exists():
         raise ModelError(
             f"the dense weights of `{folder}` are not at `{section.checkpoint}`",

@@ -91,7 +91,7 @@ def bench_checkpoint(
             f"`{checkpoint}` is not pruned: there is nothing to time it against",
             hint="give a folder that `npprune prune` wrote, or two .onnx files",
         )
-    run = run_of(checkpoint, config)
+    run = run_of(checkpoint, config, work)
     recorded = recordable(run, work)
     dense = open_dense(config, checkpoint, dense_checkpoint, work)
     with tempfile.TemporaryDirectory() as folder:

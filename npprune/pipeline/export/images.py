@@ -10,7 +10,7 @@ from torch import Tensor
 
 from npprune.data.labels import KnownNames
 from npprune.errors import DataError, UsageError, plural, setting
-from npprune.pipeline.common.inputs import Images, open_images
+from npprune.pipeline.common.inputs import Images, open_images, remembered
 from npprune.pipeline.common.work import Work
 from npprune.recipe import DataSection
 from npprune.records import CheckpointConfig, ModelInfo
@@ -108,10 +108,11 @@ def _open(
     # Judging int8 takes part in making it: images kept for evaluation are the last to be used.
     own = (data.val, data.calibration, data.train)
     spec = next((s for s in (own if precision != "int8" else (*own[1:], own[0])) if s), None)
-    remembered = spec is None and config is not None
+    recalled = spec is None and config is not None
     if spec is None and config is not None:
         given = data.model_dump(exclude_unset=True, exclude_none=True)
-        data = DataSection.model_validate({**config.details.get("data", {}), **given})
+        said = {**config.details.get("data", {}), **given}
+        data = remembered(DataSection, said, "the checkpoint")
         spec = data.calibration or data.train
     try:
         return open_images(
@@ -119,7 +120,7 @@ def _open(
             preprocessing=info.preprocessing, names=names,
         )  # fmt: skip
     except DataError as err:
-        if not remembered:
+        if not recalled:
             raise
         raise DataError(
             f"the checkpoint was calibrated on `{spec}`, which cannot be read now: {err.message}",

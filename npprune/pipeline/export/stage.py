@@ -89,7 +89,7 @@ def export_checkpoint(
     network = open_checkpoint(checkpoint, work)
     config, own = network.config, network.info
     assert config is not None
-    recorded = recordable(run_of(checkpoint, config), work)
+    recorded = recordable(run_of(checkpoint, config, work), work)
     network = _for_file(network, settings)
     dense = _dense(config, checkpoint, settings, dense_checkpoint, work)
     read = read_images(

@@ -44,7 +44,7 @@ def open_training_images(
         needed = settings.label_weight > 0 or asked.classes is not None
         if needed or names.within is not None or not spec.startswith("folder:"):
             raise
-        source = open_unlabelled(spec)  # raises where there are no images at all
+        source = open_unlabelled(spec, data.max_pixels)  # raises where there are no images at all
         work.say(f"labels are not used: {err.message}")
         images = _unlabelled(source, config, asked, work)
     if specialised is not None and not set(images.source.selected) <= set(specialised):
@@ -57,7 +57,7 @@ def open_training_images(
         )
     if settings.unlabelled is None:
         return images, None
-    extra = _unlabelled(open_unlabelled(settings.unlabelled), config, asked, work)
+    extra = _unlabelled(open_unlabelled(settings.unlabelled, data.max_pixels), config, asked, work)
     more = plural(extra.source.length or 0, "more image")
     work.say(f"{settings.unlabelled}: {more}, unlabelled")
     joined = replace(images, source=Joined(images.source, extra.source))

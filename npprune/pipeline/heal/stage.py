@@ -21,6 +21,7 @@ from npprune.pipeline.common.inputs import (
     class_names,
     label_doubt,
     open_checkpoint,
+    remembered,
 )
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.common.processes import Processes
@@ -92,7 +93,7 @@ def heal(
     student = open_checkpoint(checkpoint, work)
     config = student.config
     assert config is not None
-    recorded = run_of(checkpoint, config) is None or peers.on_first(
+    recorded = run_of(checkpoint, config, work) is None or peers.on_first(
         lambda: recordable(run_of(checkpoint, config), work)
     )
     if config.prune is None:
@@ -149,8 +150,9 @@ def heal_pruned(
     """Heal right after pruning: into `<checkpoint>_healed`, on the images of `data`, or else
     those that the checkpoint was calibrated on."""
     if data is None:
-        details = read_config(checkpoint).details["data"]
-        data = DataSection(**{**details, "train": details["calibration"]})
+        details = read_config(checkpoint).details.get("data", {})
+        said = {**details, "train": details.get("calibration")}
+        data = remembered(DataSection, said, checkpoint)
     out = healed_folder(checkpoint)
     return out, heal(checkpoint, data, settings, out, work=work)
 

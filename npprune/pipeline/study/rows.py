@@ -168,10 +168,11 @@ def settings_of(study: StudySection, with_paths: bool) -> list[Setting]:
 
 
 def _axes(named: str) -> str:
-    """Axes joined by +, in their order; `all` stands for all of them."""
-    each = list(words.AXES) if named == "all" else named.split("+")
+    """Axes joined by +, in their order; `all` stands for those of `words.ALL_AXES`."""
+    each = list(words.ALL_AXES) if named == "all" else named.split("+")
     for word in each:
         words.check_word("study.axes", word, [*words.AXES, "all"])
+    words.check_axes(each)
     return "+".join(axis for axis in words.AXES if axis in each)
 
 

@@ -145,7 +145,7 @@ def available(rows: Sequence[Setting], model: nn.Module) -> list[Setting]:
     Raises:
         ModelError: an axis is named that it has not.
     """
-    every = "+".join(words.AXES)
+    every = "+".join(words.ALL_AXES)
     there = "+".join(axes_for(PruneSection(target_macs=0.5), model))
     for row in rows:
         if row.axes != every:
