@@ -96,6 +96,10 @@ class StoreError(NpPruneError):
     """A run folder, checkpoint or plan cannot be read, written, or belongs to another run."""
 
 
+class DamagedError(StoreError):
+    """A file of ours is not what was written: cut short, changed, or another one's."""
+
+
 class UnstoredError(StoreError):
     """The work is done and could not be stored; `found` is what it came to, to be shown."""
 

@@ -11,12 +11,10 @@ that a few budgets in MACs lead to, until one takes the time asked for.
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from npprune.errors import GateError, setting
 from npprune.export.bench import Runner, bench_pair, noise_warning, onnx_runner
 from npprune.export.onnx import export_onnx
 from npprune.export.widths import WidthLatency, measure_width_latency
+from npprune.files import scratch
 from npprune.models.info import model_sizes
 from npprune.models.surgery import apply_plan
 from npprune.pipeline.common.work import Work
@@ -65,7 +64,7 @@ class DenseTimer:
         self.preprocessing, self.batch, self.provider = preprocessing, batch, provider
         self.threads = threads or torch.get_num_threads()
         self._held = ExitStack()
-        self._folder = Path(self._held.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = self._held.enter_context(scratch())
         try:
             self._dense = self._runner(model, "dense")
         except BaseException:

@@ -437,18 +437,19 @@ def _record(opened: Opened, out: Path, variant: Variant, plan: Plan, work: Work)
     """Put the variant into the run's result, or into one inside the checkpoint."""
     run, info = opened.run, opened.network.info
     folder = run or RunFolder(out)
-    if run is not None:
-        result = run.read_result()
-        run.write_plan(plan)
-    else:
-        result = Result(
+
+    def begin() -> Result:
+        return Result(
             name=variant.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             environment=work.environment(),
             model=info,
             classes=class_names(opened.images, info.num_classes),
         )
-    variant.checkpoint = os.path.relpath(out, folder.path)
-    result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
-    add_command(result, work.command)
-    folder.write_result(result)
+
+    with folder.updating(begin if run is None else None) as result:
+        if run is not None:
+            run.write_plan(plan)
+        variant.checkpoint = os.path.relpath(out, folder.path)
+        result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
+        add_command(result, work.command)
