@@ -140,7 +140,7 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     if not isinstance(data, dict):
         place = f" ({where})" if where else ""
         said = f"expected a JSON object, got {type(data).__name__}{place}"
-        raise DamagedError(said, hint=_AGAIN)
+        raise DamagedError(said)
     return from_dict(cls, data, where=where)
 
 
