@@ -33,9 +33,10 @@ from npprune.pipeline.prune.stage import carried_out
 from npprune.recipe import DataSection, ModelSection, PruneSection
 from npprune.records import Plan
 
-EVERY = ("mlp", "heads", "qk", "tokens")
+EVERY = ("mlp", "cls", "heads", "qk", "tokens")
 SERIES: dict[str, dict[str, Any]] = {
     "all axes": {"axes": EVERY},
+    "all but cls": {"axes": ("mlp", "heads", "qk", "tokens")},
     "tokens": {"axes": ("tokens",)},
     "hidden units": {"axes": ("mlp",)},
     "attention": {"axes": ("heads", "qk")},
@@ -47,7 +48,8 @@ SERIES: dict[str, dict[str, Any]] = {
     },
 }
 SHARES = {
-    "all axes": [0.85, 0.7, 0.6, 0.5, 0.42, 0.35, 0.3],
+    "all axes": [0.35, 0.5, 0.25, 0.7, 0.3, 0.42, 0.6, 0.85],
+    "all but cls": [0.35, 0.25, 0.5, 0.7],
     "tokens": [0.85, 0.7, 0.6, 0.5, 0.42],
     "hidden units": [0.85, 0.7, 0.6, 0.5],
     "attention": [0.85, 0.75],
@@ -133,6 +135,8 @@ class World:
             return found
         if not {"heads", "qk"} & set(asked.axes):
             found, harm = replace(found, further=[]), replace(harm, further=[])
+        if "cls" not in asked.axes:
+            found, harm = replace(found, own=None), replace(harm, own=None)
         if "tokens" not in asked.axes:
             harm = replace(harm, schedules=harm.schedules[:1])
         if "mlp" not in asked.axes:

@@ -207,6 +207,14 @@ def python() -> str:
                 f"::: {place}\n    options:\n      heading_level: 2\n"
                 f"      heading: npprune.{name}\n      toc_label: npprune.{name}\n"
             )
+            if sections := getattr(thing, "sections", ()):
+                keys = [section.__name__.removesuffix("Section").lower() for section in sections]
+                links = ", ".join(f"[{key}](recipes.md#{key})" for key in keys)
+                parts.append(f"Settings, by their names in a recipe: {links}.\n")
+    parts.append(
+        "## npprune.criteria.register\n\nA criterion of your own, known to `prune` as long as the "
+        "process runs.\n\n" + _docstrings("npprune.criteria.register")
+    )
     parts.append(
         "## Exceptions\n\nAll of them are `npprune.errors.NpPruneError`, with a `message`, a "
         "`hint` or None, and the `exit_code` of the command line.\n\n"

@@ -5,17 +5,59 @@ The names below load on first use, so that `import npprune` stays cheap.
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from npprune._version import __version__
 
-__all__ = ["PathBatch", "Plan", "__version__", "apply_plan", "discover_paths", "load_model"]
+__all__ = [
+    "Cost",
+    "Event",
+    "Found",
+    "PathBatch",
+    "Plan",
+    "Pruned",
+    "__version__",
+    "apply_plan",
+    "discover",
+    "discover_paths",
+    "evaluate",
+    "export",
+    "heal",
+    "load",
+    "load_model",
+    "prune",
+    "save",
+]
 
 if TYPE_CHECKING:
-    from npprune.api import PathBatch, Plan, apply_plan, discover_paths, load_model
+    from npprune.api import (
+        Cost,
+        Event,
+        Found,
+        PathBatch,
+        Plan,
+        Pruned,
+        apply_plan,
+        discover,
+        discover_paths,
+        evaluate,
+        export,
+        heal,
+        load,
+        load_model,
+        prune,
+        save,
+    )
+
+_MODULES = ("criteria", "errors")  # `npprune.criteria.register`, `npprune.errors.NpPruneError`
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"npprune.{name}")
     if name in __all__:
         from npprune import api
 
@@ -24,4 +66,19 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])
+
+
+class _Package(ModuleType):
+    """`npprune.export` is the function, whatever was imported from the package of that name."""
+
+    @property
+    def export(self) -> Any:
+        return __getattr__("export")
+
+    @export.setter
+    def export(self, package: ModuleType) -> None:
+        """Importing the package would put it here."""
+
+
+sys.modules[__name__].__class__ = _Package

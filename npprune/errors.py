@@ -4,7 +4,7 @@ A message says the thing, the rule and what came; the hint says the next step. `
 them into text in one place; nothing below it prints or exits.
 
 Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of ours;
-130 interrupted, resumable.
+130 interrupted and 143 terminated, both resumable.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class NpPruneError(Exception):
         self._raw = message, hint
         self.message, self.hint = self.said(python_name)
         super().__init__(self.message)
+        if self.hint:
+            self.__notes__ = [f"hint: {self.hint}"]  # below the message in Python's traceback
 
     def said(self, name_of: NameOf) -> tuple[str, str | None]:
         """Message and hint with the settings named by `name_of`."""
@@ -92,6 +94,10 @@ class DeviceError(NpPruneError):
 
 class StoreError(NpPruneError):
     """A run folder, checkpoint or plan cannot be read, written, or belongs to another run."""
+
+
+class DamagedError(StoreError):
+    """A file of ours is not what was written: cut short, changed, or another one's."""
 
 
 class UnstoredError(StoreError):

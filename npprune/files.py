@@ -3,18 +3,24 @@
 A file is written to a temporary name in its own folder, synced, then renamed. Whatever goes wrong
 becomes a StoreError with a next step, and no half-written file is left behind. Only plain files
 and folders are replaced, never a device, a pipe or a socket.
+
+A temporary file or folder is locked by the process that fills it. What a killed one left has no
+lock any more, and goes when the same thing is written again.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
+import glob
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +28,14 @@ from typing import Any
 from npprune.errors import StoreError, UnstoredError, UsageError, setting
 from npprune.untrusted import parse_json
 
+try:
+    import fcntl
+except ImportError:  # Windows: temporary files are not locked there, and leftovers stay
+    fcntl = None  # type: ignore[assignment]
+
 _CONFIG_BYTES = 16 * 2**20  # of a config.json that is read
 _TEMPORARY = re.compile(r"^\..+\.[0-9a-f]{8}\.tmp$")
+_OLD = ".old"  # in the temporary name of a folder that is being replaced
 
 CARD = "README.md"  # of a checkpoint that was measured
 CARD_MARK = (
@@ -121,7 +133,7 @@ def check_folder(path: Path, *, replaced: bool = False, named: str = "out") -> N
     `replaced`: the folder is replaced as a whole, so the one it lies in is written, too.
 
     Raises:
-        UsageError: it is a file. StoreError: a place without permission.
+        UsageError: it is a file. StoreError: a place without permission; a mount point.
     """
     real = Path(os.path.realpath(path))
     if real.exists() and not real.is_dir():
@@ -130,8 +142,15 @@ def check_folder(path: Path, *, replaced: bool = False, named: str = "out") -> N
             hint=f"choose another {setting(named)}",
         )
     _check_place(real, path)
-    if replaced:
-        _check_place(real.parent, path)
+    if not replaced:
+        return
+    _check_place(real.parent, path)
+    if os.path.ismount(real):
+        raise StoreError(
+            f"cannot write `{path}`: a file system is mounted there, and the folder is replaced as "
+            "a whole",
+            hint="choose a folder below it",
+        )
 
 
 @contextlib.contextmanager
@@ -234,32 +253,67 @@ def write_bytes(path: Path, data: bytes) -> None:
     named, path = path, Path(os.path.realpath(path))
     _refuse_special(path, named)
     make_folder(path.parent)
-    fresh = temporary(path)
     try:
-        try:
-            _write_synced(fresh, data)
-            os.replace(fresh, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                fresh.unlink(missing_ok=True)
-            raise
+        with _created(path) as fresh:
+            try:
+                _write_synced(fresh, data)
+                os.replace(fresh, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    fresh.unlink(missing_ok=True)
+                raise
         sync_folder(path.parent)
     except OSError as err:
         raise store_error(err, named) from err
 
 
 @contextlib.contextmanager
-def staging(final: Path) -> Iterator[Path]:
+def staging(final: Path, mode: int = 0o777) -> Iterator[Path]:
     """A folder beside a file to be made, on the same file system, gone afterwards."""
     make_folder(final.parent)
-    folder = temporary(final)
-    make_folder(folder)
     try:
-        yield folder
+        with _created(final, mode) as folder:
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
     except OSError as err:
         raise store_error(err, final) from err
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def scratch() -> contextlib.AbstractContextManager[Path]:
+    """A folder for files of this process alone, where the system keeps such; gone afterwards."""
+    owner = os.getuid() if hasattr(os, "getuid") else 0
+    return staging(Path(tempfile.gettempdir()) / f"npprune-{owner}", 0o700)
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Fill the folder that is yielded; on a clean exit it takes the place of the folder `target`.
+
+    After an exception or a kill `target` is as it was: the two are exchanged in one step. Where
+    the system cannot do that, a kill in between is made good by the next call.
+    """
+    make_folder(target.parent)
+    try:
+        _bring_back(target)
+        with staging(target) as fresh:
+            yield fresh
+            sync_folder(fresh)
+            if not target.exists():
+                os.rename(fresh, target)
+            elif not _exchange(fresh, target):
+                old = temporary(target.with_name(f"{target.name}{_OLD}"))
+                os.rename(target, old)
+                try:
+                    os.rename(fresh, target)
+                except OSError:
+                    os.rename(old, target)
+                    raise
+                os.rename(old, fresh)  # goes with the staging folder
+        sync_folder(target.parent)
+    except OSError as err:
+        raise store_error(err, target) from err
 
 
 def publish(folder: Path, final: Path) -> None:
@@ -300,19 +354,99 @@ def is_leftover(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files that a killed process left. Only the owner of the lock may do so."""
+    """Delete temporary files of killed processes; those that are being filled stay."""
     if not folder.is_dir():
         return
     for path in folder.iterdir():
         if is_leftover(path):
             try:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                _remove_abandoned(path)
             except OSError as err:
                 raise store_error(err, path, "remove") from err
 
 
+@contextlib.contextmanager
+def _created(final: Path, mode: int | None = None) -> Iterator[Path]:
+    """A temporary file, or with `mode` a folder, locked meanwhile.
+
+    What killed processes left of `final` is removed.
+    """
+    with contextlib.suppress(OSError):  # of another user: not this write's business
+        for entry in os.scandir(final.parent):
+            path = Path(entry.path)
+            if is_leftover(path) and _stands_for(path) == final.name:
+                _remove_abandoned(path)
+    while True:
+        fresh = temporary(final)
+        if mode is not None:
+            os.mkdir(fresh, mode)
+        else:
+            os.close(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        with _locked(fresh) as there:
+            if there:
+                yield fresh
+                return
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold a temporary file or folder; False: another process took it for a leftover before."""
+    if fcntl is None:
+        yield True
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield path.exists()
+    finally:
+        os.close(descriptor)
+
+
+def _stands_for(path: Path) -> str:
+    """The name that a temporary name was made for."""
+    return path.name[1:].rsplit(".", 2)[0].removesuffix(_OLD)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Delete a temporary file or folder unless a living process holds it."""
+    if fcntl is None:
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # it is held, or there are no locks to tell
+        return
+    else:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    finally:
+        os.close(descriptor)
+
+
+def _bring_back(target: Path) -> None:
+    """The folder that a killed process had moved away to put another in its place."""
+    if not target.exists():
+        for path in target.parent.glob(f".{glob.escape(target.name + _OLD)}.*.tmp"):
+            os.rename(path, target)
+            return
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Swap two folders in one step; False where the system or the file system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError, TypeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(a), here, os.fsencode(b), exchange) == 0)
+
+
 def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
+    with open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

@@ -1,7 +1,8 @@
 """What is written to disk: dataclasses to and from JSON, versioned, without torch or files.
 
 Every document carries `schema_version`. A newer version than this program knows is refused, an
-unknown field too: a result is read years later by code that must not guess.
+unknown field too: a result is read years later by code that must not guess. As text it ends with
+the checksum of all the rest; one without, of an older version or made by hand, is read as it is.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from npprune.details import CheckpointDetails, ExportDetails, Line, PruneDetails
-from npprune.errors import StoreError, plural
+from npprune.errors import DamagedError, StoreError, plural
 from npprune.untrusted import parse_json
 
 SCHEMA_VERSION = 1
+CHECKSUM = "checksum"  # of a document as text
+_AGAIN = "take a copy of it, or make it again by the command that wrote it"
 
 R = TypeVar("R")
 
@@ -41,6 +44,8 @@ def to_json(record: Any, *, indent: int | None = 2) -> str:
     """A record as JSON text, keys in declaration order, ending in a newline."""
     data = to_dict(record)
     try:
+        if isinstance(record, Document):
+            data[CHECKSUM] = digest(data)
         return json.dumps(data, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
     except ValueError as err:  # NaN or infinity
         raise StoreError(
@@ -76,23 +81,38 @@ def json_schema(cls: type[Document]) -> dict[str, Any]:
         "schema_version": {"type": "integer", "minimum": 1, "maximum": SCHEMA_VERSION},
         "kind": {"const": cls.kind},
     }
+    seal = {CHECKSUM: {"type": "string", "description": "sha256 of the canonical JSON of the rest"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
-        "properties": {**head, **schema["properties"]},
+        "properties": {**head, **schema["properties"], **seal},
         "required": [*head, *schema.get("required", [])],
     }
 
 
 def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
-    """A record from parsed JSON. StoreError names the field that is wrong, and `where`."""
+    """A record from parsed JSON. StoreError names the field that is wrong, and `where`.
+
+    Unless its checksum tells that it is as it was written, that is a DamagedError.
+    """
     place = f" ({where})" if where else ""
     data = dict(data)
+    sealed = False
     if issubclass(cls, Document):
+        checksum = data.pop(CHECKSUM, None)
+        if checksum is not None and checksum != digest(data):
+            raise DamagedError(
+                f"the file was changed or damaged since it was written: its `{CHECKSUM}` is of "
+                f"other content{place}",
+                hint=f"{_AGAIN}; if you changed it on purpose, remove the entry `{CHECKSUM}`",
+            )
+        sealed = checksum is not None
         version = data.pop("schema_version", None)
         kind = data.pop("kind", None)
         if kind != cls.kind:
-            raise StoreError(f"expected a {cls.kind} document, got kind {kind!r}{place}")
+            raise DamagedError(
+                f"expected a {cls.kind} document, got kind {kind!r}{place}", hint=_AGAIN
+            )
         if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
             newer = type(version) is int and version > SCHEMA_VERSION
             raise StoreError(
@@ -104,7 +124,8 @@ def from_dict(cls: type[R], data: dict[str, Any], *, where: str = "") -> R:
     except ValidationError as err:
         first = err.errors()[0]
         path = ".".join(str(p) for p in first["loc"])
-        raise StoreError(f"`{path}`: {first['msg'].lower()}{place}") from err
+        said = f"`{path}`: {first['msg'].lower()}{place}"
+        raise (StoreError(said) if sealed else DamagedError(said, hint=_AGAIN)) from err
     except StoreError as err:  # what a record itself demands
         raise StoreError(f"{err.message}{place}", hint=err.hint) from err
 
@@ -114,10 +135,12 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     try:
         data = parse_json(text)
     except ValueError as err:
-        raise StoreError(f"not valid JSON: {err}" + (f" ({where})" if where else "")) from err
+        place = f" ({where})" if where else ""
+        raise DamagedError(f"not valid JSON: {err}{place}", hint=_AGAIN) from err
     if not isinstance(data, dict):
         place = f" ({where})" if where else ""
-        raise StoreError(f"expected a JSON object, got {type(data).__name__}{place}")
+        said = f"expected a JSON object, got {type(data).__name__}{place}"
+        raise DamagedError(said, hint=_AGAIN)
     return from_dict(cls, data, where=where)
 
 
@@ -266,6 +289,7 @@ class ClassRow:
     dense_top1: float
     pruned_top1: float
     deviation: float  # mean relative change of the true class's probability
+    path_kept: float | None = None  # share of its paths' neurons that stay; None: no paths
 
 
 @dataclass
@@ -316,6 +340,8 @@ class DiscoverySummary:
     """Of the network's products: fp32, tf32 or bf16."""
     first_points: int | None = None
     """Points of the integral in block 0; None: as many as in the others."""
+    shards: int | None = None
+    """That the paths lie in; None: not recorded."""
 
 
 def _whole(name: str, values: Any) -> list[int]:
@@ -351,6 +377,7 @@ class Plan(Document):
     query_dims: list[int] | None = None  # query/key dimensions of a head, per block; None: all
     merged: list[int] | None = None  # tokens merged in each block; None: in none
     last_for_read: bool = False  # the last block computes only what the classifier reads
+    head_dims: list[int] | None = None  # of a head's queries, keys and values alike; None: all
     cls_keep: list[list[int]] | None = None
     """Per block, hidden units of the tokens that the classifier reads (the class token), beside
     those of the others in `keep`; empty: all tokens share those; None: in every block."""
@@ -360,7 +387,7 @@ class Plan(Document):
         self.widths = _whole("widths", self.widths)
         if self.heads is not None:
             self.heads = [_whole(f"heads[{l}]", kept) for l, kept in enumerate(self.heads)]
-        for name in ("classes", "query_dims"):
+        for name in ("classes", "query_dims", "head_dims"):
             if getattr(self, name) is not None:
                 setattr(self, name, _whole(name, getattr(self, name)))
         if self.cls_keep is not None:
@@ -502,6 +529,7 @@ class Evaluation:
     pruned_model: ModelInfo | None = None
     seconds: float = 0.0
     label_doubt: str = ""  # why the labels are probably wrong
+    spared: Mean | None = None  # rank correlation, over classes, of path kept and deviation
     merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
 
 
@@ -534,6 +562,7 @@ class ExportRecord(Document):
     dense_bytes: int | None = None
     latency: list[Latency] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)  # of every file that belongs to it
 
     def __post_init__(self) -> None:
         checked(self.details, ExportDetails, "details")
@@ -647,6 +676,9 @@ class Manifest(Document):
     settings_sha256: str
     inputs: dict[str, str] = field(default_factory=dict)  # file -> sha256
     said: dict[str, str] = field(default_factory=dict)  # setting -> in words what its hash is of
+    shards: int | None = None  # that the paths will lie in; None: known in the end, of a stream
+    content: dict[str, str] = field(default_factory=dict)  # set of images -> sha256 of their files
+    command: str = ""  # that began it, and finishes it
 
 
 @dataclass

@@ -6,7 +6,7 @@ Knows no torch and no pydantic, so that every room may read it at no cost.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Literal, get_args
 
 from npprune.errors import UsageError, setting
@@ -41,10 +41,12 @@ Pooling = Literal["token", "avg"]
 """What a classifier reads, where a file does not say: class token or mean patch token."""
 POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 
-Axis = Literal["mlp", "cls", "heads", "qk", "tokens"]
+Axis = Literal["mlp", "cls", "heads", "qk", "head-dim", "tokens"]
 """What may be removed: hidden units (of the class token apart from the patches'), attention heads,
-query/key dimensions; patch tokens merge."""
+query/key dimensions, the same with value dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
+ALL_AXES: tuple[Axis, ...] = tuple(axis for axis in AXES if axis != "head-dim")
+"""What `all` stands for: `head-dim` takes what `qk` takes, and more."""
 
 PathUse = Literal["auto", "protect", "prior", "off"]
 """What path neurons are to pruning: kept as far as that costs nothing; kept first; votes that raise
@@ -131,4 +133,15 @@ def check_word(name: str, word: object, known: Iterable[str]) -> None:
         words = ", ".join(f"`{k}`" for k in known)
         raise UsageError(
             f"{setting(name)} must be one of {words}, got `{word}`", hint=did_you_mean(word, known)
+        )
+
+
+def check_axes(named: Collection[str]) -> None:
+    """UsageError for axes that exclude each other."""
+    if {"qk", "head-dim"} <= set(named):
+        raise UsageError(
+            f"{setting('prune.axes')}: `qk` narrows queries and keys alone, `head-dim` values as "
+            f"well, got both: `{','.join(named)}`",
+            hint="`qk` suits CPUs; `head-dim` keeps one head dimension, as fused attention on "
+            "GPUs wants it",
         )

@@ -11,6 +11,15 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Of the long run of faults: `pytest -m faults`."""
+    group = parser.getgroup("faults")
+    group.addoption("--fault-seed", type=int, default=0, help="of the faults that are chosen")
+    group.addoption("--fault-minutes", type=float, default=15.0, help="how long they are tried")
+    group.addoption("--fault-report", type=Path, default=Path(os.devnull), help="counts, appended")
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

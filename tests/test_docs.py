@@ -13,6 +13,7 @@ import pytest
 import typer
 import yaml
 
+import npprune
 from npprune.cli.app import app
 from npprune.recipe import Recipe
 
@@ -128,6 +129,14 @@ def test_the_recipes_reference_has_every_key_with_a_meaning() -> None:
     assert "| `topk` | integer, at least 1 | `1` | " in reference.recipes()
 
 
+def test_the_python_reference_has_every_name_and_where_its_settings_are() -> None:
+    text = reference.python()
+    names = [name for name in npprune.__all__ if not name.startswith("__")]
+    assert [name for name in names if f"heading: npprune.{name}\n" not in text] == []
+    assert text.count("[data](recipes.md#data)") == 5
+    assert "npprune.criteria.register" in text
+
+
 def test_recipes_shown_are_recipes() -> None:
     shown = [
         yaml.safe_load(code)
@@ -138,6 +147,66 @@ def test_recipes_shown_are_recipes() -> None:
     assert len(shown) >= 2
     for part in shown:
         Recipe.model_validate({"name": "x", "model": {"name": "x"}} | part)
+
+
+@pytest.fixture
+def world_of_the_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the Python pages name, as small as a test needs: a network, `imagenet/`."""
+    import numpy as np
+    import timm
+    from PIL import Image
+
+    from tests.helpers.tiny import tiny_vit
+
+    model = tiny_vit().float()
+    model.pretrained_cfg["input_size"] = (3, 16, 16)  # type: ignore[index,operator]
+
+    monkeypatch.chdir(tmp_path)
+    own = timm.create_model
+    monkeypatch.setattr(
+        timm,
+        "create_model",
+        lambda name, **k: model if k == {"pretrained": True} else own(name, **k),
+    )
+    monkeypatch.setattr("torch.utils.data.DataLoader.__init__", _alone())
+    random = np.random.default_rng(0)
+    for split, count in (("train", 6), ("val", 4)):
+        for name in "abcdefg":
+            folder = tmp_path / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = random.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+
+
+def _alone() -> object:
+    """DataLoader's constructor, without processes of its own: they cost seconds each."""
+    from torch.utils.data import DataLoader
+
+    own = DataLoader.__init__
+
+    def init(self: object, *args: object, num_workers: int = 0, **options: object) -> None:
+        own(self, *args, num_workers=0, **options)  # type: ignore[arg-type]
+
+    return init
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("world_of_the_pages")
+def test_the_python_pages_run_as_printed(tmp_path: Path) -> None:
+    """Every line, in order: the second page goes on from the first."""
+    names: dict[str, object] = {"__name__": "__main__"}
+    blocks = [
+        (path, code)
+        for path in (DOCS / "how-to" / "python.md", DOCS / "how-to" / "finetune.md")
+        for language, code in BLOCK.findall(path.read_text(encoding="utf-8"))
+        if language == "python"
+    ]
+    assert len(blocks) >= 10
+    for path, code in blocks:
+        exec(compile(code, str(path), "exec"), names)
+    assert {p.name for p in (tmp_path / "ckpt").iterdir()} >= {"half", "tuned", "vit_tiny_half"}
+    assert (tmp_path / "half.onnx").is_file()
 
 
 def test_every_page_is_in_the_navigation() -> None:

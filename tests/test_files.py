@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,14 @@ def test_what_cannot_be_written_is_known_before(
         files.check_folder(place / "new")
 
 
+def test_a_mount_point_is_not_replaced(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "in")
+    files.check_folder(place / "in")
+    files.check_folder(place / "in" / "below", replaced=True)
+    with pytest.raises(StoreError, match="a file system is mounted there"):
+        files.check_folder(place / "in", replaced=True)
+
+
 def test_a_staging_folder_is_known_as_a_leftover(place: Path) -> None:
     final = place / "m.onnx"
     with files.staging(final) as folder:
@@ -95,6 +105,59 @@ def test_a_staging_folder_is_known_as_a_leftover(place: Path) -> None:
         files.publish(folder, final)
     assert final.read_text() == "graph"
     assert not folder.exists()
+
+
+def test_what_a_killed_process_left_goes_and_what_a_living_one_fills_stays(place: Path) -> None:
+    final = place / "m.bin"
+    for other in (final, place / "other.bin"):
+        files.temporary(other).write_text("half")
+    dead = files.temporary(final)
+    (dead / "deep").mkdir(parents=True)
+    with files.staging(final) as living:
+        files.write_bytes(final, b"whole")
+        files.remove_leftovers(place)
+        assert living.is_dir()
+    assert final.read_bytes() == b"whole"
+    assert not [p for p in place.iterdir() if files.is_leftover(p)]
+
+
+def test_scratch_folders_of_killed_processes_go(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(place / "in"))
+    with files.scratch() as folder:
+        dead = folder.with_name(folder.name[:-12] + "01234567.tmp")
+        dead.mkdir()
+        with files.scratch():
+            assert folder.is_dir()
+            assert not dead.exists()
+    assert [p.name for p in (place / "in").iterdir()] == ["w.bin"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_folder_is_replaced_in_one_step_or_comes_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    target, rename, calls = place / "in", os.rename, []
+
+    def die(source: Path, to: Path) -> None:
+        calls.append(to)
+        if calls[1:]:
+            raise KeyboardInterrupt
+        rename(source, to)
+
+    if not at_once:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", die)
+    with contextlib.suppress(KeyboardInterrupt), files.replacing(target) as fresh:
+        (fresh / "new").write_text("1")
+    monkeypatch.setattr(os, "rename", rename)
+    assert target.exists() == at_once
+    with pytest.raises(ValueError, match="no"), files.replacing(target):  # noqa: PT012
+        assert target.is_dir()
+        raise ValueError("no")
+    assert [p.name for p in target.iterdir()] == (["new"] if at_once else ["w.bin"])
+    assert not [p for p in place.iterdir() if files.is_leftover(p)]
 
 
 def test_what_could_not_be_stored_is_kept() -> None:

@@ -1,7 +1,7 @@
 """Wiring: which command is which function, and how an exception becomes an exit code.
 
 Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of ours;
-130 interrupted, resumable.
+130 interrupted and 143 terminated, both resumable.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from npprune.cli import (
     bench,
     demo,
     discover,
+    endings,
     env,
     evaluate,
     explore,
@@ -31,17 +32,18 @@ from npprune.cli import (
     prune,
     report,
     run,
+    specialise,
     streams,
     study,
+    verify,
 )
-from npprune.cli.console import drop, rank, say, show_error
+from npprune.cli.console import drop, show_error
 from npprune.cli.options import flag_name
 from npprune.errors import NpPruneError, PeerError
 from npprune.untrusted import first_line, out_of_memory
 from npprune.words import did_you_mean
 
 BUG = 70
-INTERRUPTED = 130
 USAGE = 2
 PARSER_ERROR = typer.BadParameter.__mro__[1]  # the base of the parser's usage errors
 
@@ -90,6 +92,8 @@ for _name, _module in (
     ("explore", explore),
     ("study", study),
     ("report", report),
+    ("specialise", specialise),
+    ("verify", verify),
     ("run", run),
     ("demo", demo),
     ("env", env),
@@ -100,10 +104,16 @@ app.add_typer(paths.app, name="paths")
 
 def main() -> None:
     """The program: runs the command of `sys.argv` and exits."""
+    endings.listen()
+    endings.leave(endings.guarded(program))
+
+
+def program() -> int:
+    """Run the command of `sys.argv` and return its exit code."""
     if not sys.warnoptions:  # what libraries say to each other's authors; `python -W` shows it
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-    sys.exit(run_app())
+    return run_app()
 
 
 def run_app(args: list[str] | None = None) -> int:
@@ -116,8 +126,8 @@ def run_app(args: list[str] | None = None) -> int:
     except BrokenPipeError:
         drop(sys.stdout)
         return 0
-    except (typer.Abort, KeyboardInterrupt):
-        return _interrupted()
+    except _ends():
+        return endings.told()
     except SystemExit as exit_:  # shell completion ends this way
         return exit_.code if isinstance(exit_.code, int) else USAGE
     except PeerError as error:
@@ -135,15 +145,15 @@ def run_app(args: list[str] | None = None) -> int:
         if out_of_memory(error):
             return _out_of_memory(error)
         return _bug(error)
-    if code == INTERRUPTED:  # newer versions of Typer catch the interrupt themselves
-        return _interrupted()
+    if code in endings.WORDS:  # newer versions of Typer catch the interrupt themselves
+        return endings.told()
     return code if isinstance(code, int) else 0
 
 
-def _interrupted() -> int:
-    if rank() == 0:
-        say("", "interrupted; run the same command again to resume")
-    return INTERRUPTED
+def _ends() -> tuple[type[BaseException], ...]:
+    """What ends the program early: an interrupt, and whatever a library made of a signal."""
+    early: tuple[type[BaseException], ...] = (typer.Abort, KeyboardInterrupt)
+    return (*early, Exception) if endings.came() else early
 
 
 def _usage_error(error: Exception, args: list[str]) -> int:

@@ -135,7 +135,7 @@ class Output:
     @contextmanager
     def working(self) -> Iterator[Emit]:
         """While the work runs: an `Emit` that shows progress, and stdout kept for data."""
-        from npprune.cli.progress import Progress
+        from npprune.progress import Progress
 
         with redirect_stdout(sys.stderr), Progress(_console(stderr=True), self.quiet) as progress:
             yield progress.emit

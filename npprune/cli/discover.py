@@ -21,7 +21,7 @@ An interrupted run resumes where it stopped: give the same command again.
 """
 
 
-@options.settings(DiscoverSection, omit=["batch_size"])
+@options.settings(DiscoverSection, omit=["batch_size", "images_per_class"])
 @options.images(
     train=of(DataSection, "train", flag="--data", needed=True),
     preprocessing=of(DataSection, "preprocessing"),

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 
 from npprune.errors import DataError, ModelError, StoreError, UsageError, setting
 from npprune.files import foreign_folder, owner_is_here
-from npprune.recipe.rules import check
+from npprune.recipe.loading import section_of
+from npprune.recipe.messages import usage_error
 from npprune.recipe.sections import DataSection, ModelSection, Section
-from npprune.recipe.settings import item_of, rule_of, told, words_of
-from npprune.words import did_you_mean
+from npprune.recipe.settings import item_of, words_of
 
 if TYPE_CHECKING:
     import typer
@@ -44,12 +44,7 @@ def section(cls: type[S], /, **values: Any) -> S:
     UsageError where a value is out of bounds, or contradicts another.
     """
     given = {name: _split(cls, name, v) for name, v in values.items() if v is not None}
-    try:
-        settings = cls(**given)
-    except ValidationError as err:
-        raise _usage_error(cls, err, values) from err
-    check(settings)
-    return settings
+    return section_of(cls, given, as_given=values)
 
 
 def check_setting(cls: type[Section], name: str, value: Any) -> None:
@@ -58,7 +53,7 @@ def check_setting(cls: type[Section], name: str, value: Any) -> None:
         if value is not None:
             setattr(cls.model_construct(), name, value)
     except ValidationError as err:
-        raise _usage_error(cls, err, {name: value}) from err
+        raise usage_error(cls, err, {name: value}) from err
 
 
 def _split(cls: type[Section], name: str, value: Any) -> Any:
@@ -70,24 +65,6 @@ def _split(cls: type[Section], name: str, value: Any) -> Any:
     if not all(parts):
         raise UsageError(f"{setting(cls.key(name))} must not hold an empty entry, got `{value}`")
     return list(dict.fromkeys(parts)) if words_of(field) else parts
-
-
-def _usage_error(cls: type[Section], err: ValidationError, values: Mapping[str, Any]) -> UsageError:
-    """The first thing that is wrong; numbers of a list are shown as they were given."""
-    first = err.errors()[0]
-    name = str(first["loc"][0])
-    field, value = cls.model_fields[name], first["input"]
-    known = words_of(field)
-    item = len(first["loc"]) > 1 and item_of(field) is not None
-    rule = rule_of(field, first["type"], item=item)
-    if item and not known:
-        numbers = {"int_parsing": "whole numbers", "float_parsing": "numbers"}.get(first["type"])
-        rule = f"{numbers} separated by commas" if numbers else f"{rule} each"
-        value = values[name]
-    return UsageError(
-        f"{setting(cls.key(name))} must be {rule}, got `{value}`",
-        hint=did_you_mean(value, known) or told(field).hint or None,
-    )
 
 
 def model_section(name: str, given: Mapping[str, Any]) -> ModelSection:

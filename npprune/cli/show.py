@@ -88,7 +88,7 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
     if attention := text.attention(summary):
         output.line()
         each = [(str(block), *row) for block, row in enumerate(attention[:MANY_BLOCKS])]
-        output.table("Attention", ("block", "heads", "query/key dimensions"), each)
+        output.table("Attention", ("block", "heads", text.dimensions(summary)), each)
     if len(axes := text.axes(summary)) > 1:
         output.line()
         output.table("What each axis gave", ("axis", "MACs", "harm"), axes)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 
 from npprune.errors import UsageError, plural
@@ -37,6 +38,23 @@ def wilson(correct: int, total: int) -> Rate:
     low = 0.0 if correct == 0 else max(0.0, center - half)
     high = 1.0 if correct == total else min(1.0, center + half)
     return Rate(correct=correct, total=total, value=share, low=low, high=high)
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> Mean | None:
+    """Spearman's correlation of paired values, with a 95 % interval; None where there are fewer
+    than five pairs, or one side does not vary.
+
+    Source of the interval: Fisher's z with the variance of Bonett and Wright, "Sample size
+    requirements for estimating Pearson, Kendall and Spearman correlations" (2000).
+    """
+    n = len(x)
+    if n < 5 or len(set(x)) == 1 or len(set(y)) == 1:
+        return None
+    r = float(spearmanr(x, y).statistic)
+    error = math.sqrt((1 + r * r / 2) / (n - 3))
+    z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r)))
+    low, high = math.tanh(z - 1.96 * error), math.tanh(z + 1.96 * error)
+    return Mean(r, error * (1 - r * r), low, high, n)
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> Mean:

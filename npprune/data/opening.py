@@ -10,7 +10,7 @@ from npprune.data.digits import open_digits
 from npprune.data.folders import hinting, read_classes, without_images
 from npprune.data.labels import Asked, KnownNames, find_labels
 from npprune.data.readers import PACKAGES, open_reader
-from npprune.data.sources import ImageSource, MapSource
+from npprune.data.sources import ImageFile, ImageSource, MapSource
 from npprune.errors import DataError
 from npprune.images.decoding import decode
 from npprune.records import plain_text
@@ -88,7 +88,7 @@ def _open_folder(spec: str, asked: Asked) -> ImageSource:
                 raise without_images(tree, name)
     read = partial(decode, max_pixels=asked.max_pixels)
     entries = (
-        (plain_text(path), label, partial(read, root / path, plain_text(str(root / path))))
+        (plain_text(path), label, ImageFile(root / path, read))
         for name, label in taken.items()
         for path in folders[name]
     )

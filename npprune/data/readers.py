@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune.data.labels import Asked, Labels, find_labels
-from npprune.data.sources import ImageSource, MapSource, StreamSource
+from npprune.data.sources import ImageFile, ImageSource, MapSource, StreamSource
 from npprune.errors import DataError, setting
 from npprune.images.decoding import ENDINGS, UnreadableImage, decode, reading, to_rgb
 from npprune.records import plain_text
@@ -251,7 +251,7 @@ def _torch_entries(dataset: Any, read: Read) -> Iterator[tuple[str, Any, Opener]
             continue
         path = Path(files[i][0])
         id = path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
-        yield plain_text(id), target, partial(read, path, plain_text(str(path)))
+        yield plain_text(id), target, ImageFile(path, read)
 
 
 def _from_torch(dataset: Any, i: int) -> Image.Image:

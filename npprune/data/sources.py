@@ -11,11 +11,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npprune.data.labels import Labels
 from npprune.errors import DataError
-from npprune.records import DataInfo
+from npprune.images.decoding import decode
+from npprune.records import DataInfo, plain_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -29,6 +31,17 @@ class Item:
     label: int
 
 
+@dataclass(frozen=True)
+class ImageFile:
+    """Reads one file when it is called."""
+
+    path: Path
+    read: Callable[[Path, str], Image.Image] = decode
+
+    def __call__(self) -> Image.Image:
+        return self.read(self.path, plain_text(str(self.path)))
+
+
 Sample = tuple[Item, Callable[[], "Image.Image"]]
 """An item and the function that decodes it (RGB), which may raise UnreadableImage."""
 
@@ -40,11 +53,13 @@ class ImageSource(ABC):
     known. selected: the labels that occur or were chosen, ascending. items: all images sorted by
     label, then id; None for a stream, whose images come only in the order they are read.
     notes: what the user should know about the labels. text_order: label -> label if names were
-    ranked as plain text, where labels are ranks and the two orders differ.
+    ranked as plain text, where labels are ranks and the two orders differ. content: of images that
+    a caller holds (see `data.given`), a hash that tells them from others; None: their ids do.
     """
 
     selected: list[int]
     items: list[Item] | None
+    content: Callable[[], str] | None = None
 
     def __init__(self, spec: str, labels: Labels) -> None:
         self.spec = spec
@@ -66,6 +81,10 @@ class ImageSource(ABC):
             UnreadableImage: it cannot be decoded; names the file.
             DataError: the source is a stream.
         """
+
+    def file(self, i: int) -> Path | None:
+        """The file of image `items[i]`; None where it is not one of its own."""
+        return None
 
     @abstractmethod
     def stream(self) -> Iterator[Sample]:
@@ -123,6 +142,10 @@ class MapSource(ImageSource):
 
     def load(self, i: int) -> Image.Image:
         return self._open[i]()
+
+    def file(self, i: int) -> Path | None:
+        opener = self._open[i]
+        return opener.path if isinstance(opener, ImageFile) else None
 
     def stream(self) -> Iterator[Sample]:
         yield from zip(self.items, self._open, strict=True)

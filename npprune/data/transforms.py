@@ -90,11 +90,12 @@ def resolve(
     crop_pct: float | None = None,
     crop_mode: str | None = None,
     img_size: int | Sequence[int] | None = None,
+    from_files: bool = True,
 ) -> Preprocessing:
     """The model's own preprocessing with what was asked for put in its place.
 
     One value of `mean` or `std` stands for every channel; `img_size` is one side or (height,
-    width).
+    width). `from_files`: the images are files or PIL images, of 1 or 3 channels.
 
     Raises:
         UsageError: a value out of range; names the setting.
@@ -110,7 +111,7 @@ def resolve(
         crop_pct=base.crop_pct if crop_pct is None else crop_pct,
         crop_mode=base.crop_mode if crop_mode is None else crop_mode,
     )
-    if channels not in (1, 3):
+    if from_files and channels not in (1, 3):
         raise UsageError(f"images have 1 or 3 channels, and the model takes {channels}")
     if min(pre.input_size) < 1:
         raise UsageError(f"`img_size` must be 1 or more, got {pre.input_size[1:]}")

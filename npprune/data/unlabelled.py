@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npprune.data.labels import Labels
-from npprune.data.sources import ImageSource, Item, MapSource, Sample
+from npprune.data.sources import ImageFile, ImageSource, Item, MapSource, Sample
 from npprune.errors import DataError
 from npprune.images.decoding import decode
 from npprune.images.folders import walk
@@ -37,10 +37,7 @@ def open_unlabelled(spec: str, max_pixels: int = MAX_PIXELS) -> ImageSource:
     if not tree.images:
         raise tree.without_images()
     read = partial(decode, max_pixels=max_pixels)
-    entries = (
-        (plain_text(path), NO_LABEL, partial(read, root / path, plain_text(str(root / path))))
-        for path in tree.images
-    )
+    entries = ((plain_text(path), NO_LABEL, ImageFile(root / path, read)) for path in tree.images)
     source = MapSource(spec, Labels("none: they are not used", {}, [], notes=tree.notes()), entries)
     source.selected = []
     return source
@@ -62,7 +59,7 @@ class Joined(ImageSource):
         self.first, self.second = first, second
         self.spec = f"{first.spec} + {second.spec}"
         self.label_rule, self.classes = first.label_rule, first.classes
-        self.text_order = first.text_order
+        self.text_order, self.content = first.text_order, first.content
         self.selected, self.notes = first.selected, [*first.notes, *second.notes]
         self.items: list[Item] = [*first.items, *(Item(i.id, NO_LABEL) for i in second.items)]
 
@@ -74,6 +71,11 @@ class Joined(ImageSource):
         assert self.first.items is not None
         n = len(self.first.items)
         return self.first.load(i) if i < n else self.second.load(i - n)
+
+    def file(self, i: int) -> Path | None:
+        assert self.first.items is not None
+        n = len(self.first.items)
+        return self.first.file(i) if i < n else self.second.file(i - n)
 
     def stream(self) -> Iterator[Sample]:
         yield from self.first.stream()

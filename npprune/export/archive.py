@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune.errors import ExportError, setting
+from npprune.export.beside import hashes
 from npprune.export.onnx import Producer, first_line, frozen_copy, metadata, quiet, sample_input
 from npprune.export.parity import Gate, Parity, compare_logits, failures_of, require, torch_logits
 from npprune.files import publish, sha256_file, staging
@@ -93,6 +94,7 @@ def _record(path: Path, rows: list[ParityRow], gate: Gate) -> ExportRecord:
         parity=rows,
         tolerance=gate.tolerance or 0.0,
         passed=True,
+        hashes=hashes([path]),
     )
 
 
@@ -124,7 +126,7 @@ def to_timm(
             raise ExportError(
                 f"timm's attention is as wide as the stream ({info.embed_dim}): `{name}` gives "
                 f"{tensor.shape[0] // 3}",
-                hint="heads were removed: export to ONNX or a torch archive",
+                hint="attention was made smaller: export to ONNX or a torch archive",
             )
     pre = info.preprocessing
     config = {

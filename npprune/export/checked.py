@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from npprune.export.beside import hashes
 from npprune.export.onnx import (
     ONNX_FORM,
     Int8Needs,
@@ -109,4 +110,5 @@ def _record(path: Path, parity: Parity, form: OnnxForm) -> ExportRecord:
         tolerance=-1.0 if parity.gate.tolerance is None else parity.gate.tolerance,
         passed=parity.passed,
         details={key: value for key, value in details.items() if value is not None},
+        hashes=hashes(files),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune.errors import DataError, ExportError, NpPruneError, UsageError
+from npprune.export.beside import check_beside
 from npprune.export.session import open_session
 from npprune.images.decoding import UnreadableImage, decode, reading, to_rgb
 from npprune.images.folders import walk
@@ -48,11 +49,12 @@ class Prediction:
 class Classifier:
     """An exported file that knows how to read an image and what its outputs mean.
 
-    Errors: ExportError where the file is missing, broken or without our metadata; DeviceError
-    for a named provider that is not there.
+    Errors: ExportError where the file is missing, broken, without our metadata, or not the one
+    that `export.json` beside it records; DeviceError for a named provider that is not there.
     """
 
     def __init__(self, path: Path, *, provider: str = "auto", threads: int | None = None) -> None:
+        check_beside(Path(path))
         self.session = open_session(path, provider, threads)
         self.classes, self.preprocessing = _read_metadata(self.session.metadata, Path(path))
         self.pixels = self.session.input_name == "pixels"
@@ -295,6 +297,6 @@ def _read_metadata(known: dict[str, str], path: Path) -> tuple[list[ClassInfo], 
         raise ExportError(f"the metadata of {path} cannot be used: {why}")
     for name, words in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
         if (word := getattr(prepared, name)) not in words:
-            known = ", ".join(words)
-            raise ExportError(f"`{name}` in the metadata of {path} must be {known}, got `{word}`")
+            rule = ", ".join(words)
+            raise ExportError(f"`{name}` in the metadata of {path} must be {rule}, got `{word}`")
     return classes, prepared

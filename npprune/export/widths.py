@@ -6,15 +6,14 @@ has to be pruned or exported to know what a width would cost.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npprune.errors import UsageError
 from npprune.export.bench import interleave, quantile
 from npprune.export.session import open_session
+from npprune.files import scratch
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,10 +72,10 @@ def measure_width_latency(
 
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, tokens, embed_dim), dtype=np.float32)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         sessions = []
         for h in sizes:
-            path = Path(folder) / f"mlp_{h}.onnx"
+            path = folder / f"mlp_{h}.onnx"
             path.write_bytes(_mlp(embed_dim, h, rng).SerializeToString())
             # Idle threads of the other widths' sessions must not hold the cores.
             sessions.append(open_session(path, provider, threads, timed=False))

@@ -94,9 +94,9 @@ def answer_first_query(attn: Any, x: Tensor) -> Tensor | None:
 
 
 def check_attention(attn: Any, l: int, axis: str) -> None:
-    """ModelError, with the reason, where block l's attention cannot lose `heads` or `qk`."""
-    what = "heads cannot be removed from" if axis == "heads" else "`qk` cannot be narrowed in"
-    if axis == "qk":
+    """ModelError, with the reason, where block l's attention cannot lose what an axis takes."""
+    what = "heads cannot be removed from" if axis == "heads" else f"`{axis}` cannot be narrowed in"
+    if axis != "heads":
         reason = None
         if not isinstance(getattr(attn, "q_norm", nn.Identity()), nn.Identity):
             reason = f"a {type(attn.q_norm).__name__} between the projection and the product"
@@ -106,8 +106,14 @@ def check_attention(attn: Any, l: int, axis: str) -> None:
             raise ModelError(
                 f"block {l}: {what} {type(attn).__module__}.{type(attn).__name__}: its queries "
                 f"and keys pass {reason}, which no smaller projection gives back",
-                hint="leave `qk` out of the axes",
+                hint=f"leave `{axis}` out of the axes",
             )
+    if axis == "head-dim" and isinstance(attn, NarrowAttention):
+        raise ModelError(
+            f"block {l}: {what} the network: its queries and keys have {attn.query_dim} dimensions "
+            f"a head, its values {attn.head_dim}, and one number for all is what `head-dim` keeps",
+            hint="prune the network that it was made from, or take `qk`",
+        )
     plain = projections(attn) is not None
     plain = plain and isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
     if not plain or getattr(attn, "gate", None) is not None:

@@ -16,29 +16,23 @@ import torch_pruning as tp
 from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
-from npprune.core.compression.attention import (
-    SmallerAttention,
-    smaller_qkv,
-    stand_ins,
-    weight_factors,
-)
-from npprune.core.view import Projections
+from npprune.core.compression.attention import shrink_by_weights, smaller_qkv, stand_ins
 from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
 from npprune.models.own_units import OwnUnits, check_own, give_own, own_mlp
 from npprune.models.tokens import apply_tokens, patch_tokens, tokens_of
-from npprune.models.uneven import set_heads, set_query_dim
+from npprune.models.uneven import set_head_dim, set_heads, set_query_dim
 from npprune.models.view import TimmView, classifiers, make_view
 from npprune.records import Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
-    """A copy of the network with only the plan's neurons, heads, query dimensions and classes.
+    """A copy of the network with only the plan's neurons, heads, their dimensions and classes.
 
     Every parameter keeps its type, device and `requires_grad`, every module its mode.
-    Narrower queries and keys are the best that the weights alone can say; `set_qkv` gives
+    Narrower queries, keys and values are the best that the weights alone can say; `set_qkv` gives
     them the values that calibration found, as `set_fc2` does for the second layers.
 
     Args:
@@ -64,6 +58,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
             _remove_heads(view, l, heads)
         for l, query_dims in enumerate(plan.query_dims or []):
             _narrow(view, l, query_dims)
+        for l, head_dim in enumerate(plan.head_dims or []):
+            _narrow(view, l, head_dim, values=True)
         if plan.classes is not None:
             _cut(pruned, plan.classes)
     widths = list(make_view(pruned).widths)
@@ -91,11 +87,18 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
         attn: Any = view.blocks[l].attn
         channels = torch.arange(attn.proj.in_features).unflatten(0, (attn.num_heads, -1))
         _mask_inputs(attn.proj, channels[list(heads)].flatten())
-    for l, query_dims in enumerate(plan.query_dims or []):
-        if query_dims != _query_dims(view, l):
+    for l, dims in enumerate(plan.query_dims or plan.head_dims or []):
+        if dims != _query_dims(view, l):
             p = view.attention(l)
-            rows = stand_ins(p, _by_weights(p, query_dims))[p.qkv]
-            _set_linear(p.qkv, f"block {l}: `qkv`", rows.weight, rows.bias)
+            if plan.heads is not None:  # the means of heads that go are no part of the bias
+                mask: Any = p.proj.npprune_mask
+                with torch.no_grad():
+                    p.proj.weight.mul_(mask)
+            found = shrink_by_weights(p, dims, values=plan.head_dims is not None)
+            for layer, r in stand_ins(p, found).items():
+                weight = torch.zeros_like(layer.weight)
+                weight[:, list(r.keep)] = r.weight
+                _set_linear(layer, f"block {l}: attention", weight, r.bias)
     if plan.classes is not None:
         _cut(masked, plan.classes)
     return _with_tokens(masked, plan)
@@ -201,7 +204,7 @@ def check_axes(model: nn.Module, axes: Sequence[str]) -> None:
             check_tokens(model, l)
         if "cls" in axes:
             check_own(block.mlp, l, view.tokens_read)
-        for axis in ("heads", "qk"):
+        for axis in ("heads", "qk", "head-dim"):
             if axis in axes:
                 check_attention(block.attn, l, axis)
 
@@ -257,14 +260,21 @@ def check_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> None:
             )
         for l, kept in enumerate(plan.heads):
             _check_heads(view, l, kept)
-    if plan.query_dims is not None:
-        if len(plan.query_dims) != len(view.blocks):
+    if plan.query_dims is not None and plan.head_dims is not None:
+        raise ModelError(
+            "the plan has `query_dims` and `head_dims`: values are as wide as the queries, or stay"
+        )
+    for name, axis in (("query_dims", "qk"), ("head_dims", "head-dim")):
+        dims = getattr(plan, name)
+        if dims is None:
+            continue
+        if len(dims) != len(view.blocks):
             raise ModelError(
-                f"the plan names query dimensions for {len(plan.query_dims)} blocks, the network "
-                f"has {len(view.blocks)}"
+                f"the plan names {name.replace('_dims', ' dimensions')} for {len(dims)} blocks, "
+                f"the network has {len(view.blocks)}"
             )
-        for l, query_dims in enumerate(plan.query_dims):
-            _check_query_dims(view, l, query_dims)
+        for l, kept in enumerate(dims):
+            _check_dims(view, l, kept, f"{name}[{l}]", axis)
     if plan.cls_keep is not None:
         for l, block in enumerate(view.blocks):
             if plan.own(l):
@@ -323,13 +333,13 @@ def _check_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
     check_attention(attn, l, "heads")
 
 
-def _check_query_dims(view: TimmView, l: int, query_dims: int) -> None:
+def _check_dims(view: TimmView, l: int, dims: int, name: str, axis: str) -> None:
     full = _query_dims(view, l)
-    if query_dims == full:
+    if dims == full:
         return
-    if not 1 <= query_dims < full:
-        raise ModelError(f"`query_dims[{l}]` must be in 1..{full}, got {query_dims}")
-    check_attention(view.blocks[l].attn, l, "qk")
+    if not 1 <= dims < full:
+        raise ModelError(f"`{name}` must be in 1..{full}, got {dims}")
+    check_attention(view.blocks[l].attn, l, axis)
 
 
 def _query_dims(view: TimmView, l: int) -> int:
@@ -359,21 +369,26 @@ def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
     set_heads(attn, len(kept), l)
 
 
-def _narrow(view: TimmView, l: int, query_dims: int) -> None:
-    if query_dims == _query_dims(view, l):
+def _narrow(view: TimmView, l: int, dims: int, *, values: bool = False) -> None:
+    if dims == _query_dims(view, l):
         return
     p = view.attention(l)
-    weight, bias = smaller_qkv(p, _by_weights(p, query_dims))
-    p.qkv.weight = _parameter(weight, p.qkv.weight)
+    smaller = shrink_by_weights(p, dims, values=values)
+    weight, bias = smaller_qkv(p, smaller)
+    _resize(p.qkv, weight, bias)
+    if smaller.proj is None:
+        set_query_dim(view.blocks[l], dims, l)
+        return
+    _resize(p.proj, smaller.proj.weight, smaller.proj.bias)
+    set_head_dim(view.blocks[l].attn, dims)
+
+
+def _resize(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    like = layer.weight
+    layer.weight = _parameter(weight, like)
     if bias is not None:
-        p.qkv.bias = _parameter(bias, p.qkv.bias)
-    p.qkv.out_features = len(weight)
-    set_query_dim(view.blocks[l], query_dims, l)
-
-
-def _by_weights(p: Projections, query_dims: int) -> SmallerAttention:
-    factors = weight_factors(p, query_dims)
-    return SmallerAttention(list(range(p.heads)), query_dims, factors)
+        layer.bias = _parameter(bias, like if layer.bias is None else layer.bias)
+    layer.out_features, layer.in_features = weight.shape
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -47,12 +47,15 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
         ):
             resize_linear(module, weight.shape[0], weight.shape[1], f"{name}.bias" in tensors)
     for l, (block, count) in enumerate(zip(blocks, heads, strict=True)):
-        if type(block.attn) is Attention and block.attn.proj.in_features == (
-            count * block.attn.head_dim
-        ):
-            query_dim = Projections(count, block.attn.qkv, block.attn.proj).query_dims
-            if 1 <= query_dim < block.attn.head_dim:
-                set_query_dim(block, query_dim, l)
+        attn: Any = block.attn
+        if type(attn) is Attention:
+            p = Projections(count, attn.qkv, attn.proj)
+            q, v = p.query_dims, p.value_dims
+            if count * v == attn.proj.in_features and 1 <= q <= v <= attn.head_dim:
+                if v < attn.head_dim:
+                    set_head_dim(attn, v)
+                if q < v:
+                    set_query_dim(block, q, l)
         set_heads(block.attn, count, l)  # type: ignore[arg-type]
 
 
@@ -88,8 +91,17 @@ def set_heads(attn: Any, count: int, l: int) -> None:
             f"block {l}: {count} heads of {attn.head_dim} need a qkv of {rows} rows, got "
             f"{attn.qkv.out_features}"
         )
-    # timm reads all three; the scale belongs to the head's width, which stays.
+    # timm reads both; the scale belongs to the head's width, which stays.
     attn.num_heads, attn.attn_dim = count, width
+
+
+def set_head_dim(attn: Any, head_dim: int) -> None:
+    """Tell an attention module how many dimensions its heads have left, values as queries.
+
+    Logits are divided by the root of it: whoever narrows folds the original scale into the weights.
+    """
+    attn.head_dim, attn.attn_dim = head_dim, attn.num_heads * head_dim
+    attn.scale = head_dim**-0.5
 
 
 def set_query_dim(block: nn.Module, query_dim: int, l: int) -> None:

@@ -356,7 +356,7 @@ def classifiers(model: nn.Module) -> list[nn.Linear]:
         ModelError: the network ends in something else.
     """
     head: Any = model.get_classifier()  # type: ignore[operator]
-    heads = list(head) if isinstance(head, tuple) else [head]
+    heads = [_without_dropout(h) for h in (head if isinstance(head, tuple) else [head])]
     if not all(isinstance(h, nn.Linear) for h in heads):
         kinds = ", ".join(type(h).__name__ for h in heads)
         raise ModelError(
@@ -364,6 +364,14 @@ def classifiers(model: nn.Module) -> list[nn.Linear]:
             hint="use weights fine-tuned for classification",
         )
     return heads
+
+
+def _without_dropout(head: Any) -> Any:
+    """The linear layer of a head that is `Sequential(Dropout, Linear)`; any other as it is."""
+    if not isinstance(head, nn.Sequential):
+        return head
+    parts = [part for part in head if not isinstance(part, (nn.Dropout, nn.Identity))]
+    return parts[0] if len(parts) == 1 else head
 
 
 @contextmanager

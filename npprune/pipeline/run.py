@@ -29,14 +29,16 @@ def run_recipe(
     recipe: Recipe,
     *,
     root: Path = Path("."),
+    run: Path | None = None,
+    checkpoint: Path | None = None,
     work: Work | None = None,
     dry_run: bool = False,
 ) -> Result:
     """discover -> prune (-> heal) -> evaluate -> export -> report, below `root`.
 
-    Writes `reports/<name>/` and `ckpt/<name>/`; with a `heal` section `ckpt/<name>_healed/` too,
-    which is then what is exported. Running again resumes: paths that were found
-    before are kept. With `prune: null` it ends with the paths and their report.
+    Writes `reports/<name>/` and `ckpt/<name>/` (else `run` and `checkpoint`); with a `heal` section
+    `ckpt/<name>_healed/` too, which is then what is exported. Running again resumes: paths that
+    were found before are kept. With `prune: null` it ends with the paths and their report.
     torchrun's processes share the discovery and the healing; the first does the rest. Device and
     seed are the recipe's, whatever `work` says.
 
@@ -45,7 +47,8 @@ def run_recipe(
     """
     work = replace(work or Work(), device=recipe.device, seed=recipe.seed)
     team = work.team
-    run, checkpoint = root / "reports" / recipe.name, root / "ckpt" / recipe.name
+    run = run or root / "reports" / recipe.name
+    checkpoint = checkpoint or root / "ckpt" / recipe.name
     if recipe.prune is None and recipe.discover is None:
         raise UsageError(
             "a recipe needs `discover` or `prune`, and both are null",
@@ -76,9 +79,10 @@ def run_recipe(
             hint="`npprune prune ... --dry-run` shows what would stay",
         )
     if recipe.discover is not None:
-        found = discover(
-            recipe.model, recipe.data, recipe.discover, run, work=quietly, dry_run=dry_run
-        )
+        some, few = recipe.data, recipe.discover.images_per_class
+        if few is not None:
+            some = some.model_copy(update={"images_per_class": few})
+        found = discover(recipe.model, some, recipe.discover, run, work=quietly, dry_run=dry_run)
         if dry_run:
             return found
         source = run

@@ -4,7 +4,13 @@ Unknown keys are refused with the nearest right name, duplicate keys are an erro
 number, and every message carries file:line.
 """
 
-from npprune.recipe.loading import load_recipe, read_recipe, recipe_yaml, shipped_recipes
+from npprune.recipe.loading import (
+    load_recipe,
+    read_recipe,
+    recipe_yaml,
+    section_of,
+    shipped_recipes,
+)
 from npprune.recipe.rules import check
 from npprune.recipe.sections import (
     DataSection,
@@ -34,5 +40,6 @@ __all__ = [
     "load_recipe",
     "read_recipe",
     "recipe_yaml",
+    "section_of",
     "shipped_recipes",
 ]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from npprune.criteria import CRITERIA
 from npprune.errors import RecipeError, setting
-from npprune.recipe.messages import Place, place_of, recipe_error, recipe_name
+from npprune.recipe.messages import Place, place_of, recipe_error, recipe_name, usage_error
 from npprune.recipe.rules import Conflict, check
-from npprune.recipe.sections import Recipe
+from npprune.recipe.sections import Recipe, Section
 from npprune.words import nearest
+
+S = TypeVar("S", bound=Section)
 
 _FOLDER_NAME = re.compile(r"^[^./\\\s][^/\\\n]*\Z")
 
@@ -46,6 +49,24 @@ def read_recipe(
         place = place_of(places, tuple(err.field.split(".")))
         raise RecipeError(f"{message} ({place})", hint=hint) from err
     return recipe, places
+
+
+def section_of(
+    cls: type[S], values: Mapping[str, Any], *, as_given: Mapping[str, Any] | None = None
+) -> S:
+    """A section of values that came from no recipe; None leaves a setting's default.
+
+    as_given: the values as a message is to show them.
+
+    Raises:
+        UsageError: a value is out of bounds, or contradicts another.
+    """
+    try:
+        settings = cls(**{name: value for name, value in values.items() if value is not None})
+    except ValidationError as err:
+        raise usage_error(cls, err, values if as_given is None else as_given) from err
+    check(settings)
+    return settings
 
 
 def recipe_yaml(recipe: Recipe) -> str:

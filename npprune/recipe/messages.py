@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from npprune.errors import RecipeError
+from npprune.errors import RecipeError, UsageError, setting
 from npprune.recipe.sections import Recipe, Section
-from npprune.recipe.settings import rule_of, told, words_of
+from npprune.recipe.settings import item_of, rule_of, told, words_of
 from npprune.words import did_you_mean, nearest
 
 Place = tuple[str | int, ...]
@@ -46,6 +47,25 @@ def recipe_error(
         rule = rule_of(field, first["type"], item=bool(item))
         hint = did_you_mean(value, words_of(field)) or told(field).hint
     return RecipeError(f"`{name}` must be {rule}, got {show(value)}{where}", hint=hint or None)
+
+
+def usage_error(cls: type[Section], err: ValidationError, values: Mapping[str, Any]) -> UsageError:
+    """The first value of a section that is wrong, given outside of a recipe; numbers of a list are
+    shown as they were given."""
+    first = err.errors()[0]
+    name = str(first["loc"][0])
+    field, value = cls.model_fields[name], first["input"]
+    known = words_of(field)
+    item = len(first["loc"]) > 1 and item_of(field) is not None
+    rule = rule_of(field, first["type"], item=item)
+    if item and not known:
+        numbers = {"int_parsing": "whole numbers", "float_parsing": "numbers"}.get(first["type"])
+        rule = f"{numbers} separated by commas" if numbers else f"{rule} each"
+        value = values[name]
+    return UsageError(
+        f"{setting(cls.key(name))} must be {rule}, got `{value}`",
+        hint=did_you_mean(value, known) or told(field).hint or None,
+    )
 
 
 def show(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from npprune.budget import budget_of, budgets
 from npprune.errors import UsageError, setting
 from npprune.recipe.sections import ExportSection, HealSection, PruneSection, Section
+from npprune.words import check_axes
 
 
 class Conflict(UsageError):
@@ -41,6 +42,11 @@ def _axes(s: PruneSection) -> None:
     if s.axes is None or set(s.axes) == {"mlp"}:
         return
     axes = setting("prune.axes", ",".join(s.axes))
+    try:
+        check_axes(s.axes)
+    except UsageError as err:
+        message, hint = err.said(setting)
+        raise Conflict("prune.axes", message, hint=hint) from err
     latency, macs, params, drop = (
         setting(f"prune.{name}")
         for name in ("target_latency", "target_macs", "target_params", "max_drop")

@@ -206,6 +206,10 @@ class DiscoverSection(Section):
         hint="`1` is the strongest neuron of every block, as in the paper",
         ge=1,
     )
+    images_per_class: int | None = setting(
+        None, "images of each class that paths are found for (None: data.images_per_class)",
+        panel=SEARCH, metavar="N", ge=1,
+    )  # fmt: skip
     method: words.Method = setting("neuron-path", "how neurons are scored", panel=SEARCH)
     scope: words.ScopeOrAuto = setting(
         "auto", "tokens at which neurons are scored (auto: those the classifier pools)",
@@ -530,6 +534,9 @@ class EditSection(Section):
         ["auto"], "tokens at which neurons are edited", panel=EDIT, metavar="LIST"
     )
     seeds: int = setting(1, "keep: draws of each share below 1", panel=EDIT, metavar="N", ge=1)
+    others: bool = setting(
+        False, "paths class: what the other classes lose by it, as well", panel=EDIT
+    )
 
 
 class ExploreSection(Section):

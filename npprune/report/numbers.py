@@ -205,7 +205,8 @@ def _cost(result: Result, variant: Variant) -> list[Measure]:
             sum(n * q for n, q in zip(attention[h], attention[r], strict=True)) for h, r in names
         )
         if before != after:
-            rows.append(row("Query/key dimensions of all heads", before, after, text.count))
+            label = text.dimensions(variant.prune).capitalize()
+            rows.append(row(f"{label} of all heads", before, after, text.count))
     if dense.num_classes != pruned.num_classes:
         rows.append(row("Classes", dense.num_classes, pruned.num_classes, text.count))
     for t in key_latencies(variant):

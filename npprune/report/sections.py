@@ -338,7 +338,7 @@ def _widths(result: Result) -> Section:
         if attention := text.attention(v.prune):
             section.items.append(
                 Table(
-                    ["block", "heads", "query/key dimensions of a head"],
+                    ["block", "heads", f"{text.dimensions(v.prune)} of a head"],
                     [cells(str(b), *row) for b, row in enumerate(attention)],
                     caption=f"Attention kept in {text.clean(v.name)}.",
                 )
@@ -403,7 +403,7 @@ def _classes(result: Result) -> Section:
             Figure(
                 title,
                 f"Of {text.plural(len(ranked), 'class', 'classes')} with images; few images per "
-                "class make single classes uncertain.",
+                f"class make single classes uncertain.{_spared(evaluation)}",
                 partial(figures.classes, drawn, title, f"classes-{len(section.items)}"),
                 _class_table(worst),
             )
@@ -414,13 +414,31 @@ def _classes(result: Result) -> Section:
     return section
 
 
+def _spared(evaluation: Evaluation) -> str:
+    """Whether keeping a class's path spares the class, in a sentence."""
+    found = evaluation.spared
+    if found is None:
+        return ""
+    verdict = (
+        "spared" if found.low > 0 else "hit harder" if found.high < 0 else "not seen to differ"
+    )
+    return (
+        " Classes of whose path more stays are "
+        f"{verdict}: rank correlation of path kept and change of probability over {found.n} "
+        f"classes {text.fixed(found.value, 2, sign=True)} (95 % "
+        f"{text.fixed(found.low, 2, sign=True)} to {text.fixed(found.high, 2, sign=True)})."
+    )
+
+
 def _harm(row: ClassRow) -> tuple[float, float, int]:
     return (row.pruned_top1 - row.dense_top1, row.deviation, row.label)
 
 
 def _class_table(rows: list[ClassRow]) -> Table:
+    columns = ["class", "images", "dense top-1", "pruned top-1", "change", "probability deviation"]
+    paths = any(c.path_kept is not None for c in rows)
     return Table(
-        ["class", "images", "dense top-1", "pruned top-1", "change", "probability deviation"],
+        columns + ["path kept"] * paths,
         [
             cells(
                 f"{text.clean(c.name)} ({c.label})",
@@ -429,6 +447,7 @@ def _class_table(rows: list[ClassRow]) -> Table:
                 text.percent(c.pruned_top1),
                 text.points(c.pruned_top1 - c.dense_top1),
                 text.percent(c.deviation, sign=True),
+                *([text.DASH if c.path_kept is None else text.percent(c.path_kept)] * paths),
             )
             for c in rows
         ],

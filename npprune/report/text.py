@@ -68,7 +68,7 @@ def span(low: float, high: float, *, scale: float = 100, sign: bool = False) -> 
 
 
 def attention(summary: PruneSummary) -> list[tuple[str, str]]:
-    """Heads and query/key dimensions that stay in each block, `2 of 3` and `32 of 64`; empty
+    """Heads and dimensions of a head that stay in each block, `2 of 3` and `32 of 64`; empty
     where attention is as it was."""
     found = summary.details.get("attention") or {}
     names = ("heads", "query_dims")
@@ -77,6 +77,11 @@ def attention(summary: PruneSummary) -> list[tuple[str, str]]:
         return []
     columns = [[f"{k} of {d}" for d, k in zip(dense, kept, strict=True)] for dense, kept in pairs]
     return list(zip(*columns, strict=True))
+
+
+def dimensions(summary: PruneSummary) -> str:
+    """Which dimensions of a head `attention` speaks of."""
+    return "dimensions" if "value_dims" in summary.details["attention"] else "query/key dimensions"
 
 
 def own(width: int) -> str:

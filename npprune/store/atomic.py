@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from npprune import records
-from npprune.errors import StoreError, setting
+from npprune.errors import DamagedError, StoreError, setting
 from npprune.files import (
     is_leftover,
     make_folder,
     remove_leftovers,
+    replacing,
     sha256_file,
     store_error,
-    sync_folder,
-    temporary,
     write_bytes,
 )
 
@@ -32,7 +30,6 @@ __all__ = [
     "replace_folder",
     "sha256_file",
     "store_error",
-    "sync_folder",
     "write_bytes",
     "write_json",
     "write_safetensors",
@@ -41,19 +38,23 @@ __all__ = [
 
 R = TypeVar("R")
 
+DAMAGED = ".damaged"  # after the name of a file that was set aside
+
 
 @contextlib.contextmanager
-def locked(folder: Path, name: str, holder: Callable[[], str]) -> Iterator[None]:
+def locked(
+    folder: Path, name: str, holder: Callable[[], str], *, wait: float = 0.0
+) -> Iterator[None]:
     """Hold a folder, which is made, by a lock file; it ends with the process, however that ends.
 
-    holder: says who has it, for the StoreError that refuses a second process at once.
+    holder: says who has it, for the StoreError that refuses a second process after `wait` seconds.
     """
     import filelock
 
     make_folder(folder)
     lock = filelock.FileLock(folder / name)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=wait)
     except filelock.Timeout as err:
         raise StoreError(
             f"`{folder}` is in use by {holder()}",
@@ -99,12 +100,32 @@ def read_text(path: Path) -> str:
     try:
         return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as err:
-        raise StoreError(f"cannot read `{path}`: it is not UTF-8 text") from err
+        raise DamagedError(
+            f"cannot read `{path}`: it is not UTF-8 text",
+            hint="take a copy of it, or make it again",
+        ) from err
 
 
 def read_json(cls: type[R], path: Path) -> R:
     """A record of `npprune.records` from its JSON file; messages name the file."""
     return records.from_json(cls, read_text(path), where=str(path))
+
+
+def set_aside(path: Path, *, stays: bool = False) -> Path:
+    """Give a damaged file another name, `NAME.damaged`, for it to be made again.
+
+    stays: it keeps its own name, too, until it is replaced: without it others would not know what
+    the folder is.
+    """
+    aside = path.with_name(f"{path.name}{DAMAGED}")
+    if stays:
+        write_bytes(aside, read_bytes(path))
+        return aside
+    try:
+        os.replace(path, aside)
+    except OSError as err:
+        raise store_error(err, path, "set aside") from err
+    return aside
 
 
 @contextlib.contextmanager
@@ -123,26 +144,5 @@ def replace_folder(target: Path, objection: Callable[[Path], str | None]) -> Ite
         raise StoreError(
             f"`{target}` is not replaced: {why}", hint=f"choose another {setting('out')}"
         )
-    make_folder(target.parent)
-    fresh, old = temporary(target), temporary(target)
-    try:
-        make_folder(fresh)
-        try:
-            yield fresh
-            sync_folder(fresh)
-            if target.exists():
-                os.rename(target, old)
-            try:
-                os.rename(fresh, target)
-            except OSError:
-                if old.exists():
-                    os.rename(old, target)
-                raise
-        except BaseException:
-            shutil.rmtree(fresh, ignore_errors=True)
-            raise
-        sync_folder(target.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except OSError as err:
-        raise store_error(err, target) from err
+    with replacing(target) as fresh:
+        yield fresh

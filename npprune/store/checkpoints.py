@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npprune import records
-from npprune.errors import StoreError
+from npprune.errors import DamagedError, StoreError
 from npprune.files import CARD, CARD_MARK, foreign_folder
 from npprune.records import CheckpointConfig, Plan
 from npprune.store import atomic
+from npprune.store.runs import LOCKS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +95,24 @@ def read_checkpoint(folder: str | Path) -> tuple[CheckpointConfig, dict[str, Ten
         raise StoreError(f"`{folder / WEIGHTS}` is not a safetensors file: {err}") from err
 
 
+def plan_of(folder: str | Path, config: CheckpointConfig) -> Plan | None:
+    """The plan that made a checkpoint; None where none did.
+
+    Raises:
+        StoreError: it is not there any more, or is not that plan.
+    """
+    path = Path(folder) / PLAN
+    if not config.plan_sha256 and not path.is_file():
+        return None
+    if not path.is_file():
+        raise StoreError(f"`{folder}` has lost the plan that made it, `{PLAN}`", hint=_PLAN_AGAIN)
+    plan = atomic.read_json(Plan, path)
+    if config.plan_sha256 not in ("", records.digest(plan)):
+        raise DamagedError(f"`{path}` is not the plan that made the checkpoint", hint=_PLAN_AGAIN)
+    return plan
+
+
+_PLAN_AGAIN = "copy the checkpoint again, or prune again"
 _FOREIGN = "it is a MODEL for `npprune discover`, `prune` and `export`"
 _HINT = "give a folder that `npprune prune ... --out FOLDER` wrote"
 
@@ -117,15 +136,26 @@ def _is_card(path: Path) -> bool:
     return path.name == CARD and path.is_file() and CARD_MARK in atomic.read_text(path)
 
 
+def _was_ours(folder: Path) -> bool:
+    """Whether a folder with a damaged configuration is a checkpoint all the same."""
+    try:
+        atomic.read_json(Plan, folder / PLAN)
+        return True
+    except StoreError:
+        return b'"kind": "checkpoint"' in atomic.read_bytes(folder / CONFIG)
+
+
 def objection(folder: Path) -> str | None:
     """Why a folder must not be replaced by a new checkpoint, or None."""
     try:
         atomic.read_json(CheckpointConfig, folder / CONFIG)
-    except StoreError:
-        return f"it is not empty, and not a checkpoint of npprune (no valid `{CONFIG}`)"
+    except StoreError as err:
+        if not (isinstance(err, DamagedError) and _was_ours(folder)):
+            return f"it is not empty, and not a checkpoint of npprune (no valid `{CONFIG}`)"
     for path in sorted(folder.iterdir()):
         ours = path.name in (WEIGHTS, CONFIG, PLAN, EXPORT, *RESULT)
-        ours = ours or path.name.endswith(EXPORTED) or _is_card(path)
+        ours = ours or path.name.endswith((*EXPORTED, atomic.DAMAGED)) or _is_card(path)
+        ours = ours or path.name in LOCKS
         if not (ours and path.is_file()) and not atomic.is_leftover(path):
             return f"it also holds `{path.name}`, which npprune did not write"
     return None

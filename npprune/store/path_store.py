@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from npprune.errors import StoreError, plural
 from npprune.records import Document
 from npprune.store import atomic
+from npprune.store.runs import RunFolder
 
 ShardState = Literal["done", "absent", "damaged", "foreign"]
 """Absent: never finished. Damaged: tensors and sidecar do not match. Foreign: other settings."""
@@ -31,6 +32,8 @@ class ShardData:
     ids: list[str]  # n
     positions: list[int]  # n, places in the data source; each occurs once in a store
     skipped: list[str] = field(default_factory=list)  # images that could not be read
+    sizes: list[int] = field(default_factory=list)  # bytes of the n files, where they are files
+    head: str = ""  # sha256 of the first file's beginning
 
     def __post_init__(self) -> None:
         self.neurons = np.asarray(self.neurons)
@@ -60,6 +63,8 @@ class ShardInfo(Document):
     ids: list[str]
     positions: list[int]
     skipped: list[str]
+    sizes: list[int] = field(default_factory=list)
+    head: str = ""
 
 
 @dataclass
@@ -155,6 +160,8 @@ class PathStore:
             ids=[str(x) for x in data.ids],
             positions=[int(x) for x in data.positions],
             skipped=list(data.skipped),
+            sizes=list(data.sizes),
+            head=data.head,
         )
         atomic.write_json(self.sidecar_path(i), info)
 
@@ -193,7 +200,36 @@ class PathStore:
             info.ids,
             info.positions,
             info.skipped,
+            info.sizes,
+            info.head,
         )
+
+
+def run_table(run: RunFolder) -> PathTable:
+    """All paths of a run whose discovery has ended.
+
+    Raises:
+        StoreError: it has not, or some of its shards are lost, damaged or of other settings; the
+            hint says what makes it whole.
+    """
+    manifest, found = run.read_manifest(), run.read_result().discovery
+    if found is None:
+        raise StoreError(
+            f"`{run.path}` has no paths yet",
+            hint="`npprune discover ... --out FOLDER` finds them",
+        )
+    store = PathStore(run.paths_folder, manifest.settings_sha256)
+    count = manifest.shards or found.shards or store.count()
+    try:
+        table = store.read_all(count)
+        if len(table) != found.images:
+            raise StoreError(
+                f"`{store.folder}` holds the paths of {plural(len(table), 'image')}, and "
+                f"{found.images:,} were found"
+            )
+    except StoreError as err:
+        raise StoreError(err.message, hint=run.how_to_finish()) from err
+    return table
 
 
 _AGAIN = "run the same discovery again: it computes only what is missing"

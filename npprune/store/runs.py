@@ -7,19 +7,25 @@ in it at a time.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from npprune.errors import StoreError, plural, setting
+from npprune.errors import DamagedError, RecipeError, StoreError, plural, setting
+from npprune.recipe import Recipe, load_recipe
 from npprune.records import DataInfo, Manifest, Plan, Result
 from npprune.store import atomic
 
 _LOCK = ".lock"
 _HOLDER = ".lock.json"
+_RESULT_LOCK = ".result.lock"
+_PATIENCE = 60.0  # seconds; whoever changes a result holds it for a moment
+_SEAL = "# sha256 of the lines below: "
+LOCKS = (_LOCK, _HOLDER, _RESULT_LOCK)
 
 
 class RunFolder:
@@ -52,28 +58,62 @@ class RunFolder:
                 with contextlib.suppress(OSError):  # it only serves a message
                     holder.unlink(missing_ok=True)
 
-    def create_or_resume(self, manifest: Manifest, recipe_yaml: str = "") -> bool:
+    def create_or_resume(
+        self,
+        manifest: Manifest,
+        recipe_yaml: str = "",
+        *,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> bool:
         """Begin a run here, or resume one of the same settings. True: an earlier run resumes.
 
         Call it with the lock held: what a killed process left half-written is removed. The
-        manifest of a run that resumes stays as it was. StoreError where the folder holds a run of
-        other settings, or something that is no run.
+        manifest of a run that resumes stays as it was; one that is lost or damaged is made again.
+        StoreError where the folder holds a run of other settings, or something that is no run.
         """
         self.refuse_foreign()
-        resumed = self.exists
-        if resumed:
-            self.refuse_other_settings(manifest)
+        resumed = self._resumes(manifest, warn)
         atomic.remove_leftovers(self.path)
         atomic.remove_leftovers(self.paths_folder)
         if not resumed:
             atomic.write_json(self.manifest_path, manifest)
         if recipe_yaml:
-            atomic.write_text(self.recipe_path, recipe_yaml)
+            atomic.write_text(self.recipe_path, f"{_SEAL}{_sha256(recipe_yaml)}\n{recipe_yaml}")
         return resumed
+
+    def _resumes(self, manifest: Manifest, warn: Callable[[str], None]) -> bool:
+        """Whether the manifest here is one to go on with; a damaged one is set aside."""
+        said = f"`{self.path}` has lost its manifest"
+        if self.exists:
+            try:
+                self.refuse_other_settings(manifest)
+                return True
+            except DamagedError as err:
+                said = err.message
+        if (owner := self._owner()) is None and not self.exists:
+            return False
+        if owner not in (None, manifest.settings_sha256):
+            raise StoreError(
+                f"{said}, and what was found in it is of other settings",
+                hint=f"choose another {setting('out')}, or repeat the settings of the first run: "
+                "its manifest is made again",
+            )
+        if self.exists:
+            said += f" (kept as `{atomic.set_aside(self.manifest_path, stays=True)}`)"
+        warn(f"{said}: made again")
+        return False
+
+    def _owner(self) -> str | None:
+        """The settings' sha256 that shards or rows here say; None where there are none."""
+        parts = [*self.paths_folder.glob("*.json"), *(self.path / "rows").glob("*.json")]
+        for path in sorted(parts):
+            with contextlib.suppress(StoreError, ValueError, AttributeError):
+                return str(json.loads(atomic.read_text(path)).get("settings_sha256", ""))
+        return None
 
     def refuse_foreign(self) -> None:
         """StoreError where the path is a file, or a folder with content that is no run."""
-        if self.exists or not self.path.exists():
+        if self.exists or not self.path.exists() or self._owner():
             return
         if not self.path.is_dir():
             raise StoreError(
@@ -99,20 +139,77 @@ class RunFolder:
             )
         return atomic.read_json(Manifest, self.manifest_path)
 
+    def read_recipe(self) -> Recipe:
+        """The recipe as resolved. DamagedError where it was changed since it was written."""
+        first, _, rest = atomic.read_text(self.recipe_path).partition("\n")
+        if first.startswith(_SEAL) and _sha256(rest) != first.removeprefix(_SEAL).strip():
+            raise DamagedError(
+                f"`{self.recipe_path}` was changed or damaged since it was written",
+                hint=f"{self.how_to_finish()}, and writes it again; if you changed it on purpose, "
+                "remove its first line",
+            )
+        try:
+            return load_recipe(self.recipe_path)
+        except RecipeError as err:
+            err.hint = err.hint or f"{self.how_to_finish()}, and writes it again"
+            raise
+
     def read_result(self) -> Result:
         """The result so far; StoreError where nothing was finished yet."""
         if not self.result_path.is_file():
             raise StoreError(
                 f"`{self.path}` has no `result.json`",
-                hint="run the command that made it again: it resumes where it stopped"
+                hint=self.how_to_finish()
                 if self.exists
                 else "give the run folder, such as reports/NAME",
             )
-        return atomic.read_json(Result, self.result_path)
+        try:
+            return atomic.read_json(Result, self.result_path)
+        except DamagedError as err:
+            err.hint = f"{self.how_to_finish()}; the damaged file is set aside"
+            raise
+
+    def how_to_finish(self) -> str:
+        """The next step where something of the run is missing."""
+        try:
+            command = self.read_manifest().command
+        except StoreError:
+            command = ""
+        again = f"run `{command}` again" if command else "run the command that made it again"
+        return f"{again}: it computes only what is missing"
 
     def write_result(self, result: Result) -> None:
-        """Replace the result."""
+        """Replace the result. Where another process may change it, too: `updating`."""
         atomic.write_json(self.result_path, result)
+
+    @contextlib.contextmanager
+    def updating(
+        self,
+        begin: Callable[[], Result] | None = None,
+        warn: Callable[[str], None] | None = None,
+    ) -> Iterator[Result]:
+        """The result to be changed, written at the end of the block; others wait meanwhile.
+
+        begin: makes the result where there is none. warn: a damaged one is set aside with a word,
+        and begun anew; None: it is refused.
+        """
+        with atomic.locked(self.path, _RESULT_LOCK, lambda: "another process", wait=_PATIENCE):
+            atomic.remove_leftovers(self.path)
+            yield (result := self._begun(begin, warn))
+            self.write_result(result)
+
+    def _begun(
+        self, begin: Callable[[], Result] | None, warn: Callable[[str], None] | None
+    ) -> Result:
+        if begin is None or self.result_path.is_file():
+            try:
+                return self.read_result()
+            except DamagedError as err:
+                if begin is None or warn is None:
+                    raise
+                aside = atomic.set_aside(self.result_path, stays=True)
+                warn(f"{err.message}: begun anew, the damaged one is `{aside}`")
+        return begin()
 
     def read_plan(self) -> Plan:
         """The plan of the run."""
@@ -132,6 +229,13 @@ class RunFolder:
     def refuse_other_settings(self, manifest: Manifest) -> None:
         """StoreError where the run here is of other settings: which, and both values."""
         old = self.read_manifest()
+        for images, sha256 in manifest.content.items():
+            if old.content.get(images, sha256) != sha256:
+                raise StoreError(
+                    f"`{self.path}` was begun with other images under the same names: files of "
+                    f"{setting(f'data.{images}')} have another size or content now",
+                    hint=f"bring the images back, or choose another {setting('out')}",
+                )
         if old.settings_sha256 == manifest.settings_sha256:
             return
         changes = settings_changes(old.settings, manifest.settings, _said(old), _said(manifest))
@@ -141,6 +245,10 @@ class RunFolder:
             f"`{self.path}` belongs to a run of other settings: {shown}{more}",
             hint=f"choose another {setting('out')}, or repeat the settings of the first run",
         )
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -217,4 +325,4 @@ def _show(value: Any, missing: object) -> str:
 
 def _is_ours(path: Path) -> bool:
     """What a run leaves in a folder before its manifest is there."""
-    return path.name in (_LOCK, _HOLDER) or atomic.is_leftover(path)
+    return path.name in LOCKS or path.name.endswith(atomic.DAMAGED) or atomic.is_leftover(path)

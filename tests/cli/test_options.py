@@ -28,7 +28,8 @@ NAMED = {
     for module in (discover, prune, heal, evaluate, explore, export, study, demo)
     for setting, flag in module.command.named.items()  # type: ignore[attr-defined]
 }
-RECIPE_ONLY = {"name", "discover.batch_size"}  # the folder; discover's --batch-size sets both
+RECIPE_ONLY = {"name", "discover.batch_size", "discover.images_per_class"}
+"""The folder; discover's --batch-size sets both; `specialise` has it as --path-images."""
 COMMANDS = {
     "model": ["discover", "x", "--data", "digits"],
     "data": ["discover", "x", "--data", "digits"],

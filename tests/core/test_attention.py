@@ -12,11 +12,12 @@ from npprune.core.compression.attention import (
     query_factors,
     shrink,
     stand_ins,
+    value_basis,
     weight_factors,
 )
 from npprune.core.compression.compensation import compensate, error
 from npprune.core.compression.elimination import eliminate_groups
-from npprune.core.compression.harm import layers_replaced, measure_harm, predict
+from npprune.core.compression.harm import Replacement, layers_replaced, measure_harm, predict
 from npprune.core.metrics import divergence
 from npprune.errors import UsageError
 from npprune.models.view import TimmView
@@ -110,6 +111,54 @@ def test_factors_are_the_best_of_their_rank() -> None:
         assert lost(a + step[0], b + step[1]) > best
     with pytest.raises(UsageError, match=r"query dimensions must be in 1\.\.5, got 6"):
         query_factors(cq, ck, 6)
+
+
+def test_the_first_values_of_the_basis_lose_least_of_the_output() -> None:
+    g = torch.Generator().manual_seed(4)
+    root = torch.randn(10, 10, generator=g, dtype=torch.float64)
+    s, w = root @ root.T, torch.randn(7, 10, generator=g, dtype=torch.float64)
+    basis = value_basis(s, w, 2)
+    for h, part in enumerate((slice(0, 5), slice(5, 10))):
+        c, p = s[part, part], w[:, part]
+        singular = torch.linalg.svdvals(p @ torch.linalg.cholesky(c))
+        for r in (1, 3):
+
+            def lost(a: Tensor, c: Tensor = c, p: Tensor = p) -> float:
+                """Of the output p o, regressed on a o."""
+                best = p @ c @ a.T @ torch.linalg.inv(a @ c @ a.T)
+                return float(((p - best @ a) @ c @ (p - best @ a).T).trace())
+
+            a = basis[h, :r]
+            assert lost(a) == pytest.approx(float(singular[r:].square().sum()), rel=1e-5)
+            for _ in range(10):
+                step = 0.1 * torch.randn(a.shape, generator=g, dtype=torch.float64)
+                assert lost(a + step) > lost(a)
+
+
+def test_all_values_in_their_basis_change_nothing() -> None:
+    view, (images, _) = tiny_view(), data(20)
+    found = moments_of(view, images)
+    dense = predict(view, [images])
+    for l, m in enumerate(found):
+        p = view.attention(l)
+        small = shrink(p, m, [0, 1], 5, values=True)
+        assert small.basis is not None
+        assert small.proj is not None
+        assert small.proj.whole is not None
+        assert list(small.proj.keep) == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+        layers = stand_ins(p, small)
+        with layers_replaced(layers):
+            assert (predict(view, [images]) - dense).abs().max() > 1e-6
+        rows = layers[p.qkv].weight.clone()
+        rows[:24] = p.qkv.weight[:24]  # queries and keys as they were
+        bias = layers[p.qkv].bias.clone()
+        bias[:24] = p.qkv.bias[:24]
+        same = {
+            p.qkv: Replacement(range(12), rows, bias),
+            p.proj: Replacement(range(12), small.proj.whole, p.proj.bias),
+        }
+        with layers_replaced(same):
+            torch.testing.assert_close(predict(view, [images]), dense, rtol=1e-4, atol=1e-5)
 
 
 def test_groups_go_in_the_order_of_what_their_removal_costs() -> None:

@@ -130,3 +130,21 @@ def test_divergence_matches_torch() -> None:
         b.double().log_softmax(1), a.double().log_softmax(1), log_target=True, reduction="none"
     ).sum(1)
     assert torch.allclose(metrics.divergence(a, b), expected, atol=1e-12)
+
+
+def test_rank_correlation_has_an_interval_that_covers() -> None:
+    x = list(range(30))
+    assert metrics.rank_correlation(x[:4], x[:4]) is None
+    assert metrics.rank_correlation(x, [1.0] * 30) is None
+    whole = metrics.rank_correlation(x, [v**3 for v in x])
+    assert whole is not None
+    assert whole.value == pytest.approx(1)
+    inside = 0
+    for seed in range(200):
+        g = torch.Generator().manual_seed(seed)
+        a = torch.randn(40, generator=g, dtype=torch.float64)
+        b = 0.5 * a + torch.randn(40, generator=g, dtype=torch.float64)
+        found = metrics.rank_correlation(a.tolist(), b.tolist())
+        assert found is not None
+        inside += found.low <= 0.430 <= found.high  # 6/pi asin(r/2) of r = 0.5 / sqrt(1.25)
+    assert 180 <= inside <= 199

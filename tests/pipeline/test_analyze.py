@@ -468,3 +468,33 @@ def test_the_notebook_runs(
     for title in ("Joint attribution scores", "Removing", "Keeping only", "Preferred path: 8"):
         assert title in out
     assert (tmp_path / "reports" / "paper_digits" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("edit", ["remove", "keep"])
+def test_forgetting_compares_the_class_with_all_others(run: Path, edit: str) -> None:
+    settings = EditSection(edit=edit, paths=["class"], topk=[2], others=True, scope=["all"])  # type: ignore[arg-type]
+    found = edit_neurons(run, settings)
+    assert list(found) == [f"edit-{edit}-class-all", f"edit-{edit}-class-all-others"]
+    analysis = found[f"edit-{edit}-class-all-others"]
+    model, view, images, labels, table = loaded(run)
+    take, hold, _ = divide(table)
+    classes = [c for c in table.classes if (labels[hold] == c).any()]
+    others = {c: [i for i in hold if int(labels[i]) != c] for c in classes}
+    own, theirs = [], []
+    for c in classes:
+        masks = members(class_top(table.neurons[take], table.labels[take], c, 2), view.widths)
+        factors = [m[None].double() if edit == "keep" else 1.0 - m[None].double() for m in masks]
+        mine = [i for i in hold if int(labels[i]) == c]
+        for rows, out in ((mine, own), (others[c], theirs)):
+            x, y = images[rows], labels[rows]
+            with torch.no_grad():
+                before = (model(x).argmax(1) == y).double().mean()
+            factors = [f.to(x) for f in factors]
+            after = (edited_logits(view, x, factors, scope="all").argmax(1) == y).double().mean()
+            out.append(100 * float(before - after))
+    (row,) = [dict(zip(analysis.columns, r, strict=True)) for r in analysis.rows]
+    assert row["class loses"] == pytest.approx(sum(own) / len(own))
+    # four classes: every image is seen with the neurons of all three others
+    assert row["others lose"] == pytest.approx(sum(theirs) / len(theirs))
+    with pytest.raises(UsageError, match="names none of a class"):
+        edit_neurons(run, EditSection(others=True))

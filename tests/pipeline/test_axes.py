@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import Attention as TimmAttention
 from torch import nn
 
 import npprune
@@ -19,7 +20,7 @@ from npprune.core.compression import cost
 from npprune.errors import ModelError, UsageError
 from npprune.models.info import count_macs, model_info, model_sizes, state
 from npprune.models.load import create
-from npprune.models.surgery import mask_plan
+from npprune.models.surgery import apply_plan, mask_plan, set_proj
 from npprune.models.view import make_view
 from npprune.pipeline.common.results import render_report
 from npprune.pipeline.common.work import Work
@@ -40,7 +41,7 @@ from npprune.recipe import (
     PruneSection,
     check,
 )
-from npprune.records import CheckpointConfig, ModelSource, Variant
+from npprune.records import CheckpointConfig, ModelSource, Plan, Variant
 from npprune.store.checkpoints import write_checkpoint
 from npprune.store.runs import RunFolder, read_plan
 from tests.helpers.digits_network import SMALL, write_digits_network
@@ -48,7 +49,7 @@ from tests.helpers.tiny import tiny_batch, tiny_vit
 
 DIGITS = DataSection(calibration="digits:calibration", batch_size=64)
 ALL = ["mlp", "heads", "qk"]
-EVERY = list(words.AXES)
+EVERY = list(words.ALL_AXES)
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +95,75 @@ def test_the_budget_is_met_and_the_mix_recorded(small: tuple[Path, Variant]) -> 
     assert plan.how["axes"] == ALL
 
 
-@pytest.mark.slow
-def test_it_evaluates_heals_exports_and_is_reported(
-    small: tuple[Path, Variant], capsys: pytest.CaptureFixture[str]
+@pytest.fixture(scope="module")
+def equal(dense: Path) -> tuple[Path, Variant]:
+    """With one head dimension for queries, keys and values."""
+    out = dense.parent / "equal"
+    chosen = settings(axes=["mlp", "heads", "head-dim"], target_macs=0.45)
+    return out, prune(ModelSection(name=str(dense)), DIGITS, chosen, out)
+
+
+def test_heads_keep_one_dimension_for_queries_keys_and_values(
+    equal: tuple[Path, Variant],
 ) -> None:
-    out, variant = small
+    out, variant = equal
+    model = npprune.load_model(out)
+    size = variant.model.preprocessing.input_size
+    macs = count_macs(model, size)
+    assert macs == variant.model.macs == cost.macs(model_sizes(model))
+    assert sum(p.numel() for p in model.parameters()) == cost.params(model_sizes(model))
+    assert 0.4 < macs / count_macs(npprune.load_model(out.parent / "dense"), size) <= 0.45
+    plan, view = read_plan(out), make_view(model)
+    assert plan.query_dims is None
+    assert plan.head_dims is not None
+    assert 8 in plan.head_dims
+    for l, dims in enumerate(plan.head_dims):
+        assert type(view.blocks[l].attn) is TimmAttention
+        assert (view.attention(l).query_dims, view.attention(l).value_dims) == (dims, dims)
+    assert variant.prune.details["attention"]["value_dims"] == plan.head_dims
+
+
+@pytest.mark.parametrize("mode", ["sequential", "least-squares"])
+def test_a_head_dimension_that_says_nothing_goes_without_harm(mode: Any) -> None:
+    """Queries, keys and values of rank 8 in heads of 16: half of each goes, no logit changes."""
+    model = tiny_vit(embed_dim=32, num_heads=2, depth=2)
+    g = torch.Generator().manual_seed(1)
+    for block in model.blocks:  # type: ignore[union-attr]
+        qkv: Any = block.attn.qkv  # type: ignore[union-attr]
+        spread = torch.randn(6, 16, 8, generator=g, dtype=torch.float64)
+        few = 0.2 * torch.randn(6, 8, 33, generator=g, dtype=torch.float64)
+        few = (spread @ few).flatten(0, 1)
+        with torch.no_grad():
+            qkv.weight.copy_(few[:, :32])
+            qkv.bias[:64].copy_(few[:64, 32])  # those of values are free
+    chosen = {"axes": ["head-dim"], "target_macs": 0.9, "compensation": mode}
+    measured, asked, _ = measured_of(model, **chosen)
+    (axis,) = measured.further
+    options = [(2, 8)] * 2
+    choice = choose(measured, asked, cost.macs(model_sizes(model)))
+    choice = replace(choice, selection=replace(choice.selection, others=[options]))
+    done = refit(measured, asked, choice, Work())
+    kept = done.further[0][1]
+    plan = Plan(done.keep, list(measured.subject.view.widths), **axis.plan(kept))
+    assert plan.head_dims == [8, 8]
+    images, _ = tiny_batch(16, seed=5)
+    small = apply_plan(model, plan)
+    with torch.no_grad():
+        by_weights = (small(images) - model(images)).abs().max()
+    axis.carry_out(small, measured.subject.view, kept)
+    for l, proj in done.refitted.projections.items():
+        set_proj(small, l, proj.weight, proj.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), model(images), rtol=0, atol=2e-3)
+    assert by_weights < 2e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("made", ["small", "equal"])
+def test_it_evaluates_heals_exports_and_is_reported(
+    made: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, variant = request.getfixturevalue(made)
     found = evaluate(out, DataSection(val="digits:test"), EvaluateSection(latency=False))
     assert found.pruned_model is not None
     assert found.pruned_model.macs == variant.model.macs
@@ -110,13 +175,15 @@ def test_it_evaluates_heals_exports_and_is_reported(
     kept = variant.prune.details["attention"]
     changed = [f"{n} of 2" for n in kept["heads"]] + [f"{r} of 16" for r in kept["query_dims"]]
     for text in (html.read_text(), markdown.read_text(), shown):
-        assert "query/key dimensions" in text
+        assert ("query/key dimensions" in text) is (made == "small")
+        assert "dimensions" in text
         assert all(cell in text for cell in changed)
 
 
-def test_healing_trains_it(dense: Path) -> None:
-    out, healed = dense.parent / "worse", dense.parent / "healed"
-    chosen = settings(target_macs=0.4, compensation="none")
+@pytest.mark.parametrize("axis", ["qk", "head-dim"])
+def test_healing_trains_it(dense: Path, axis: str) -> None:
+    out, healed = dense.parent / f"worse-{axis}", dense.parent / f"healed-{axis}"
+    chosen = settings(axes=["mlp", "heads", axis], target_macs=0.4, compensation="none")
     prune(ModelSection(name=str(dense)), DIGITS, chosen, out)
     found = heal(out, DIGITS, HealSection(epochs=2, lr=1e-3), healed).heal
     assert found is not None
@@ -256,6 +323,19 @@ def test_options_are_few_and_regular() -> None:
     assert axes.heads(0) == [6]
 
 
+def test_a_gpu_is_told_of_uneven_head_dimensions() -> None:
+    view = make_view(tiny_vit(embed_dim=32, num_heads=2, depth=2))
+    images, _ = tiny_batch(2)
+    cuda = torch.device("cuda")
+    for word, said in (("qk", 1), ("head-dim", 0)):
+        axis = Attention.measured(view, [word], [images], Work().generator(), lambda done: None)
+        kept = [axis.kept(l, (2, r), "least-squares") for l, r in enumerate((8, 16))]
+        warned = axis.warnings(kept, cuda)
+        assert len(warned) == said
+        assert all("in 1 of 2 blocks" in text and "head-dim" in text for text in warned)
+        assert axis.warnings(kept, torch.device("cpu")) == []
+
+
 def test_pruning_again_replaces_what_was_pruned(dense: Path) -> None:
     out, source = dense.parent / "twice", ModelSection(name=str(dense))
     prune(source, DIGITS, PruneSection(keep=0.5, calibration_images=100), out)
@@ -289,6 +369,7 @@ def test_the_default_suits_the_budget(dense: Path, budget: Any, named: list[str]
         ({"keep": 0.5, "target_macs": None}, r"`keep` is a share .* with `axes=mlp,heads,qk`"),
         ({"axes": ["tokens"], "target_params": 0.5, "target_macs": None}, "removes no parameter"),
         ({"topk": 1, "target_macs": None}, "`topk` alone keeps .* needs a budget"),
+        ({"axes": ["qk", "head-dim"]}, "`head-dim` values as well, got both: `qk,head-dim`"),
         ({"selection": "global"}, "needs `selection=measured`, got `global`"),
     ],
 )

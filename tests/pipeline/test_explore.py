@@ -189,7 +189,9 @@ def test_what_it_refuses(world: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "`--neurons` must be at least 1" in refused(run, "--neurons", "0")
     other = shutil.copytree(world / "half", tmp_path / "other")
     plan = json.loads((other / "plan.json").read_text())
-    (other / "plan.json").write_text(json.dumps({**plan, "source_sha256": "0" * 64}))
+    (other / "plan.json").write_text(
+        json.dumps({**plan, "source_sha256": "0" * 64, "checksum": None})
+    )
     assert "is of weights 000000000000..." in refused(run, "--plan", str(other))
 
 

@@ -413,14 +413,18 @@ def test_an_interrupted_training_of_other_settings_is_refused(half_network: Path
         heal(half_network, DATA, short(lr=1e-3), out)
 
 
-def test_a_changed_state_is_refused(half_network: Path) -> None:
-    out = half_network.with_name("healed")
+def test_a_changed_state_is_set_aside_and_trained_again(half_network: Path) -> None:
+    out, straight = half_network.with_name("healed"), half_network.with_name("straight")
+    heal(half_network, DATA, short(), straight)
     with pytest.raises(KeyboardInterrupt):
         heal(half_network, DATA, short(), out, work=Work(emit=interrupted_at(5)))
     (file,) = out.with_name("healed.partial").glob("state-*.safetensors")
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
-    with pytest.raises(StoreError, match="was changed since it was written"):
-        heal(half_network, DATA, short(), out)
+    events: list[Event] = []
+    heal(half_network, DATA, short(), out, work=Work(emit=events.append))
+    assert any("the training begins anew" in e.message for e in events if e.level == "warning")
+    assert weights(out) == weights(straight)
+    assert not out.with_name("healed.partial").exists()
 
 
 # ---------------------------------------------------------------- several processes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,16 @@ from npprune.errors import GateError, UsageError
 from npprune.export.widths import WidthLatency
 from npprune.models.info import model_info, state
 from npprune.models.load import create
+from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo.training import ARCHITECTURE, MODEL_ARGS, PREPROCESSING
 from npprune.pipeline.prune import latency as timing
-from npprune.pipeline.prune.latency import LatencyTable, build_table, correct, outcome
+from npprune.pipeline.prune.latency import (
+    LatencySearch,
+    LatencyTable,
+    build_table,
+    correct,
+    outcome,
+)
 from npprune.pipeline.prune.stage import prune
 from npprune.recipe import DataSection, ModelSection, PruneSection, check
 from npprune.records import CheckpointConfig, ClassInfo, Latency, ModelSource
@@ -208,6 +215,55 @@ def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert record["measured"]["batch"] == 32
     assert sum(variant.prune.widths) < sum(variant.prune.dense_widths)
     assert set(map(int, record["alone_ms"])) >= {64, 512}
+
+
+def searched(target: float, ratio: Callable[[float], float]) -> tuple[LatencySearch, list[float]]:
+    """A search on a machine where a share of the MACs takes so much of the dense latency; the
+    networks that it timed."""
+    seen: list[float] = []
+
+    class Timer:
+        def against(self, share: float) -> Latency:
+            seen.append(share)
+            return pair(8.0, 8.0 * ratio(share))
+
+    found = LatencySearch.__new__(LatencySearch)
+    found.target, found.work, found.tried = ms(target), Work(), []
+    found.timer = Timer()  # type: ignore[assignment]
+    return found, seen
+
+
+@pytest.mark.parametrize("target", [0.6, 0.3, 0.9, 0.6 * 8.0])
+@pytest.mark.parametrize("curve", [1.0, 1.5, 0.8])
+def test_macs_are_found_that_take_the_time(target: float, curve: float) -> None:
+    def ratio(share: float) -> float:
+        return 0.2 + 0.8 * share**curve
+
+    search, seen = searched(target, ratio)
+    share = search.macs(1.0, 0.05, lambda macs: macs)  # type: ignore[arg-type,return-value]
+    asked = target if target <= 1 else target / 8.0
+    assert ratio(share) <= 1.02 * asked
+    assert ratio(share) == pytest.approx(asked, rel=0.05)
+    assert len(seen) <= 6
+    assert all(0.05 <= s <= 1 for s in seen)
+
+
+def test_a_latency_that_no_network_takes_ends_the_search_at_once() -> None:
+    search, seen = searched(0.6, lambda share: 0.8 + 0.2 * share)
+    with pytest.raises(
+        GateError, match=r"60\.0% of .* below the 82\.0% .* takes \(dense"
+    ) as caught:
+        search.macs(1.0, 0.1, lambda macs: macs)  # type: ignore[arg-type,return-value]
+    assert seen == [0.6, 0.1]
+    assert "min_keep" in str(caught.value.hint)
+    search, seen = searched(0.6, lambda share: 1.5 - 0.3 * share)  # merging costs, and saves less
+    with pytest.raises(GateError, match=r"147\.0% .* and the 132\.0% with 60\.0% of") as caught:
+        search.macs(1.0, 0.1, lambda macs: macs)  # type: ignore[arg-type,return-value]
+    assert "latency_batch" in str(caught.value.hint)
+    search, seen = searched(0.3, lambda share: 0.8 + 0.2 * share)
+    with pytest.raises(GateError, match="smallest network allowed"):
+        search.macs(1.0, 0.4, lambda macs: macs)  # type: ignore[arg-type,return-value]
+    assert seen == [0.4]  # the least is the first
 
 
 def test_one_budget() -> None:

@@ -114,7 +114,8 @@ MESSAGES = [  # the changed line of GOOD, the new text, the message without the 
     (
         "keep: 0.5",
         "axes: [mlp, head]",
-        "`prune.axes.1` must be one of `mlp`, `heads`, `qk`, `tokens`, got `head`",
+        "`prune.axes.1` must be one of `mlp`, `cls`, `heads`, `qk`, `head-dim`, `tokens`, got "
+        "`head`",
         7,
         "did you mean `heads`?",
     ),

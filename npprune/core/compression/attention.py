@@ -1,4 +1,5 @@
-"""Smaller attention: fewer heads, and fewer query/key dimensions that keep the logits.
+"""Smaller attention: fewer heads, fewer query/key dimensions that keep the logits, and fewer value
+dimensions that keep the output.
 
 Heads. `proj` reads the outputs of all heads side by side, so a head is a group of its inputs as a
 neuron is one of `fc2`'s: the order in which heads go is `elimination.eliminate_groups`, weighted by
@@ -15,6 +16,16 @@ with the least mean squared error over pairs of a query and a key is
 so the new queries are A q and the new keys B k, folded into the rows of `qkv`. The scale of the
 logits stays d^(-1/2): attention divides by r^(1/2) instead, so A and B are multiplied by
 (r/d)^(1/4) each.
+
+Values. What a head adds to the stream is P o, with o the mean of its values that attention takes
+and P its columns of `proj`. With C the covariance of o, the r combinations of values that lose
+least of it (least squared error, `proj` refitted) are the first r rows of
+
+    C^(1/2) P^T P C^(1/2) = V diag(s) V^T, s falling
+    T = V^T C^(-1/2), rows scaled to length 1
+
+The weights of attention add up to 1, so T o is the same mean of T v: T is folded into the rows of
+`qkv` and P T^(-1) into `proj`, and of both the first r dimensions stay, as heads do.
 
 Source: Eckart and Young (1936) in the metric of the activations, as in data-aware low-rank
 compression (DRONE, Chen et al., NeurIPS 2021).
@@ -69,13 +80,15 @@ class SmallerAttention:
     """What stays of one block's attention.
 
     `heads` are the kept ones, ascending; `factors` None where queries and keys keep their
-    dimensions; `proj` None where all heads stay.
+    dimensions; `basis` T [n, v, v] of every head's values, of which the first `query_dims` stay,
+    None where all do; `proj` None where all heads and values stay.
     """
 
     heads: list[int]
     query_dims: int
     factors: Factors | None = None
     proj: Replacement | None = None
+    basis: Tensor | None = None
 
 
 def collect_attention(
@@ -158,6 +171,58 @@ def query_factors(queries: Tensor, keys: Tensor, r: int) -> Factors:
     return half * (u.mT[:, :r] @ inverse_q), half * (vh[:, :r] @ inverse_k)
 
 
+def value_basis(covariance: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """T of every head [n, v, v]: combinations of its values, the one that matters most first.
+
+    Args:
+        covariance: of `proj`'s inputs [n v, n v]; what heads have in common is left out.
+        weight: `proj`'s [d, n v].
+    """
+    columns = double(weight.detach()).to(covariance.device).unflatten(1, (heads, -1))
+    blocks = covariance.unflatten(0, (heads, -1)).unflatten(2, (heads, -1))
+    root, inverse = _roots(blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0))
+    form = root @ torch.einsum("dnu,dnv->nuv", columns, columns) @ root
+    basis = torch.linalg.eigh((form + form.mT) / 2).eigenvectors.flip(-1).mT @ inverse
+    return basis / basis.norm(dim=-1, keepdim=True)
+
+
+def shrink(
+    p: Projections,
+    moments: AttentionMoments,
+    heads: Sequence[int],
+    query_dims: int,
+    *,
+    values: bool = False,
+    mode: Mode = "least-squares",
+) -> SmallerAttention:
+    """The attention with these heads and so many query/key dimensions, `proj` refitted.
+
+    values: they are narrowed to as many dimensions.
+    """
+    out = SmallerAttention(list(heads), query_dims)
+    if query_dims < p.query_dims:
+        out.factors = query_factors(moments.queries, moments.keys, query_dims)
+    if values and query_dims < p.value_dims:
+        out.basis = value_basis(moments.inputs.covariance, p.proj.weight, p.heads)
+    if len(heads) < p.heads or out.basis is not None:
+        out.proj = _smaller_proj(p, moments.inputs, out, mode)
+    return out
+
+
+def shrink_by_weights(p: Projections, query_dims: int, *, values: bool = False) -> SmallerAttention:
+    """The same with all heads from the weights alone, as if the inputs were white."""
+    out = SmallerAttention(list(range(p.heads)), query_dims, weight_factors(p, query_dims))
+    if values:
+        rows = p.split(double(p.qkv.weight.detach()))[2]
+        covariance = torch.block_diag(*(rows @ rows.mT))
+        mean = covariance.new_zeros(len(covariance))
+        if p.qkv.bias is not None:
+            mean = p.split(double(p.qkv.bias.detach()))[2].flatten()
+        out.basis = value_basis(covariance, p.proj.weight, p.heads)
+        out.proj = _smaller_proj(p, Moments(mean, covariance, mean.abs(), 1.0), out, "mean")
+    return out
+
+
 def weight_factors(p: Projections, r: int) -> Factors:
     """`query_factors` from the weights alone, as if the inputs were white: no calibration."""
     q, k, _ = p.split(double(p.qkv.weight.detach()))
@@ -168,40 +233,38 @@ def weight_factors(p: Projections, r: int) -> Factors:
     return query_factors(second, k @ k.mT, r)
 
 
-def shrink(
-    p: Projections,
-    moments: AttentionMoments,
-    heads: Sequence[int],
-    query_dims: int,
-    *,
-    mode: Mode = "least-squares",
-) -> SmallerAttention:
-    """The attention with these heads and so many query/key dimensions, `proj` refitted."""
-    out = SmallerAttention(list(heads), query_dims)
-    if query_dims < p.query_dims:
-        out.factors = query_factors(moments.queries, moments.keys, query_dims)
-    if len(heads) < p.heads:
-        columns = [h * p.value_dims + i for h in heads for i in range(p.value_dims)]
-        found = compensate(
-            moments.inputs, p.proj.weight, p.proj.bias, columns, mode=mode, diagnose=False
-        )
-        out.proj = Replacement(
-            columns, found.weight.to(p.proj.weight), found.bias.to(p.proj.weight)
-        )
-    return out
+def _smaller_proj(
+    p: Projections, inputs: Moments, smaller: SmallerAttention, mode: Mode
+) -> Replacement:
+    """`proj` for the heads and value dimensions that stay."""
+    weight, whole, stay = p.proj.weight, None, p.value_dims
+    if smaller.basis is not None:
+        stay = smaller.query_dims
+        turn = torch.block_diag(*smaller.basis).to(inputs.covariance)
+        back = torch.block_diag(*torch.linalg.inv(smaller.basis)).to(turn)
+        weight = double(weight.detach()).to(turn) @ back
+        whole = weight.to(p.proj.weight)
+        inputs = Moments(
+            turn @ inputs.mean, turn @ inputs.covariance @ turn.T, inputs.mean_absolute,
+            inputs.tokens,
+        )  # fmt: skip
+    columns = [h * p.value_dims + i for h in smaller.heads for i in range(stay)]
+    found = compensate(inputs, weight, p.proj.bias, columns, mode=mode, diagnose=False)
+    like = p.proj.weight
+    return Replacement(columns, found.weight.to(like), found.bias.to(like), whole)
 
 
 def stand_ins(p: Projections, smaller: SmallerAttention) -> dict[nn.Linear, Replacement]:
-    """Layers of the dense sizes that give what the smaller attention gives: keys M k, and `proj`
-    without the columns of the heads that go."""
+    """Layers of the dense sizes that give what the smaller attention gives: keys M k, values T v,
+    and `proj` without the columns of what goes."""
     out: dict[nn.Linear, Replacement] = {}
     if smaller.factors is not None:
         a, b = smaller.factors
-        weight, bias = p.qkv.weight, p.qkv.bias
+        weight, bias, mixed = p.qkv.weight, p.qkv.bias, (None, a.mT @ b, smaller.basis)
         out[p.qkv] = Replacement(
             range(p.qkv.in_features),
-            _mixed(p, weight, None, a.mT @ b),
-            weight.new_zeros(len(weight)) if bias is None else _mixed(p, bias, None, a.mT @ b),
+            _mixed(p, weight, mixed),
+            weight.new_zeros(len(weight)) if bias is None else _mixed(p, bias, mixed),
         )
     if smaller.proj is not None:
         out[p.proj] = smaller.proj
@@ -210,25 +273,27 @@ def stand_ins(p: Projections, smaller: SmallerAttention) -> dict[nn.Linear, Repl
 
 def smaller_qkv(p: Projections, smaller: SmallerAttention) -> tuple[Tensor, Tensor | None]:
     """Weight [m (2 r + v), d] and bias of `qkv` for the m heads that stay, the scale folded in."""
-    a, b = None, None
+    a, b, t = None, None, None
     if smaller.factors is not None:
         fold = (smaller.query_dims / p.query_dims) ** 0.25
         a, b = fold * smaller.factors[0], fold * smaller.factors[1]
-    weight = _mixed(p, p.qkv.weight, a, b, smaller.heads)
-    bias = None if p.qkv.bias is None else _mixed(p, p.qkv.bias, a, b, smaller.heads)
+    if smaller.basis is not None:
+        t = smaller.basis[:, : smaller.query_dims]
+    weight = _mixed(p, p.qkv.weight, (a, b, t), smaller.heads)
+    bias = None if p.qkv.bias is None else _mixed(p, p.qkv.bias, (a, b, t), smaller.heads)
     return weight, bias
 
 
 def _mixed(
     p: Projections,
     rows: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None],
     heads: Sequence[int] | None = None,
 ) -> Tensor:
-    """Rows of `qkv` (weight or bias) with A on the queries and B on the keys; of some heads."""
+    """Rows of `qkv` (weight or bias), queries, keys and values multiplied by their factors
+    [n, r, q or v]; of some heads."""
     parts = []
-    for part, f in zip(p.split(rows.detach()), (a, b, None), strict=True):
+    for part, f in zip(p.split(rows.detach()), factors, strict=True):
         if f is not None:
             wide = part.to(f.device, f.dtype)
             part = torch.einsum("nrq,nq...->nr...", f, wide).to(rows)

@@ -33,12 +33,15 @@ Option = TypeVar("Option")
 class Replacement:
     """A pruned linear layer, e.g. a block's second: kept inputs [k], weight [d, k], bias [d].
 
-    first: how many tokens, the first ones, have a layer of their own, and that layer.
+    `whole` [d, h]: the weight of which `weight` is what stays, where the layers before give the
+    inputs in another basis; None: the layer's own.
+    `first`: how many tokens, the first ones, have a layer of their own, and that layer.
     """
 
     keep: Sequence[int]
     weight: Tensor
     bias: Tensor
+    whole: Tensor | None = None
     first: tuple[int, Replacement] | None = None
 
     def __call__(self, h: Tensor) -> Tensor:

@@ -136,7 +136,8 @@ def compensate_in_sequence(
             sums = _Sums(fitted)
             goals = (_attended(view, l, x, a) for x, a in zip(dense, given, strict=True))
             stays, inputs = _projected(view, l, proj, pruned, goals, layers, weight, sums)
-            found = sums.refit(proj, stays, beta, shrinkage, diagnose=False)
+            whole = layers[proj].whole if proj in layers else None
+            found = sums.refit(proj, stays, beta, shrinkage, whole=whole, diagnose=False)
             w, b = found.weight.to(proj.weight), found.bias.to(proj.weight)
             out.projections[l] = Replacement(stays, w, b)
             attended = [nn.functional.linear(a, w, b) for a in inputs]
@@ -229,6 +230,9 @@ def _projected(
     """
     stays = list(changed[proj].keep) if proj in changed else list(range(proj.in_features))
     others = {layer: r for layer, r in changed.items() if layer is not proj}
+    whole = changed[proj].whole if proj in changed else None
+    if whole is not None:
+        others[proj] = Replacement(range(proj.in_features), whole, proj.bias)
     inputs = []
     for x, goal in zip(streams, goals, strict=True):
         with layers_replaced(others), recorded([proj]) as seen:
@@ -315,19 +319,24 @@ class _Sums:
         beta: float,
         shrinkage: float,
         *,
+        whole: Tensor | None = None,
         tried: Sequence[float] = SHRINKAGES,
         diagnose: bool = True,
     ) -> Compensated:
-        """The layer for the kept inputs; the shrinkage from the held-out part, if there is one."""
+        """The layer for the kept inputs; the shrinkage from the held-out part, if there is one.
+
+        whole: its weight, where it is not the layer's own (see `Replacement`).
+        """
+        weight = layer.weight if whole is None else whole
         moments, cross = self.fit.finish(beta)
         if self.held.weight:
             held_out, held_cross = self.held.finish(beta)
             shrinkage, _ = choose_shrinkage(
-                moments, held_out, layer.weight, keep,
+                moments, held_out, weight, keep,
                 cross=cross, held_out_cross=held_cross, candidates=tried,
             )  # fmt: skip
         return compensate(
-            moments, layer.weight, layer.bias, keep,
+            moments, weight, layer.bias, keep,
             shrinkage=shrinkage, cross=cross, diagnose=diagnose,
         )  # fmt: skip
 

@@ -35,6 +35,7 @@ from npprune.images.decoding import UnreadableImage
 from npprune.models.info import model_sizes
 from npprune.models.view import make_view
 from npprune.pipeline.analyze.editing_tables import Cell, Measured, analysis
+from npprune.pipeline.analyze.forgetting import forgetting_analysis, measure_forgetting
 from npprune.pipeline.common.inputs import (
     PREPROCESSING,
     Images,
@@ -100,9 +101,34 @@ def edit_neurons(
     key = name or "-".join(["edit", settings.edit, *settings.paths, *_scopes(settings, view)])
     about = f"{doubt}. {material.text(found)}" if doubt else material.text(found)
     result = {key: analysis(measured, settings, about)}
+    if settings.others:
+        result[f"{key}-others"] = _forgetting(view, material, cells, settings, about, work)
     record(found, result, work)
     work.say(f"{plural(measured.images, 'image')} in {time.perf_counter() - started:.0f} s")
     return result
+
+
+def _forgetting(
+    view: VitView,
+    material: _Material,
+    cells: Sequence[Cell],
+    settings: EditSection,
+    about: str,
+    work: Work,
+) -> Analysis:
+    neurons = _Neurons(view, material, settings)
+    found = measure_forgetting(
+        view,
+        (
+            (batch.images[rows].to(work.where), batch.labels[rows])
+            for batch, rows in material.batches()
+        ),
+        [c for c in cells if c.paths == "class"],
+        lambda cell, label: neurons.of_class(cell.method, label, cell.topk, cell.fraction, 0),
+        material.classes,
+        lambda done: work.progress(done, None),
+    )
+    return forgetting_analysis(found, settings, about)
 
 
 def _scopes(settings: EditSection, view: VitView) -> list[str]:
@@ -118,6 +144,17 @@ def _cells(settings: EditSection, found: FinishedRun, view: VitView) -> list[Cel
         raise UsageError(
             f"{setting('edit.fraction')} is the share of the other neurons that goes, which only "
             f"{setting('edit.edit', 'keep')} removes, got {setting('edit.edit', settings.edit)}"
+        )
+    if settings.others and "class" not in settings.paths:
+        raise UsageError(
+            f"{setting('edit.others')} edits the neurons of one class for images of others, and "
+            f"{setting('edit.paths', ','.join(settings.paths))} names none of a class",
+            hint=f"add {setting('edit.paths', 'class')}",
+        )
+    if settings.others and len(found.table.classes) < 2:
+        raise UsageError(
+            f"{setting('edit.others')} needs a run of several classes, got one",
+            hint=f"discover with more {setting('data.classes')}",
         )
     topk = settings.topk or [found.settings.topk]
     if "image" in settings.paths and max(topk) > stored:

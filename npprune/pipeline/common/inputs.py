@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,15 +13,16 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from npprune.core import metrics
-from npprune.data.labels import RANKED, KnownNames
+from npprune.data.given import AsGiven, open_given
+from npprune.data.labels import RANKED, Asked, KnownNames
 from npprune.data.loading import Batch, batches
 from npprune.data.opening import open_source
 from npprune.data.sources import ImageSource, Sample
 from npprune.data.transforms import describe, make_transform, released, resolve
-from npprune.errors import StoreError, UsageError, plural, setting
+from npprune.errors import DataError, ModelError, StoreError, UsageError, plural, setting
 from npprune.models.load import build, load
 from npprune.models.released_head import released_head
-from npprune.pipeline.common.work import Work
+from npprune.pipeline.common.work import MEMORY, Work
 from npprune.recipe import DataSection, ModelSection
 from npprune.records import (
     CheckpointConfig,
@@ -48,6 +50,7 @@ class Network:
     info: ModelInfo
     config: CheckpointConfig | None = None  # where it came from a checkpoint folder
     classes: list[ClassInfo] = field(default_factory=list)  # as another library's folder names them
+    held: bool = False  # by a caller, in memory: its weights alone do not say what it computes
 
     @property
     def names(self) -> KnownNames | None:
@@ -125,6 +128,8 @@ def _own_names(config: CheckpointConfig) -> KnownNames:
 
 def open_network(section: ModelSection, work: Work) -> Network:
     """Load the network that a recipe names: see `ModelSection`."""
+    if (held := _held(section.name, work)) is not None:
+        return held
     if is_checkpoint(section.name):
         return open_checkpoint(Path(section.name), work)
     loaded = load(
@@ -148,11 +153,32 @@ def open_checkpoint(folder: Path, work: Work) -> Network:
     """Rebuild the network of a checkpoint folder."""
     from npprune.models.info import model_info
 
+    if (held := _held(str(folder), work)) is not None:
+        return held
     config, tensors = read_checkpoint(folder)
     model = build(config, tensors)
     info = model_info(model, replace(config.source, sha256=""))
     info.preprocessing = config.preprocessing
     return Network(model.to(work.where), info, config)
+
+
+def _held(name: str, work: Work) -> Network | None:
+    """A copy, to work with, of the network that a caller holds under this name.
+
+    Raises:
+        ModelError: it was held once, and is not any more.
+    """
+    held = work.held.networks.get(name)
+    if held is not None:
+        model = copy.deepcopy(held.model).eval().requires_grad_(True).to(work.where)
+        return replace(held, model=model, info=copy.deepcopy(held.info))
+    if name.startswith(MEMORY):
+        raise ModelError(
+            f"`{name}` was a network in the memory of a Python program",
+            hint="save it with `npprune.save`, and give its folder; for the dense network of a "
+            "checkpoint, with `--dense FOLDER`",
+        )
+    return None
 
 
 @dataclass
@@ -226,6 +252,12 @@ def open_images(
             f"{setting(asked)} is needed: the images to {work.stage} on",
             hint=f"e.g. {setting(asked, 'folder:PATH')}",
         )
+    held = work.held.images.get(spec)
+    if held is None and spec.startswith(MEMORY):
+        raise DataError(
+            f"`{spec}` were images in the memory of a Python program",
+            hint=f"give images with {setting(asked, 'SOURCE')}",
+        )
     base = preprocessing or network.preprocessing
     pre = resolve(
         released(base) if section.preprocessing == "released" else base,
@@ -234,22 +266,24 @@ def open_images(
         interpolation=section.interpolation,
         crop_pct=section.crop_pct,
         crop_mode=section.crop_mode,
+        from_files=held is None,
     )
-    source = open_source(
-        spec,
-        num_classes=network.num_classes,
-        class_map=section.class_map,
-        known=names,
-        classes=section.classes,
-        images_per_class=section.images_per_class,
-        max_pixels=section.max_pixels,
-    )
+    of: dict[str, Any] = {
+        "num_classes": network.num_classes,
+        "class_map": section.class_map,
+        "known": names,
+        "classes": section.classes,
+        "images_per_class": section.images_per_class,
+        "max_pixels": section.max_pixels,
+    }
+    source = open_source(spec, **of) if held is None else open_given(held, spec, Asked(**of))
     count = "a stream" if source.length is None else plural(source.length, "image")
     work.say(f"{spec}: {count}, labels by {source.label_rule}")
     work.say(f"preprocessing: {describe(pre)}")
     for note in source.notes:
         work.warn(note)
-    return Images(source, pre, make_transform(pre), section, section.on_bad_image or on_bad, work)
+    transform = make_transform(pre) if held is None else AsGiven(pre)
+    return Images(source, pre, transform, section, section.on_bad_image or on_bad, work)
 
 
 def class_names(images: Images, num_classes: int) -> list[ClassInfo]:

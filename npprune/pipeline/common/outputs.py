@@ -8,7 +8,7 @@ from pathlib import Path
 from npprune.errors import NpPruneError, StoreError, UsageError
 from npprune.files import check_folder, foreign_folder, lies_in, refuse_overwriting
 from npprune.pipeline.common.work import Work
-from npprune.recipe import ModelSection, load_recipe
+from npprune.recipe import ModelSection
 from npprune.store.checkpoints import (
     CONFIG,
     PLAN,
@@ -73,7 +73,7 @@ def reads_of(source: Path | ModelSection) -> list[str | Path]:
     if is_checkpoint(source):
         return _checkpoint(source)
     run = RunFolder(source)
-    return [source, *(reads_of(load_recipe(run.recipe_path).model) if run.exists else [])]
+    return [source, *(reads_of(run.read_recipe().model) if run.exists else [])]
 
 
 def _checkpoint(folder: Path) -> list[str | Path]:

@@ -33,19 +33,18 @@ def update_variant(
     run = run_of(checkpoint, config)
     if run is None or config.prune is None:
         return None
-    result = run.read_result()
-    variant = result.variant(checkpoint.resolve().name)
-    if variant is None:
-        variant = Variant(
-            name=checkpoint.resolve().name,
-            checkpoint=os.path.relpath(checkpoint, run.path),
-            model=model,
-            prune=config.prune,
-        )
-        result.variants.append(variant)
-    update(variant)
-    add_command(result, command)
-    run.write_result(result)
+    with run.updating() as result:
+        variant = result.variant(checkpoint.resolve().name)
+        if variant is None:
+            variant = Variant(
+                name=checkpoint.resolve().name,
+                checkpoint=os.path.relpath(checkpoint, run.path),
+                model=model,
+                prune=config.prune,
+            )
+            result.variants.append(variant)
+        update(variant)
+        add_command(result, command)
     _write_card(checkpoint, variant, config)
     return result
 

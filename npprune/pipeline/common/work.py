@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,21 @@ from npprune.pipeline.common.device import environment, resolve_device
 from npprune.pipeline.common.events import Emit, Event, ignore
 from npprune.pipeline.common.processes import Processes, processes
 from npprune.records import Environment
+
+if TYPE_CHECKING:
+    from npprune.data.given import Given
+    from npprune.pipeline.common.inputs import Network
+
+MEMORY = "memory:"
+"""How the names begin of what a caller holds in Python: no file has such a name."""
+
+
+@dataclass
+class Held:
+    """What a caller holds in Python, by the names that sections call it."""
+
+    networks: dict[str, Network] = field(default_factory=dict)
+    images: dict[str, Given] = field(default_factory=dict)
 
 
 @dataclass
@@ -24,6 +39,7 @@ class Work:
         emit: gets the events: progress, remarks, warnings.
         command: the command line that asked for it, remembered by results.
         stage: who speaks.
+        held: networks and images that are in memory, not in files.
     """
 
     device: str = "auto"
@@ -31,6 +47,7 @@ class Work:
     emit: Emit = ignore
     command: str = ""
     stage: str = ""
+    held: Held = field(default_factory=Held)
 
     def on(self, stage: str) -> Work:
         """The same work in the words of a stage; what was resolved stays resolved."""

@@ -21,9 +21,9 @@ from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import add_command
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.stage import discover
-from npprune.recipe import DataSection, DiscoverSection, Recipe, load_recipe
+from npprune.recipe import DataSection, DiscoverSection, Recipe
 from npprune.records import Analysis, Manifest, Result
-from npprune.store.path_store import PathStore, PathTable
+from npprune.store.path_store import PathTable, run_table
 from npprune.store.runs import RunFolder
 from npprune.words import METHODS
 
@@ -63,16 +63,11 @@ def open_finished(run: Path, work: Work | None = None) -> FinishedRun:
         StoreError: no run, or one whose discovery has not ended.
     """
     folder = RunFolder(run)
-    manifest = folder.read_manifest()
-    result = folder.read_result()
-    recipe = load_recipe(folder.recipe_path)
-    if result.discovery is None or recipe.discover is None:
-        raise StoreError(
-            f"`{run}` has no paths yet", hint="`npprune discover ... --out FOLDER` finds them"
-        )
-    store = PathStore(folder.paths_folder, manifest.settings_sha256)
+    table = run_table(folder)
     recorded = work is None or recordable(folder, work)
-    return FinishedRun(folder, manifest, recipe, result, store.read_all(store.count()), recorded)
+    return FinishedRun(
+        folder, folder.read_manifest(), folder.read_recipe(), folder.read_result(), table, recorded
+    )
 
 
 def paths_of(
@@ -126,9 +121,10 @@ def methods_of(found: FinishedRun) -> list[str]:
 
 def _there(run: Path, found: FinishedRun) -> PathTable | None:
     """The paths of a companion run that has ended, on the same images by the same network."""
-    if not RunFolder(run).result_path.is_file():
+    try:
+        other = open_finished(run)
+    except StoreError:  # not there, or not whole: it is found again
         return None
-    other = open_finished(run)
     same = other.table.ids.tolist() == found.table.ids.tolist()
     theirs, ours = ({**f.manifest.settings, "method": "", "seed": 0} for f in (other, found))
     return other.table if same and theirs == ours else None
@@ -172,11 +168,9 @@ def record(found: FinishedRun, analyses: dict[str, Analysis], work: Work) -> Non
     """
     if not found.recorded:
         return
-    with keeping(analyses), found.folder.lock():
-        result = found.folder.read_result()
+    with keeping(analyses), found.folder.updating() as result:
         result.analyses.update(analyses)
         add_command(result, work.command)
-        found.folder.write_result(result)
 
 
 def divide(table: PathTable) -> tuple[np.ndarray, np.ndarray, list[int]]:

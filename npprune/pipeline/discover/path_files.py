@@ -42,7 +42,7 @@ from npprune.store.paper_files import (
     shard_from_released,
     write_released,
 )
-from npprune.store.path_store import PathStore, PathTable
+from npprune.store.path_store import PathStore, PathTable, run_table
 from npprune.store.runs import RunFolder
 
 Layout = Literal["batch", "image"]
@@ -95,10 +95,7 @@ def export_released(
 
 def _finished(run: Path) -> tuple[Manifest, PathTable]:
     folder = RunFolder(run)
-    manifest = folder.read_manifest()
-    folder.read_result()  # is there only once discovery has ended
-    store = PathStore(folder.paths_folder, manifest.settings_sha256)
-    return manifest, store.read_all(store.count())
+    return folder.read_manifest(), run_table(folder)
 
 
 def _baseline(run: Path, table: PathTable) -> dict[int, list[ReleasedImage]]:
@@ -158,22 +155,21 @@ def import_released(
         accumulation="last",
     )
     inputs = {path.name: atomic.sha256_file(path) for path in paths.values()}
-    manifest = _manifest(out.name, files, info, settings, found, inputs)
+    manifest = _manifest(out.name, files, info, settings, found, inputs, work.command)
     recipe = Recipe(name=out.name, model=model, data=DataSection(), discover=settings)
     folder = RunFolder(out)
     with folder.lock():
-        folder.create_or_resume(manifest, recipe_yaml(recipe))
-        if folder.result_path.is_file():  # imported before: later stages may have added to it
-            return folder.read_result()
         store, position = PathStore(folder.paths_folder, manifest.settings_sha256), 0
+        folder.create_or_resume(manifest, recipe_yaml(recipe), warn=work.warn)
         for i, (label, images) in enumerate(found.items()):
-            store.write_shard(i, shard_from_released(images, label, position))
+            if store.state(i) != "done":
+                store.write_shard(i, shard_from_released(images, label, position))
             position += len(images)
         result = _result(manifest, settings, store.read_all(len(found)))
-        add_command(result, work.command)
-        with keeping(result):
-            folder.write_result(result)
-    return result
+        # imported before: later stages may have added to it
+        with keeping(result), folder.updating(lambda: result, work.warn) as kept:
+            add_command(kept, work.command)
+    return kept
 
 
 def _base(image: ReleasedImage, files: Path) -> ReleasedImage:
@@ -254,6 +250,7 @@ def _manifest(
     settings: DiscoverSection,
     found: dict[int, list[ReleasedImage]],
     inputs: dict[str, str],
+    command: str,
 ) -> Manifest:
     deciding = {
         "origin": ORIGIN,
@@ -278,6 +275,8 @@ def _manifest(
         settings_sha256=digest(deciding),
         inputs=inputs,
         said={"files": f"{plural(len(inputs), 'file')} in {files}"},
+        shards=len(found),
+        command=command,
     )
 
 
@@ -299,6 +298,7 @@ def _result(manifest: Manifest, settings: DiscoverSection, table: PathTable) -> 
         class_paths={
             c: class_top(table.neurons, table.labels, c, settings.topk) for c in table.classes
         },
+        shards=manifest.shards,
     )
     return Result(
         name=manifest.name,

@@ -8,15 +8,17 @@ opened.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 import numpy as np
 
 from npprune.core.attribution.search import PathBatch
+from npprune.data import content
 from npprune.data.loading import Batch
-from npprune.data.sources import Sample
+from npprune.data.sources import ImageSource, Sample
+from npprune.errors import DataError, StoreError, plural, setting
 from npprune.pipeline.common.inputs import Images
 from npprune.pipeline.common.work import Work
 from npprune.recipe import DiscoverSection
@@ -34,6 +36,11 @@ class Search(Protocol):
     def shape(self) -> tuple[int, int]: ...
 
     def __call__(self, batch: Batch) -> PathBatch: ...
+
+
+def shards_of(source: ImageSource, size: int) -> int | None:
+    """How many shards of so many images a source fills; None for a stream."""
+    return None if source.items is None else -(-len(source.items) // size)
 
 
 class Share:
@@ -94,7 +101,7 @@ class Share:
         items, batch_size = self.images.source.items, self.search.settings.batch_size
         if items is None:
             return self.images.batches(batch_size, entries=self._entries())
-        self.count = -(-len(items) // self.size)
+        self.count = shards_of(self.images.source, self.size) or 0
         mine = range(self.team.rank, self.count, self.team.count)
         spans = {i: range(i * self.size, min((i + 1) * self.size, len(items))) for i in mine}
         self.total = sum(map(len, spans.values()))
@@ -119,10 +126,40 @@ class Share:
         state = self.store.state(i)
         if state == "done":
             shard = self.store.read_shard(i)
+            self._refuse_others(shard)
+            if back := self._readable_now(i, shard.skipped):
+                self.work.warn(
+                    f"shard {i}: {plural(back, 'image')} that could not be read can be read now: "
+                    "computed again"
+                )
+                return True
             self.done += len(shard.ids) + len(shard.skipped)
         elif state != "absent":
             self.work.warn(f"shard {i} is {state}: computed again")
         return state != "done"
+
+    def _refuse_others(self, shard: ShardData) -> None:
+        """StoreError where images of a finished shard are other pictures now."""
+        source = self.images.source
+        other = content.changed(source, shard.positions, shard.sizes, shard.head)
+        if other is not None:
+            raise StoreError(
+                f"`{source.file(other)}` is not the file that the paths in `{self.store.folder}` "
+                "were found on: its size or content is another one",
+                hint=f"bring the images back, or choose another {setting('out')}",
+            )
+
+    def _readable_now(self, i: int, skipped: Sequence[str]) -> int:
+        """How many images of a shard that were left out can be decoded now."""
+        source, wanted, count = self.images.source, set(skipped), 0
+        if source.items is None:
+            return 0
+        for position in range(i * self.size, min((i + 1) * self.size, len(source.items))):
+            if source.items[position].id in wanted:
+                with suppress(DataError):
+                    source.load(position)
+                    count += 1
+        return count
 
     def _write(self, before: int) -> None:
         """Write the pending shards below `before`: all their batches have come.
@@ -142,6 +179,8 @@ class Share:
     def _shard(self, found: list[tuple[Batch, PathBatch]], ids: list[str]) -> ShardData:
         read = [id for batch, _ in found for id in batch.ids]
         known = set(read)
+        positions = [position for batch, _ in found for position in batch.positions]
+        source = self.images.source
         return ShardData(
             np.concatenate(
                 [np.zeros((0, *self.search.shape), np.int64)]
@@ -150,8 +189,10 @@ class Share:
             np.concatenate([np.zeros(0)] + [paths.scores.double().numpy() for _, paths in found]),
             np.concatenate([np.zeros(0, np.int64)] + [batch.labels.numpy() for batch, _ in found]),
             read,
-            [position for batch, _ in found for position in batch.positions],
+            positions,
             [id for id in ids if id not in known],
+            content.sizes(source, positions),
+            content.head(source, positions[0]) if positions else "",
         )
 
     def _advance(self, images: int) -> None:

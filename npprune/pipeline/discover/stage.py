@@ -40,7 +40,7 @@ from npprune.pipeline.common.outputs import check_run, reads_of
 from npprune.pipeline.common.results import add_command
 from npprune.pipeline.common.threads import same_on_any_threads
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.discover.shards import PARTS, Share
+from npprune.pipeline.discover.shards import PARTS, Share, shards_of
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import DiscoverySummary, Manifest, Result, digest, to_dict
 from npprune.store.path_store import PathStore, PathTable
@@ -92,9 +92,11 @@ def discover(
     folder = RunFolder(out)
     with contextlib.ExitStack() as held:
         team.on_first(lambda: held.enter_context(folder.lock()))
-        team.on_first(lambda: folder.create_or_resume(manifest, recipe_yaml(recipe)))
-        team.together(folder.read_manifest)  # on another machine: is the folder shared?
-        store = PathStore(folder.paths_folder, manifest.settings_sha256)
+        team.on_first(
+            lambda: folder.create_or_resume(manifest, recipe_yaml(recipe), warn=work.warn)
+        )
+        kept = team.together(folder.read_manifest)  # on another machine: is the folder shared?
+        store = PathStore(folder.paths_folder, kept.settings_sha256)
         share = Share(store, images, search, _per_shard(settings), work)
         count = share.compute()
         timing = share.timing()
@@ -104,12 +106,11 @@ def discover(
             images.skipped = table.skipped
             if len(table) == 0:
                 raise DataError("no image could be read", hint="the warnings above name them")
-            summary = _summary(table, search, images, timing)
-            result = _result(manifest, network, images, summary)
-            _keep_earlier(folder, result)
-            add_command(result, work.command)
-            with keeping(result):
-                folder.write_result(result)
+            summary = _summary(table, search, images, timing, count)
+            result = _result(kept, network, images, summary)
+            with keeping(result), folder.updating(lambda: result, work.warn) as earlier:
+                _keep(earlier, result)
+                add_command(earlier, work.command)
             _say_timing(timing, len(table), table.skipped, work)
             return result
 
@@ -206,6 +207,10 @@ def _manifest(name: str, network: Network, images: Images, search: _Search) -> M
     }
     if settings.method == "random":
         deciding["seed"] = work.seed
+    if network.held:
+        deciding["arguments"] = to_dict(network.info.source)["model_args"]
+    if images.source.content is not None:
+        deciding["content"] = images.source.content()
     return Manifest(
         name=name,
         created=_now(),
@@ -214,6 +219,8 @@ def _manifest(name: str, network: Network, images: Images, search: _Search) -> M
         data=images.source.info(),
         settings=deciding,
         settings_sha256=digest(deciding),
+        shards=shards_of(images.source, _per_shard(settings)),
+        command=work.command,
     )
 
 
@@ -223,16 +230,15 @@ def _stream_settings(images: Images) -> dict[str, Any]:
     return {"spec": images.source.spec, **images.section.model_dump(include=fields)}
 
 
-def _keep_earlier(folder: RunFolder, result: Result) -> None:
-    """Take over what later stages wrote, and the times where nothing was left to compute."""
-    if not folder.result_path.is_file():
-        return
-    earlier = folder.read_result()
+def _keep(earlier: Result, result: Result) -> None:
+    """Put the result in the place of an earlier one, with what later stages wrote there, and its
+    times where nothing was left to compute."""
     result.variants, result.analyses = earlier.variants, earlier.analyses
     result.commands = earlier.commands
     if earlier.discovery and result.discovery and not result.discovery.timing["images"]:
         result.discovery.seconds = earlier.discovery.seconds
         result.discovery.timing = earlier.discovery.timing
+    vars(earlier).update(vars(result))
 
 
 def _say_timing(timing: dict[str, float], stored: int, skipped: list[str], work: Work) -> None:
@@ -263,6 +269,7 @@ def _summary(
     search: _Search,
     images: Images,
     timing: dict[str, float],
+    shards: int,
 ) -> DiscoverySummary:
     settings = search.settings
     return DiscoverySummary(
@@ -283,6 +290,7 @@ def _summary(
             c: class_top(table.neurons, table.labels, c, settings.topk) for c in table.classes
         },
         precision=settings.precision,
+        shards=shards,
     )
 
 

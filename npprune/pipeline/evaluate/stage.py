@@ -31,7 +31,8 @@ from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.merging import merged_images
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
-from npprune.store.checkpoints import is_checkpoint
+from npprune.store.checkpoints import PLAN, is_checkpoint
+from npprune.store.runs import read_plan
 
 STAGE = "evaluate"
 
@@ -75,6 +76,7 @@ def evaluate(
         logits[0].argmax(1), labels, dense.info.num_classes, images.source
     )
     evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
+    _path_shares(evaluation, checkpoint, config)
     evaluation.merged = merged_images(pruned, sample, labels, images)
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:
@@ -95,6 +97,26 @@ def evaluate(
                 checkpoint, config, pruned.info, dense.info, update, command=work.command
             )
     return evaluation
+
+
+def _path_shares(evaluation: Evaluation, checkpoint: Path, config: CheckpointConfig) -> None:
+    """How much of each class's path stays, and whether that spares the class."""
+    run = run_of(checkpoint, config)
+    found = run.read_result() if run is not None else None
+    if found is None or found.discovery is None or not (checkpoint / PLAN).is_file():
+        return
+    plan = read_plan(checkpoint)
+    if plan.widths != found.model.widths:  # of a network that was pruned before
+        return
+    stays = [{*kept, *plan.own(l)} for l, kept in enumerate(plan.keep)]
+    for row in evaluation.classes:
+        path = found.discovery.class_paths.get(row.label)
+        if path is not None:
+            kept = sum(len(stays[l] & set(neurons)) for l, neurons in enumerate(path))
+            row.path_kept = kept / max(1, sum(len(set(neurons)) for neurons in path))
+    pairs = [(r.path_kept, r.deviation) for r in evaluation.classes if r.path_kept is not None]
+    if pairs:
+        evaluation.spared = metrics.rank_correlation(*map(list, zip(*pairs, strict=True)))
 
 
 def open_dense(

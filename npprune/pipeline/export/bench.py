@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,7 +21,7 @@ from npprune.export.bench import (
 )
 from npprune.export.onnx import export_onnx
 from npprune.export.session import Session, open_session
-from npprune.files import check_folder, keeping, refuse_overwriting
+from npprune.files import check_folder, keeping, refuse_overwriting, scratch
 from npprune.pipeline.common.device import environment, resolve_device
 from npprune.pipeline.common.inputs import Network, open_checkpoint
 from npprune.pipeline.common.outputs import reads_of, recordable
@@ -94,9 +93,9 @@ def bench_checkpoint(
     run = run_of(checkpoint, config, work)
     recorded = recordable(run, work)
     dense = open_dense(config, checkpoint, dense_checkpoint, work)
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         beds = [
-            _onnx_bed(*_exported(dense, pruned, Path(folder), work), settings.provider)
+            _onnx_bed(*_exported(dense, pruned, folder, work), settings.provider)
             if runtime == "onnxruntime"
             else _torch_bed(dense, pruned, settings.provider)
             for runtime in settings.runtimes or RUNTIMES
@@ -112,10 +111,9 @@ def bench_checkpoint(
         if out is not None:
             write_benchmark(out, found)
         if run is not None and recorded:
-            result = run.read_result()
-            result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
-            add_command(result, work.command)
-            run.write_result(result)
+            with run.updating() as result:
+                result.analyses[f"benchmark-{found.pruned}"] = analysis(found)
+                add_command(result, work.command)
     return found
 
 

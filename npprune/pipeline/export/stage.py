@@ -5,16 +5,16 @@ A pruned checkpoint and a dense network go the same way; only the timing needs b
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from npprune.errors import GateError, ModelError, UsageError, setting
+from npprune.errors import GateError, ModelError, StoreError, UsageError, setting
 from npprune.export.archive import to_timm, to_torch_archive
 from npprune.export.bench import bench_pair, noise_warning, onnx_runner
+from npprune.export.beside import SUFFIXES, hashes, record_path
 from npprune.export.checked import Comparison, export_checked
 from npprune.export.hugging import load_transformers, to_transformers
 from npprune.export.onnx import Int8Needs, OnnxForm, Producer, export_onnx, to_pixels
@@ -35,6 +35,7 @@ from npprune.files import (
     keeping,
     publish,
     refuse_overwriting,
+    scratch,
     sha256_file,
     staging,
 )
@@ -56,10 +57,10 @@ from npprune.pipeline.export.images import ExportImages, read_images, whole_batc
 from npprune.recipe import DataSection, ExportSection, ModelSection, check
 from npprune.records import CheckpointConfig, ClassInfo, ExportRecord, Preprocessing, Variant
 from npprune.store import atomic
+from npprune.store.checkpoints import is_checkpoint
 
 STAGE = "export"
 BATCHES = (1, 16)
-SUFFIXES = {"onnx": ".onnx", "torch": ".pt2", "timm": "", "transformers": ""}
 
 
 def export_checkpoint(
@@ -144,10 +145,7 @@ def export_model(
     producer = Producer(info.source.architecture, weights_sha256=info.source.sha256)
     subject = _Subject(network, class_names(read.opened, info.num_classes), read, producer)
     work.say(f"exporting {info.source.architecture} to {out}")
-    record = _write(subject, settings, out, provider, work)
-    with keeping(record):
-        atomic.write_json(record_path(out, settings.format), record)
-    return record
+    return _write(subject, settings, out, provider, work)
 
 
 def _for_file(network: Network, settings: ExportSection) -> Network:
@@ -167,14 +165,6 @@ def default_target(checkpoint: Path, format: str) -> Path:
     if not SUFFIXES[format]:
         return checkpoint.with_name(f"{checkpoint.resolve().name}_{format}")
     return checkpoint / f"model{SUFFIXES[format]}"
-
-
-def record_path(target: Path, format: str) -> Path:
-    """`export.json` beside `model.onnx` or in a folder; else `NAME.export.json`."""
-    if not SUFFIXES[format]:
-        return target / "export.json"
-    name = "export.json" if target.name == "model.onnx" else f"{target.stem}.export.json"
-    return target.with_name(name)
 
 
 @dataclass
@@ -211,11 +201,16 @@ def _check(
     files = [target]
     if not suffix:
         files += [target / name for name in ("model.safetensors", "config.json")]
-        check_folder(target)
+        check_folder(target, replaced=True)
     else:
         check_file(target)
     for path in files:
         refuse_overwriting(path, reads)
+    if not suffix and is_checkpoint(target):
+        raise StoreError(
+            f"`{target}` is not replaced: it is a checkpoint of npprune",
+            hint=f"choose another {setting('out')}",
+        )
     if settings.format != "onnx" and provider != "auto":
         raise UsageError(
             f"`--provider {provider}` does not go with {setting('export.format', settings.format)}",
@@ -277,6 +272,8 @@ def _write(
         record = _write_onnx(subject, settings, target, provider, work)
         record.details["provider_asked"] = provider
     record.details["images"] = read.details()
+    with keeping(record):  # before anything that may be interrupted: the file has its name
+        atomic.write_json(record_path(target, settings.format), record)
     return record
 
 
@@ -362,6 +359,7 @@ def _write_folder(subject: _Subject, target: Path, format: str) -> ExportRecord:
             tolerance=gate.tolerance or 0.0,
             passed=True,
             details={"files": sorted(f.name for f in made.iterdir())},
+            hashes=hashes(made.iterdir()),
         )
         atomic.make_folder(target)
         publish(made, target / weights.name)
@@ -397,8 +395,8 @@ def _time(
     feed = read.images[: max(BATCHES)]
     if settings.with_preprocessing:
         feed = to_pixels(feed, subject.preprocessing)
-    with tempfile.TemporaryDirectory() as folder:
-        beside = Path(folder) / "dense.onnx"
+    with scratch() as folder:
+        beside = folder / "dense.onnx"
         export_onnx(
             dense.model,
             subject.preprocessing,
@@ -407,7 +405,7 @@ def _time(
             _form(settings),
             int8=_int8_needs(subject, settings, read.source_labels, Work()),  # in silence
         )
-        record.dense_bytes = sum(f.stat().st_size for f in Path(folder).iterdir())
+        record.dense_bytes = sum(f.stat().st_size for f in folder.iterdir())
         for b in BATCHES if settings.batch == "dynamic" else (int(settings.batch),):
             pair = [
                 onnx_runner(path, b, provider=provider, threads=threads, images=feed.numpy())

@@ -42,7 +42,8 @@ class TrainingImages(Protocol):
 
 
 class ImagesInMemory:
-    """Images in memory, 8 bits a channel: the bits that the files were decoded to."""
+    """Images in memory, 8 bits a channel: the bits that the files were decoded to. Images that a
+    caller prepared stay the numbers they are."""
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class ImagesInMemory:
 
     def images(self, rows: Tensor | slice) -> Tensor:
         """Rows as the network takes them, not mirrored."""
+        if self.pixels.is_floating_point():
+            return self.pixels[rows].clone()
         return from_bytes(self.pixels[rows], self.preprocessing)
 
     def epoch(self, epoch: int, parts: Sequence[Tensor]) -> Iterator[Chunk]:
@@ -138,18 +141,21 @@ def read(
 ) -> tuple[Tensor, Tensor, list[int]] | None:
     """Pixels as bytes [n, c, h, w], labels [n] and positions, or None where they do not fit.
 
-    Unreadable images are left out. `positions` None: all images, of a stream too. `sharing`:
-    processes that share the machine's memory.
+    Images that a caller prepared are float32: nothing says which bytes they were. Unreadable images
+    are left out. `positions` None: all images, of a stream too. `sharing`: processes that share the
+    machine's memory.
     """
     room = psutil.virtual_memory().available // (MEMORY_SHARE * sharing)
     channels, height, width = images.preprocessing.input_size
-    fit = room // (channels * height * width)
+    prepared = images.source.content is not None
+    fit = room // (channels * height * width * (4 if prepared else 1))
     total = images.source.length if positions is None else len(positions)
     if total is not None and total > fit:
         return None
     pixels, labels, found = [], [], []
     for batch in images.batches(64, indices=positions):
-        pixels.append(to_bytes(batch.images, images.preprocessing))
+        x = batch.images
+        pixels.append(x if prepared else to_bytes(x, images.preprocessing))
         labels.append(batch.labels)
         found += batch.positions
         if len(found) > fit:

@@ -37,6 +37,7 @@ from npprune.records import (
     Analysis,
     CheckpointConfig,
     HealSummary,
+    Plan,
     Result,
     Variant,
     digest,
@@ -44,8 +45,8 @@ from npprune.records import (
 )
 from npprune.report import text
 from npprune.report.analyses import learning_curve
-from npprune.store.checkpoints import read_config, write_checkpoint
-from npprune.store.runs import RunFolder, images_in_words, read_plan
+from npprune.store.checkpoints import plan_of, read_config, write_checkpoint
+from npprune.store.runs import RunFolder, images_in_words
 from npprune.store.training import TrainingFolder
 
 STAGE = "heal"
@@ -101,6 +102,7 @@ def heal(
             f"`{checkpoint}` was not pruned: there is nothing to heal",
             hint="`npprune prune` writes a checkpoint that can be healed",
         )
+    plan = plan_of(checkpoint, config)
     dense = open_dense(config, checkpoint, dense_checkpoint, work, any_weights=any_teacher)
     teacher = _teacher(student, dense, settings, work)
     if not settings.layerwise:
@@ -117,9 +119,9 @@ def heal(
     if dry_run:
         return variant
     sha256 = weights_sha256(teacher.model)
-    healing = _Healing(checkpoint, config, student, teacher, sha256, images, extra, course)
+    healing = _Healing(checkpoint, config, student, teacher, sha256, images, extra, course, plan)
     identity = _identity(healing, settings, work)
-    folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity))
+    folder = TrainingFolder(out.resolve(), _said(checkpoint, dense, images, identity), work.warn)
     with ExitStack() as stack:
         peers.on_first(lambda: stack.enter_context(folder.lock()) and None)
         training_set = read_training_images(images, train, held_out, course, teacher, work)
@@ -208,16 +210,19 @@ def _teacher(student: Network, dense: Network, settings: HealSection, work: Work
 def _augmentation(settings: HealSection, images: int, source: Images) -> str:
     if settings.layerwise:
         return "none"
+    of_files = source.source.items is not None and source.source.content is None
     if settings.augment != "auto":
-        if settings.augment == "strong" and source.source.items is None:
+        if settings.augment == "strong" and not of_files:
+            why = "reads images again and again, and a stream has no positions"
+            if source.source.content is not None:
+                why = "crops image files, and these images are in memory, prepared"
             raise UsageError(
-                f"{setting('heal.augment', 'strong')} reads images again and again, and a stream "
-                "has no positions",
+                f"{setting('heal.augment', 'strong')} {why}",
                 hint=f"use {setting('heal.augment', 'flips')}",
             )
         return settings.augment
     long = settings.epochs is not None and settings.epochs >= LONG_EPOCHS
-    return "strong" if long and source.source.items is not None and images else "mixed"
+    return "strong" if long and of_files and images else "mixed"
 
 
 def _length(settings: HealSection) -> str:
@@ -239,12 +244,15 @@ class _Healing:
     images: Images
     extra: Images | None  # the unlabelled ones among them
     course: str  # of augmentation
+    plan: Plan | None  # that the network was pruned by
 
 
 def _identity(healing: _Healing, settings: HealSection, work: Work) -> dict[str, Any]:
     """All that decides the weights: a state of anything else is refused."""
     source, items = healing.images.source, healing.images.source.items
+    content = {} if source.content is None else {"content": source.content()}
     return {
+        **content,
         **settings.model_dump(),
         "augment": healing.course,
         "seed": work.seed,
@@ -371,25 +379,24 @@ def _write(
         },
         versions=work.environment().versions,
     )
-    plan = read_plan(checkpoint) if (checkpoint / "plan.json").is_file() else None
-    write_checkpoint(out, healed, state(student.model), plan)
+    write_checkpoint(out, healed, state(student.model), healing.plan)
     if not recorded:
         return
-    if run is not None:
-        result = run.read_result()
-    else:
-        result = Result(
+
+    def begin() -> Result:
+        return Result(
             name=variant.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             environment=work.environment(),
             model=variant.model,
             classes=class_names(healing.images, student.info.num_classes),
         )
-    variant.checkpoint = os.path.relpath(out, home.path)
-    result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
-    result.analyses[f"heal {variant.name}"] = _analysis(variant.name, variant.heal)
-    add_command(result, work.command)
-    home.write_result(result)
+
+    with home.updating(begin if run is None else None) as result:
+        variant.checkpoint = os.path.relpath(out, home.path)
+        result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
+        result.analyses[f"heal {variant.name}"] = _analysis(variant.name, variant.heal)
+        add_command(result, work.command)
 
 
 def _dense_details(

@@ -11,12 +11,10 @@ that a few budgets in MACs lead to, until one takes the time asked for.
 
 from __future__ import annotations
 
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +27,7 @@ from npprune.errors import GateError, setting
 from npprune.export.bench import Runner, bench_pair, noise_warning, onnx_runner
 from npprune.export.onnx import export_onnx
 from npprune.export.widths import WidthLatency, measure_width_latency
+from npprune.files import scratch
 from npprune.models.info import model_sizes
 from npprune.models.surgery import apply_plan
 from npprune.pipeline.common.work import Work
@@ -65,7 +64,7 @@ class DenseTimer:
         self.preprocessing, self.batch, self.provider = preprocessing, batch, provider
         self.threads = threads or torch.get_num_threads()
         self._held = ExitStack()
-        self._folder = Path(self._held.enter_context(tempfile.TemporaryDirectory()))
+        self._folder = self._held.enter_context(scratch())
         try:
             self._dense = self._runner(model, "dense")
         except BaseException:
@@ -277,41 +276,61 @@ class LatencySearch(LatencyGoal):
             network: of the sizes that so many MACs lead to.
 
         Raises:
-            GateError: even the least takes longer.
+            GateError: even the least takes longer; it is timed as soon as another does.
         """
         low, high = (least / whole, 0.0), (1.0, 1.0)  # shares of MACs and of milliseconds
         best, share = None, min(1.0, max(self.target.amount, low[0]))
         if self.target.amount > 1:
-            share = 0.5
+            share = max(0.5, low[0])
         for _ in range(SEARCHED):
-            pair = self.timer.against(network(share * whole))
+            pair = self._timed(share, network(share * whole))
             asked = self.asked(pair)
-            self.tried.append((share, pair.ratio))
-            self.work.say(
-                f"{share:.1%} of the MACs take {pair.ratio:.1%} of the dense latency "
-                f"(asked: {asked:.1%})"
-            )
             if pair.ratio <= asked * (1 + CLOSE):
                 best, low = share, (share, pair.ratio)
             else:
                 high = share, pair.ratio
             if abs(pair.ratio / asked - 1) <= CLOSE:
                 break
+            if best is None:  # is there any that is fast enough?
+                if share > low[0]:
+                    pair = self._timed(low[0], network(least))
+                if pair.ratio > asked * (1 + CLOSE):
+                    raise self._too_slow(asked, pair)
+                best, low = low[0], (low[0], pair.ratio)
             slope = (high[1] - low[1]) / max(high[0] - low[0], 1e-9)
-            share = low[0] + max(0.0, asked - low[1]) / max(slope, 1e-9)
-            share = min(max(share, low[0] + 0.05 * (high[0] - low[0])), high[0])
-        if best is None:
-            pair = self.timer.against(network(least))
-            self.tried.append((least / whole, pair.ratio))
-            if pair.ratio > self.asked(pair) * (1 + CLOSE):
-                raise GateError(
-                    f"a latency of {self.asked(pair):.1%} of the dense one is below the "
-                    f"{pair.ratio:.1%} that the smallest network allowed takes (dense "
-                    f"{pair.dense_ms:.4g} ms, batch {pair.batch}, {pair.provider})",
-                    hint=f"raise the target, or lower {setting('prune.min_keep')}",
-                )
-            best = least / whole
+            step = max(0.0, asked - low[1]) / max(slope, 1e-9)
+            span = high[0] - low[0]
+            share = low[0] + min(max(step, 0.05 * span), 0.95 * span if high[0] < 1 else span)
+        assert best is not None
         return best * whole
+
+    def _timed(self, share: float, network: nn.Module) -> Latency:
+        """A network of so many of the MACs against the dense one."""
+        pair = self.timer.against(network)
+        self.tried.append((share, pair.ratio))
+        self.work.say(
+            f"{share:.1%} of the MACs take {pair.ratio:.1%} of the dense latency "
+            f"(asked: {self.asked(pair):.1%})"
+        )
+        return pair
+
+    def _too_slow(self, asked: float, least: Latency) -> GateError:
+        """Even the smallest network takes longer: how far it got."""
+        share, ratio = min(self.tried, key=lambda tried: tried[1])
+        hint = f"raise the target, or lower {setting('prune.min_keep')}"
+        if ratio > 0.9:
+            hint = (
+                f"at batch {least.batch} the time goes into other things than MACs: try a larger "
+                f"{setting('prune.latency_batch')}, or {setting('prune.axes', 'mlp,heads,qk')}, "
+                "as merging tokens adds operations of its own"
+            )
+        faster = f" and the {ratio:.1%} with {share:.1%} of the MACs" if ratio < least.ratio else ""
+        return GateError(
+            f"a latency of {asked:.1%} of the dense one is below the {least.ratio:.1%} that the "
+            f"smallest network allowed takes{faster} (dense {least.dense_ms:.4g} ms, batch "
+            f"{least.batch}, {least.provider})",
+            hint=hint,
+        )
 
     def outcome(self, widths: Sequence[int], latency: Latency) -> tuple[dict[str, Any], list[str]]:
         """What was asked for and measured; and why it took longer, if it did."""

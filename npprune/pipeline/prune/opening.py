@@ -29,9 +29,9 @@ from npprune.pipeline.common.inputs import (
 )
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.measuring import Paths
-from npprune.recipe import DataSection, ModelSection, load_recipe
+from npprune.recipe import DataSection, ModelSection
 from npprune.records import UNKNOWN_WEIGHTS
-from npprune.store.path_store import PathStore, PathTable
+from npprune.store.path_store import PathTable, run_table
 from npprune.store.runs import RunFolder
 
 CALIBRATION_IMAGES = 1000
@@ -50,7 +50,7 @@ def origin(
             f"`{source}` was imported, and nothing says of which weights its paths are",
             hint="`npprune paths import ... --checkpoint FILE --out FOLDER` names them",
         )
-    recipe = load_recipe(run.recipe_path)
+    recipe = run.read_recipe()
     given = data.model_dump(exclude_unset=True, exclude_none=True)
     if "calibration" in given or "train" in given:
         base = {k: getattr(recipe.data, k) for k in ("class_map", *PREPROCESSING)}
@@ -128,10 +128,8 @@ def read_paths(opened: Opened, topk: int | None) -> Paths | None:
     run, network, classes = opened.run, opened.network, opened.classes
     if run is None:
         return None
-    manifest = run.read_manifest()
-    check_weights(network, manifest.model.source.sha256, run.path)
-    store = PathStore(run.paths_folder, manifest.settings_sha256)
-    table = store.read_all(store.count())
+    check_weights(network, run.read_manifest().model.source.sha256, run.path)
+    table = run_table(run)
     wanted = table.classes if classes is None else [c for c in classes if c in table.classes]
     missing = [] if classes is None else [c for c in classes if c not in table.classes]
     if not wanted or missing:

@@ -299,11 +299,13 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     if measured.harm is not None and settings.price == "macs":
         details["axes"] = _by_axis(measured, choice, further)
     details["seconds"] = {**measured.spent(settings), **seconds}
+    device = measured.subject.device
+    told = [text for axis, kept in further for text in axis.warnings(kept, device)]
     return Chosen(
         selection.keep,
         refitted,
         _path_neurons(measured, settings, selection.either),
-        [*measured.notes, *selection.warnings, *_crowded(measured, selection)],
+        [*measured.notes, *selection.warnings, *_crowded(measured, selection), *told],
         details,
         further,
         schedule.counts,

@@ -73,6 +73,9 @@ def prune(
     *,
     work: Work = Work(),
     dry_run: bool = False,
+    network: ModelSection | None = None,
+    record: bool = True,
+    keep_statistics: bool = True,
 ) -> Variant:
     """Make a smaller network and write it as the checkpoint folder `out`.
 
@@ -80,6 +83,9 @@ def prune(
         source: a run folder with paths, or a network: then the criterion alone decides.
         data: `calibration` (else `train`) names the images for statistics; `classes` limits
             paths and statistics to those classes.
+        network: where the network of the run is now; None: where the run says.
+        record: whether the run's result says of it.
+        keep_statistics: whether those of the images are kept for other budgets.
 
     Raises:
         GateError: the predicted drop exceeds `max_drop`; nothing is written.
@@ -90,13 +96,15 @@ def prune(
     _ = work.where  # a missing device is refused before all else
     check_checkpoint(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)
+    model = network or model
     _check(settings, run)
-    recorded = dry_run or run is None or recordable(run, work)
+    writable = dry_run or run is None or recordable(run, work)
     opened = open_source(model, data, run, work, topk=settings.topk, keep_head=settings.keep_head)
     settings = settings.model_copy(update={"axes": axes_for(settings, opened.view.model)})
     cache = StatisticsCache(
-        statistics_home(run, out), identity(opened.network, opened.outputs),
-        settings.memory, write=recorded and not dry_run,
+        statistics_home(run, out) if keep_statistics else None,
+        identity(opened.network, opened.outputs),
+        settings.memory, write=writable and not dry_run,
     )  # fmt: skip
     done = _planned(opened, settings, cache, work, dry_run=dry_run)
     info = model_info(done.model, replace(opened.network.info.source, sha256=""))
@@ -109,7 +117,7 @@ def prune(
     config.versions = work.environment().versions
     with keeping(variant):
         write_checkpoint(out, config, state(done.model), done.plan)
-        if recorded:
+        if writable and record:
             _record(opened, out, variant, done.plan, work)
     work.say(f"wrote {out}")
     return variant
@@ -429,18 +437,19 @@ def _record(opened: Opened, out: Path, variant: Variant, plan: Plan, work: Work)
     """Put the variant into the run's result, or into one inside the checkpoint."""
     run, info = opened.run, opened.network.info
     folder = run or RunFolder(out)
-    if run is not None:
-        result = run.read_result()
-        run.write_plan(plan)
-    else:
-        result = Result(
+
+    def begin() -> Result:
+        return Result(
             name=variant.name,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             environment=work.environment(),
             model=info,
             classes=class_names(opened.images, info.num_classes),
         )
-    variant.checkpoint = os.path.relpath(out, folder.path)
-    result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
-    add_command(result, work.command)
-    folder.write_result(result)
+
+    with folder.updating(begin if run is None else None) as result:
+        if run is not None:
+            run.write_plan(plan)
+        variant.checkpoint = os.path.relpath(out, folder.path)
+        result.variants = [v for v in result.variants if v.name != variant.name] + [variant]
+        add_command(result, work.command)

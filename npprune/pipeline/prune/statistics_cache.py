@@ -8,9 +8,8 @@ draws, and read from disk one block at a time afterwards: the numbers are the sa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import shutil
-import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Sequence
@@ -29,6 +28,7 @@ from npprune.core.compression.statistics import (
 from npprune.core.view import VitView
 from npprune.criteria import NEEDS, Need
 from npprune.errors import plural
+from npprune.files import scratch
 from npprune.pipeline.common.inputs import Network
 from npprune.pipeline.common.memory import allowed_bytes
 from npprune.pipeline.common.work import Work
@@ -179,15 +179,12 @@ class _Collecting:
         if self.fits:
             self._compute(None)
             return self._result(None)
-        folder = tempfile.mkdtemp(prefix="npprune-")
-        try:
+        with contextlib.ExitStack() as held:
+            folder = held.enter_context(scratch())
             spilled = StatisticsStore(folder, {}, images=self.images, batches=len(self.batches))
             self._compute(spilled)
             result = self._result(spilled)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        weakref.finalize(result.statistics, shutil.rmtree, folder, ignore_errors=True)
+            weakref.finalize(result.statistics, held.pop_all().close)
         return result
 
     # ------------------------------------------------------------ parts

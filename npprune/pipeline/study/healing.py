@@ -57,7 +57,7 @@ class Healer:
             "seed": seed,
             "student": weights_sha256(student),
         }
-        folder = TrainingFolder(row)
+        folder = TrainingFolder(row, warn=self.work.warn)
         pool.seed = seed
         with folder.lock():
             Distillation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,7 +13,7 @@ from torch import Tensor
 from npprune import words
 from npprune.budget import Unit
 from npprune.criteria import CRITERIA
-from npprune.errors import UsageError, setting
+from npprune.errors import DamagedError, UsageError, setting
 from npprune.pipeline.prune.measuring import check_criterion, draws, needs_of
 from npprune.recipe import StudySection
 from npprune.records import Document, Latency, Mean, Rate
@@ -102,6 +102,7 @@ class StudyRow(Document):
     healing_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
     refused: str = ""
+    settings_sha256: str = ""  # of what all rows of the folder share
 
 
 @dataclass
@@ -168,10 +169,11 @@ def settings_of(study: StudySection, with_paths: bool) -> list[Setting]:
 
 
 def _axes(named: str) -> str:
-    """Axes joined by +, in their order; `all` stands for all of them."""
-    each = list(words.AXES) if named == "all" else named.split("+")
+    """Axes joined by +, in their order; `all` stands for those of `words.ALL_AXES`."""
+    each = list(words.ALL_AXES) if named == "all" else named.split("+")
     for word in each:
         words.check_word("study.axes", word, [*words.AXES, "all"])
+    words.check_axes(each)
     return "+".join(axis for axis in words.AXES if axis in each)
 
 
@@ -206,13 +208,37 @@ def dense_path(folder: RunFolder) -> Path:
 
 
 def read_rows(folder: RunFolder) -> list[StudyRow]:
-    """The finished rows, by name."""
+    """The finished rows, by name. DamagedError where one is not what was written there."""
+    return [_read_row(path) for path in row_files(folder)]
+
+
+def row_files(folder: RunFolder) -> list[Path]:
+    """Where the finished rows lie."""
     where = _rows_folder(folder)
-    files = sorted(p for p in where.glob("*.json") if not p.name.startswith("."))
-    return [atomic.read_json(StudyRow, p) for p in files]
+    return sorted(p for p in where.glob("*.json") if not p.name.startswith("."))
+
+
+def _read_row(path: Path) -> StudyRow:
+    row = atomic.read_json(StudyRow, path)
+    if row.setting.file_name != path.stem:
+        raise DamagedError(f"`{path}` holds the row {row.setting.name}")
+    return row
 
 
 def read_dense(folder: RunFolder) -> StudyDense | None:
     """The dense network's numbers, once they are there."""
     path = dense_path(folder)
     return atomic.read_json(StudyDense, path) if path.is_file() else None
+
+
+def set_damaged_aside(folder: RunFolder, warn: Callable[[str], None]) -> None:
+    """Rows, and the dense network's numbers, that are not what was written: computed again."""
+    for path in [*row_files(folder), dense_path(folder)]:
+        try:
+            if path == dense_path(folder):
+                read_dense(folder)
+            else:
+                _read_row(path)
+        except DamagedError as err:
+            aside = atomic.set_aside(path)
+            warn(f"{err.message}: computed again, the damaged one is `{aside}`")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from npprune import words
 from npprune.budget import Budget
 from npprune.core import metrics
+from npprune.data.content import fingerprint
 from npprune.data.labels import RANKED, KnownNames
 from npprune.errors import DataError, GateError, UsageError, plural, setting
 from npprune.files import keeping
@@ -64,6 +65,7 @@ from npprune.pipeline.study.rows import (
     read_dense,
     read_rows,
     row_path,
+    set_damaged_aside,
     settings_of,
 )
 from npprune.pipeline.study.tables import analyses
@@ -119,22 +121,26 @@ def study(
     )  # fmt: skip
     world = _World(opened, val, paths, settings, cache, work)
 
-    def result() -> Result:
-        earlier = folder.read_result().commands if folder.result_path.is_file() else []
-        return _result(manifest, world, folder, rows, [*earlier, work.command])
+    def store() -> Result:
+        found = _result(manifest, world, folder, rows)
+        with keeping(found), folder.updating(lambda: found, work.warn) as earlier:
+            found.commands = earlier.commands
+            vars(earlier).update(vars(found))
+            add_command(earlier, work.command)
+        return found
 
     if dry_run:
         if folder.exists:  # what a real start would refuse
             folder.refuse_other_settings(manifest)
-        return result()
+        return _result(manifest, world, folder, rows)
     with folder.lock():
-        folder.create_or_resume(manifest)
+        folder.create_or_resume(manifest, warn=work.warn)
         manifest = folder.read_manifest()
+        set_damaged_aside(folder, work.warn)
         with ExitStack() as held:
-            _compute(world, folder, rows, held, lambda: folder.write_result(result()))
-        found = result()
+            _compute(world, folder, rows, held, store, manifest.settings_sha256)
+        found = store()
         with keeping(found):
-            folder.write_result(found)
             render_report(out)
     return found
 
@@ -145,7 +151,7 @@ def available(rows: Sequence[Setting], model: nn.Module) -> list[Setting]:
     Raises:
         ModelError: an axis is named that it has not.
     """
-    every = "+".join(words.AXES)
+    every = "+".join(words.ALL_AXES)
     there = "+".join(axes_for(PruneSection(target_macs=0.5), model))
     for row in rows:
         if row.axes != every:
@@ -240,16 +246,20 @@ def _compute(
     folder: RunFolder,
     rows: Sequence[Setting],
     held: ExitStack,
-    on_row: Callable[[], None],
+    on_row: Callable[[], object],
+    shared: str,
 ) -> None:
-    """Every row that is not there yet, each written as soon as it is done."""
+    """Every row that is not there yet, each written as soon as it is done.
+
+    shared: the sha256 of the settings that all rows have in common.
+    """
     work = world.work
     finished = {row.setting for row in read_rows(folder)}
     missing = [row for row in grouped(rows) if row not in finished]
     done = len(rows) - len(missing)
     if done:
         work.say(f"{done} of {plural(len(rows), 'row')} found, computed before")
-    if not missing:
+    if not missing and read_dense(folder) is not None:
         return
     world.load()
     dense = _dense_row(world)
@@ -260,6 +270,7 @@ def _compute(
     for row in missing:
         work.progress(done, len(rows), "rows")
         made = maker.row(row, row_path(folder, row))
+        made.settings_sha256 = shared
         atomic.write_json(row_path(folder, row), made)
         on_row()
         done += 1
@@ -438,6 +449,11 @@ def _manifest(
             "calibration.sha256": images_in_words(opened.images.source.info()),
             "paths": "no run" if run is None else f"run {run.path}",
         },
+        content={
+            "calibration": fingerprint(opened.images.source),
+            "val": fingerprint(val.source),
+        },
+        command=work.command,
     )
 
 
@@ -454,7 +470,6 @@ def _result(
     world: _World,
     folder: RunFolder,
     asked: Sequence[Setting],
-    commands: Sequence[str],
 ) -> Result:
     """The result of all rows in the folder, those asked for now first."""
     found, dense, opened = read_rows(folder), read_dense(folder), world.opened
@@ -472,6 +487,4 @@ def _result(
             classes=opened.classes, paths=world.paths is not None,
         ),
     )  # fmt: skip
-    for command in commands:
-        add_command(result, command)
     return result

@@ -94,6 +94,10 @@ class Axis(ABC):
     def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[Kept]) -> None:
         """Give the pruned network the values that calibration found; the plan is applied."""
 
+    def warnings(self, kept: Sequence[Kept], device: torch.device) -> list[str]:
+        """What to know of the choice; `device`: where the network is."""
+        return []
+
     @abstractmethod
     def described(self, kept: Sequence[Kept]) -> Mapping[str, Any]:
         """What stays and what there was, per block, for summary and report."""
@@ -128,7 +132,7 @@ def axes_for(settings: PruneSection, model: nn.Module) -> list[words.Axis]:
     if not fast or settings.selection != "measured" or one_output:
         return ["mlp"]
     found: list[words.Axis] = []
-    for axis in words.AXES:
+    for axis in words.ALL_AXES:
         try:
             check_axes(model, [axis])
         except ModelError:

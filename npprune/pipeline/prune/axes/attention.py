@@ -1,8 +1,9 @@
-"""Attention heads, and query/key dimensions.
+"""Attention heads, and the dimensions of a head: of queries and keys (`qk`), or of queries, keys
+and values alike (`head-dim`).
 
-The attention of a block is one item of the budget, since heads and query/key dimensions multiply
-in its price; its options are pairs of both. Each is measured alone, in nats, on the network with
-that one change; the harm of a pair is the sum of its two.
+The attention of a block is one item of the budget, since heads and their dimensions multiply in its
+price; its options are pairs of both. Each is measured alone, in nats, on the network with that one
+change; the harm of a pair is the sum of its two.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from npprune.core.compression.cost import Sizes, attention_price
 from npprune.core.compression.elimination import Elimination, eliminate_groups
 from npprune.core.compression.harm import Replacement, measure_harm
 from npprune.core.view import Projections, VitView
+from npprune.errors import plural, setting
 from npprune.models.surgery import set_qkv
 from npprune.pipeline.prune.axes import Axis, Tell
+from npprune.words import ALL_AXES
 
 Pair = tuple[int, int]
-"""Heads that stay, and query/key dimensions of each."""
+"""Heads that stay, and query/key dimensions of each; under `head-dim`, value dimensions as well."""
 
 HEAD_STEPS = 6  # numbers of heads tried: about every sixth of them
 QUERY_SHARES = (0.75, 0.5, 0.375, 0.25)  # of the query/key dimensions
@@ -43,7 +46,7 @@ class Attention(Axis):
     """Every block's attention: its layers, what calibration says of it, which heads go first."""
 
     name = "attention"
-    words = ("heads", "qk")
+    words = ("heads", "qk", "head-dim")
 
     view: VitView
     asked: Collection[str]  # of `words`
@@ -77,9 +80,18 @@ class Attention(Axis):
     def query_dims(self, l: int) -> list[int]:
         """How many query/key dimensions a head of block l may keep, ascending."""
         full = self.parts[l].query_dims
-        shares = QUERY_SHARES if "qk" in self.asked else ()
+        shares = QUERY_SHARES if {"qk", "head-dim"} & set(self.asked) else ()
         steps = {-(-round(full * s) // QUERY_MULTIPLE) * QUERY_MULTIPLE for s in shares}
         return sorted({s for s in steps if s < full} | {full})
+
+    def value_dims(self, l: int, query_dims: int) -> int:
+        """How many value dimensions a head of block l keeps beside so many of its queries."""
+        return query_dims if self.with_values else self.parts[l].value_dims
+
+    @property
+    def with_values(self) -> bool:
+        """Whether values are narrowed with queries and keys."""
+        return "head-dim" in self.asked
 
     def options(self, l: int) -> list[Pair]:
         return [(n, r) for n in self.heads(l) for r in self.query_dims(l)]
@@ -100,16 +112,18 @@ class Attention(Axis):
         return table
 
     def prices(self, l: int, sizes: Sizes, unit: str) -> dict[Pair, float]:
-        p = self.parts[l]
         return {
-            (n, r): float(attention_price(sizes, n * r, n * p.value_dims, unit, l))  # type: ignore[arg-type]
+            (n, r): float(
+                attention_price(sizes, n * r, n * self.value_dims(l, r), unit, l)  # type: ignore[arg-type]
+            )
             for n, r in self.options(l)
         }
 
     def kept(self, l: int, option: Pair, mode: Mode) -> SmallerAttention:
         heads, query_dims = option
+        keep = self.orders[l].keep(heads)
         return shrink(
-            self.parts[l], self.moments[l], self.orders[l].keep(heads), query_dims, mode=mode
+            self.parts[l], self.moments[l], keep, query_dims, values=self.with_values, mode=mode
         )
 
     def stand_ins(self, kept: Sequence[SmallerAttention]) -> list[dict[nn.Linear, Replacement]]:
@@ -122,28 +136,43 @@ class Attention(Axis):
         return {
             "heads": [s.heads for s in kept] if "heads" in self.asked else None,
             "query_dims": [s.query_dims for s in kept] if "qk" in self.asked else None,
+            "head_dims": [s.query_dims for s in kept] if self.with_values else None,
         }
 
     def resized(self, sizes: Sizes, kept: Sequence[SmallerAttention]) -> Sizes:
-        counts = [len(s.heads) for s in kept]
+        each = [(len(s.heads), s) for s in kept]
         return replace(
             sizes,
-            queries=tuple(n * s.query_dims for n, s in zip(counts, kept, strict=True)),
-            values=tuple(n * p.value_dims for n, p in zip(counts, self.parts, strict=True)),
+            queries=tuple(n * s.query_dims for n, s in each),
+            values=tuple(n * self.value_dims(l, s.query_dims) for l, (n, s) in enumerate(each)),
         )
 
     def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[SmallerAttention]) -> None:
         for l, smaller in enumerate(kept):
             set_qkv(model, l, *smaller_qkv(dense.attention(l), smaller))
 
+    def warnings(self, kept: Sequence[SmallerAttention], device: torch.device) -> list[str]:
+        narrow = sum(s.query_dims < self.value_dims(l, s.query_dims) for l, s in enumerate(kept))
+        if device.type != "cuda" or not narrow:
+            return []
+        axes = ",".join("head-dim" if axis == "qk" else axis for axis in ALL_AXES)
+        return [
+            f"queries and keys are narrower than values in {narrow} of "
+            f"{plural(len(kept), 'block')}: PyTorch's flash attention takes one head dimension "
+            f"alone ({setting('prune.axes', axes)} keeps it)"
+        ]
+
     def described(self, kept: Sequence[SmallerAttention]) -> dict[str, list[int]]:
-        """Heads, and query/key dimensions of a head."""
-        return {
+        """Heads, and query/key dimensions of a head; where values are narrowed, theirs."""
+        found = {
             "heads": [len(s.heads) for s in kept],
             "dense_heads": [p.heads for p in self.parts],
             "query_dims": [s.query_dims for s in kept],
             "dense_query_dims": [p.query_dims for p in self.parts],
         }
+        if self.with_values:
+            found["value_dims"] = found["query_dims"]
+        return found
 
 
 def _never_rising(row: dict[int, float]) -> dict[int, float]:

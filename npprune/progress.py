@@ -1,9 +1,14 @@
-"""The pipeline's events as a person wants them: a bar on a terminal, sparse lines elsewhere."""
+"""The pipeline's events as a person wants them: a bar on a terminal, sparse lines elsewhere.
+
+For the command line and the Python API.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -13,7 +18,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from npprune.pipeline.common.events import Event
+from npprune.pipeline.common.events import Emit, Event
 from npprune.untrusted import shown
 
 QUIET_SECONDS = 10.0  # without a terminal: a line at least this often,
@@ -169,3 +174,28 @@ class Progress:
         del self.meters[name]
         words = (f"{meter.done} {_one(unit) if meter.done == 1 else unit}", meter.pace(unit), note)
         self._print(Text(f"{name}: {', '.join(filter(None, words))}"))
+
+
+@contextmanager
+def showing(progress: bool | Emit | None) -> Iterator[Emit]:
+    """An `Emit` for work that was asked for in Python.
+
+    progress: a function that gets every event; True: a bar on a terminal, lines elsewhere; False:
+        silence, and warnings as Python's; None: True on a terminal or in a notebook.
+    """
+    if callable(progress):
+        yield progress
+        return
+    console = Console(stderr=True, highlight=False, emoji=False)
+    if progress is None:
+        progress = console.is_terminal or console.is_jupyter
+    if not progress:
+        yield _only_warnings
+        return
+    with Progress(console) as bar:
+        yield bar.emit
+
+
+def _only_warnings(event: Event) -> None:
+    if event.level == "warning":
+        warnings.warn(event.message, stacklevel=2)

@@ -1,113 +1,29 @@
-"""The Python API: usable in a notebook, without a recipe or a file.
-
-import npprune
-model = npprune.load_model("vit_tiny_patch16_224.augreg_in21k_ft_in1k")
-paths = npprune.discover_paths(model, images, labels, topk=5)
-plan = npprune.Plan(keep=..., widths=...)
-smaller = npprune.apply_plan(model, plan)
-"""
+"""The paths of a few images at once, in memory: the mathematics with plain arguments."""
 
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from npprune.api.arguments import SEEDS, check_model, number, whole
 from npprune.core.attribution.methods import find_paths
 from npprune.core.attribution.quadrature import Integral
 from npprune.core.attribution.search import PathBatch
 from npprune.core.view import VitView, frozen
-from npprune.errors import DataError, ModelError, UsageError
-from npprune.models.load import build
-from npprune.models.load import load_model as _load_model
-from npprune.models.surgery import apply_plan as _apply_plan
+from npprune.errors import DataError, UsageError
 from npprune.models.view import classifiers, make_view
 from npprune.pipeline.common.memory import halving, images_that_fit
-from npprune.records import Plan
-from npprune.store.checkpoints import is_checkpoint, read_checkpoint
-from npprune.words import (
-    ACTIVATIONS,
-    METHODS,
-    POOLINGS,
-    Accumulation,
-    Activation,
-    Method,
-    Pooling,
-    RuleOrAuto,
-    ScopeOrAuto,
-    check_word,
-)
-
-__all__ = ["PathBatch", "Plan", "apply_plan", "discover_paths", "load_model"]
+from npprune.words import METHODS, Accumulation, Method, RuleOrAuto, ScopeOrAuto, check_word
 
 BATCH = 16  # images searched at a time
 POINTS = 256  # at most
-SEEDS = 2**32
-
-
-def load_model(
-    name_or_path: str | Path,
-    *,
-    checkpoint: str | Path | None = None,
-    num_classes: int | None = None,
-    img_size: int | tuple[int, int] | None = None,
-    num_heads: int | None = None,
-    activation: Activation | None = None,
-    pooling: Pooling | None = None,
-) -> nn.Module:
-    """A vision transformer with its weights, in evaluation mode on the CPU.
-
-    What was assumed in loading it is warned of (`UserWarning`).
-
-    Args:
-        name_or_path: a checkpoint folder written by npprune; a timm name; a folder of
-            `transformers` or timm, or its name on the hub; or `auto`, which reads the architecture
-            off `checkpoint`.
-        checkpoint: a safetensors, PyTorch or JAX `.npz` file, or such a folder; None takes timm's
-            published weights from the hub.
-        num_classes: outputs of the head, by default the checkpoint's.
-        img_size: input side in pixels, or (height, width); position embeddings are resampled,
-            unless the file has just as many as it needs.
-        num_heads: attention heads, where neither name nor file says.
-        activation: of the hidden units, likewise: gelu, gelu-tanh, quick-gelu, relu or silu.
-        pooling: what the classifier reads, likewise: token (the class token) or avg (the mean patch
-            token).
-
-    Raises:
-        UsageError: a number that cannot be one of classes, pixels or heads.
-        ModelError: an unknown or unsupported network, or weights that do not fit it.
-        StoreError: a checkpoint folder that is incomplete or was changed.
-    """
-    num_classes = _number("num_classes", num_classes, 1)
-    num_heads = _number("num_heads", num_heads, 1)
-    if activation is not None:
-        check_word("activation", activation, ACTIVATIONS)
-    if pooling is not None:
-        check_word("pooling", pooling, POOLINGS)
-    if isinstance(img_size, (tuple, list)) and len(img_size) == 2:
-        img_size = (_whole("img_size", img_size[0], 1), _whole("img_size", img_size[1], 1))
-    else:
-        img_size = _number("img_size", img_size, 1)
-    if is_checkpoint(name_or_path):
-        config, tensors = read_checkpoint(name_or_path)
-        return build(config, tensors)
-    return _load_model(
-        str(name_or_path),
-        checkpoint=checkpoint,
-        num_classes=num_classes,
-        img_size=img_size,
-        num_heads=num_heads,
-        activation=activation,
-        pooling=pooling,
-    )
 
 
 def discover_paths(
@@ -156,9 +72,9 @@ def discover_paths(
     Source: "Discovering Influential Neuron Path in Vision Transformers", ICLR 2025.
     """
     check_word("method", method, METHODS)
-    _check_model(model)
-    topk, points = _whole("topk", topk, 1), _number("points", points, 1, POINTS)
-    generator = torch.Generator().manual_seed(_whole("seed", seed, 0, SEEDS - 1))
+    check_model(model)
+    topk, points = whole("topk", topk, 1), number("points", points, 1, POINTS)
+    generator = torch.Generator().manual_seed(whole("seed", seed, 0, SEEDS - 1))
     with torch.inference_mode(False):
         tensors = chain(model.parameters(), model.buffers())
         if any(t.is_inference() for t in tensors):  # these cannot be differentiated
@@ -193,38 +109,7 @@ def _in_batches(
     )
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
-    """A copy of the network in which only the plan's neurons remain.
-
-    Args:
-        model: the dense network.
-        plan: the kept neurons of every block.
-        force: apply the plan although it was made for other weights of the same widths.
-
-    Raises:
-        UsageError: not a network, or not a plan.
-        ModelError: the plan was made for another network, or the network cannot be pruned.
-    """
-    _check_model(model)
-    if not isinstance(plan, Plan):
-        raise UsageError(
-            f"`plan` must be an npprune.Plan, got {type(plan).__name__}",
-            hint="`npprune.Plan(keep=..., widths=...)`: the neurons that stay, block by block",
-        )
-    return _apply_plan(model, plan, force=force)
-
-
 # ---------------------------------------------------------------- arguments
-
-
-def _check_model(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise UsageError(
-            f"`model` must be a network, got {type(model).__name__}",
-            hint="`npprune.load_model(NAME)` gives one",
-        )
-    if any(p.is_meta for p in model.parameters()):
-        raise ModelError("the network has no weights: its parameters are on the meta device")
 
 
 def _check_size(view: VitView, image: Tensor) -> None:
@@ -292,21 +177,3 @@ def _tensor(name: str, value: Any) -> Tensor:
 
 def _dtype(value: Tensor) -> str:
     return str(value.dtype).removeprefix("torch.")
-
-
-def _number(name: str, value: Any, least: int, most: int | None = None) -> int | None:
-    """As `_whole`, or None."""
-    return None if value is None else _whole(name, value, least, most)
-
-
-def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:
-    """A whole number within bounds, of any integer type."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    inside = number is not None and number >= least and (most is None or number <= most)
-    if number is None or isinstance(value, bool) or not inside:
-        bounds = f"at least {least}" if most is None else f"in {least}..{most}"
-        raise UsageError(f"`{name}` must be a whole number {bounds}, got {value!r}")
-    return number

@@ -7,9 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from npprune.cli.progress import Progress, duration
 from npprune.errors import plural
 from npprune.pipeline.common.events import Event
+from npprune.progress import Progress, duration, showing
 
 
 class Clock:
@@ -99,3 +99,24 @@ def test_one_is_singular() -> None:
         progress.emit(Event("evaluate", level="progress", done=1, total=1))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue() == "evaluate: 1 image\n"
+
+
+def test_python_may_be_silent_but_for_warnings(capfd: pytest.CaptureFixture[str]) -> None:
+    for progress in (None, False):  # pytest's stderr is no terminal
+        with showing(progress) as emit:
+            emit(Event("prune", "begun"))
+            with pytest.warns(UserWarning, match="labels"):
+                emit(Event("prune", "labels are shifted", "warning"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_python_may_ask_for_progress_or_take_the_events(capfd: pytest.CaptureFixture[str]) -> None:
+    with showing(True) as emit:
+        emit(Event("prune", "begun"))
+        emit(Event("heal", level="progress", done=5, total=5))
+    assert capfd.readouterr() == ("", "prune: begun\nheal: 5 images\n")
+    taken: list[Event] = []
+    with showing(taken.append) as emit:
+        emit(Event("prune", "begun"))
+    assert taken == [Event("prune", "begun")]
+    assert capfd.readouterr() == ("", "")
