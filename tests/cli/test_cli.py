@@ -362,7 +362,7 @@ def test_ranks_above_0_say_only_errors(
         ([*PRUNE, "--keep", "0"], "`--keep` must be in (0, 1], got `0.0`", "half"),
         (
             [*PRUNE, "--target-macs", "0.7", "--axes", "mlp,qks"],
-            "`--axes` must be one of `mlp`, `heads`, `qk`, `tokens`, got `qks`",
+            "`--axes` must be one of `mlp`, `cls`, `heads`, `qk`, `head-dim`, `tokens`, got `qks`",
             "did you mean `qk`?",
         ),
         ([*PRUNE, "--axes", "mlp,,qk"], "`--axes` must not hold an empty entry", ""),
