@@ -180,8 +180,7 @@ def prune(
             folder,
             work=work,
             network=section,
-            record=out is not None,
-            keep_statistics=out is not None or run is not None,
+            keep=out is not None,
         )
         pruned = _pruned(network, folder, Path(out) if out is not None else None)
         pruned.cost = Cost(

@@ -22,6 +22,7 @@ from npprune.data.sources import ImageSource, Item, Sample
 from npprune.data.transforms import Transform
 from npprune.errors import DataError
 from npprune.images.decoding import UnreadableImage
+from npprune.images.resizing import TooLargeError
 from npprune.words import OnBadImage
 
 
@@ -160,5 +161,5 @@ def _read(
         return transform(opener())
     except UnreadableImage as err:
         return err
-    except DataError as err:
+    except TooLargeError as err:
         return UnreadableImage(id, err.message)

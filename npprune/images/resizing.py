@@ -27,6 +27,10 @@ class Preparation(Protocol):
     def crop_mode(self) -> str: ...
 
 
+class TooLargeError(DataError):
+    """An image that would become too large on its way to the network."""
+
+
 def resized(height: int, width: int, pre: Preparation) -> tuple[int, int]:
     """(height, width) after resizing, rounded as torchvision and timm round.
 
@@ -46,10 +50,10 @@ def resized(height: int, width: int, pre: Preparation) -> tuple[int, int]:
 
 
 def check_resized(height: int, width: int, pre: Preparation) -> None:
-    """DataError where an image, very long and thin, would become too large to hold."""
+    """TooLargeError where an image, very long and thin, would become too large to hold."""
     h, w = resized(height, width, pre)
     if h * w > MAX_PIXELS:
-        raise DataError(
+        raise TooLargeError(
             f"{width} x {height} pixels are too long and thin: resized to {w} x {h}, of which the "
             "network sees the middle"
         )

@@ -229,14 +229,8 @@ class RunFolder:
     def refuse_other_settings(self, manifest: Manifest) -> None:
         """StoreError where the run here is of other settings: which, and both values."""
         old = self.read_manifest()
-        for images, sha256 in manifest.content.items():
-            if old.content.get(images, sha256) != sha256:
-                raise StoreError(
-                    f"`{self.path}` was begun with other images under the same names: files of "
-                    f"{setting(f'data.{images}')} have another size or content now",
-                    hint=f"bring the images back, or choose another {setting('out')}",
-                )
         if old.settings_sha256 == manifest.settings_sha256:
+            self._refuse_other_images(old, manifest)
             return
         changes = settings_changes(old.settings, manifest.settings, _said(old), _said(manifest))
         shown = "; ".join(changes[:3]) or "its settings' sha256 differs"
@@ -245,6 +239,16 @@ class RunFolder:
             f"`{self.path}` belongs to a run of other settings: {shown}{more}",
             hint=f"choose another {setting('out')}, or repeat the settings of the first run",
         )
+
+    def _refuse_other_images(self, old: Manifest, manifest: Manifest) -> None:
+        """StoreError where other images have the names of those that the run was begun with."""
+        for images, sha256 in manifest.content.items():
+            if old.content.get(images, sha256) != sha256:
+                raise StoreError(
+                    f"`{self.path}` was begun with other images under the same names: files of "
+                    f"{setting(f'data.{images}')} have another size or content now",
+                    hint=f"bring the images back, or choose another {setting('out')}",
+                )
 
 
 def _sha256(text: str) -> str:

@@ -23,7 +23,7 @@ from npprune.models.weights import read_weights
 from npprune.pipeline.common.results import run_of
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_section
-from npprune.records import CheckpointConfig, Environment, Result, Variant
+from npprune.records import CHECKSUM, CheckpointConfig, Environment, Result, Variant
 from npprune.store.checkpoints import read_checkpoint, read_config
 from npprune.store.runs import RunFolder
 from tests.helpers.deploying import plan_of, write_dense, write_pruned
@@ -50,6 +50,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(folder: Path, change: Callable[[dict[str, Any]], None]) -> CheckpointConfig:
     """`config.json` after a stranger's edit, read as every command reads it."""
     data = json.loads((folder / "config.json").read_text())
+    del data[CHECKSUM]  # as a stranger would
     change(data)
     (folder / "config.json").write_text(json.dumps(data))
     return read_config(folder)

@@ -155,7 +155,8 @@ def import_released(
         accumulation="last",
     )
     inputs = {path.name: atomic.sha256_file(path) for path in paths.values()}
-    manifest = _manifest(out.name, files, info, settings, found, inputs, work.command)
+    manifest = _manifest(out.name, files, info, settings, found, inputs)
+    manifest.command = work.command
     recipe = Recipe(name=out.name, model=model, data=DataSection(), discover=settings)
     folder = RunFolder(out)
     with folder.lock():
@@ -250,7 +251,6 @@ def _manifest(
     settings: DiscoverSection,
     found: dict[int, list[ReleasedImage]],
     inputs: dict[str, str],
-    command: str,
 ) -> Manifest:
     deciding = {
         "origin": ORIGIN,
@@ -276,7 +276,6 @@ def _manifest(
         inputs=inputs,
         said={"files": f"{plural(len(inputs), 'file')} in {files}"},
         shards=len(found),
-        command=command,
     )
 
 

@@ -102,7 +102,7 @@ def heal(
             f"`{checkpoint}` was not pruned: there is nothing to heal",
             hint="`npprune prune` writes a checkpoint that can be healed",
         )
-    plan = plan_of(checkpoint, config)
+    plan = None if student.held else plan_of(checkpoint, config)
     dense = open_dense(config, checkpoint, dense_checkpoint, work, any_weights=any_teacher)
     teacher = _teacher(student, dense, settings, work)
     if not settings.layerwise:

@@ -74,8 +74,7 @@ def prune(
     work: Work = Work(),
     dry_run: bool = False,
     network: ModelSection | None = None,
-    record: bool = True,
-    keep_statistics: bool = True,
+    keep: bool = True,
 ) -> Variant:
     """Make a smaller network and write it as the checkpoint folder `out`.
 
@@ -84,8 +83,8 @@ def prune(
         data: `calibration` (else `train`) names the images for statistics; `classes` limits
             paths and statistics to those classes.
         network: where the network of the run is now; None: where the run says.
-        record: whether the run's result says of it.
-        keep_statistics: whether those of the images are kept for other budgets.
+        keep: whether the run's result says of it, and the images' statistics are kept for other
+            budgets.
 
     Raises:
         GateError: the predicted drop exceeds `max_drop`; nothing is written.
@@ -102,7 +101,7 @@ def prune(
     opened = open_source(model, data, run, work, topk=settings.topk, keep_head=settings.keep_head)
     settings = settings.model_copy(update={"axes": axes_for(settings, opened.view.model)})
     cache = StatisticsCache(
-        statistics_home(run, out) if keep_statistics else None,
+        statistics_home(run, out) if keep else None,
         identity(opened.network, opened.outputs),
         settings.memory, write=writable and not dry_run,
     )  # fmt: skip
@@ -117,7 +116,7 @@ def prune(
     config.versions = work.environment().versions
     with keeping(variant):
         write_checkpoint(out, config, state(done.model), done.plan)
-        if writable and record:
+        if writable and keep:
             _record(opened, out, variant, done.plan, work)
     work.say(f"wrote {out}")
     return variant
