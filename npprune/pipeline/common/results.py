@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npprune.errors import StoreError, UsageError
 from npprune.files import CARD, check_folder, refuse_overwriting
-from npprune.pipeline.common.work import Work
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
 from npprune.report import card, comparing, sections
 from npprune.report.document import Page
@@ -16,6 +16,9 @@ from npprune.report.html import as_html
 from npprune.report.markdown import as_markdown
 from npprune.store import atomic
 from npprune.store.runs import RunFolder
+
+if TYPE_CHECKING:  # it loads torch, and a report needs none
+    from npprune.pipeline.common.work import Work
 
 
 def update_variant(
