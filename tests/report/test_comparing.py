@@ -37,13 +37,13 @@ def test_pairs_on_the_same_images_are_tested() -> None:
     assert "On the same 100 images of folder:imagenet/val, image by image." in text
     # exact p of 10 and 25 is 0.0167; the least of three (both against dense) is larger times one
     assert (
-        "| two: half | one: half | +15.0 points (95 % +3.8 to +26.2) | 0.017 | 25 | 10 | 50 | 15 |"
+        "| two: half | one: half | +15.0 points (95 % +3.7 to +26.3) | 0.017 | 25 | 10 | 50 | 15 |"
         in text
     )
     assert "| one: half | dense | −30.0 points" in text
     assert page.headline == [
         "two: half is better than one: half on the same 100 images: +15.0 points of top-1 "
-        "(95 % +3.8 to +26.2, p = 0.017)."
+        "(95 % +3.7 to +26.3, p = 0.017)."
     ]
     assert page.warnings == []
 
