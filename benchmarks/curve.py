@@ -35,8 +35,8 @@ from npprune.records import Plan
 
 EVERY = ("mlp", "cls", "heads", "qk", "tokens")
 SERIES: dict[str, dict[str, Any]] = {
-    "all axes": {"axes": EVERY},
-    "all but cls": {"axes": ("mlp", "heads", "qk", "tokens")},
+    "all axes": {"axes": ("mlp", "heads", "qk", "tokens")},
+    "all axes and cls": {"axes": EVERY},
     "tokens": {"axes": ("tokens",)},
     "hidden units": {"axes": ("mlp",)},
     "attention": {"axes": ("heads", "qk")},
@@ -49,7 +49,7 @@ SERIES: dict[str, dict[str, Any]] = {
 }
 SHARES = {
     "all axes": [0.35, 0.5, 0.25, 0.7, 0.3, 0.42, 0.6, 0.85],
-    "all but cls": [0.35, 0.25, 0.5, 0.7],
+    "all axes and cls": [0.35, 0.25, 0.5, 0.7],
     "tokens": [0.85, 0.7, 0.6, 0.5, 0.42],
     "hidden units": [0.85, 0.7, 0.6, 0.5],
     "attention": [0.85, 0.75],

@@ -45,8 +45,9 @@ Axis = Literal["mlp", "cls", "heads", "qk", "head-dim", "tokens"]
 """What may be removed: hidden units (of the class token apart from the patches'), attention heads,
 query/key dimensions, the same with value dimensions; patch tokens merge."""
 AXES: tuple[Axis, ...] = get_args(Axis)
-ALL_AXES: tuple[Axis, ...] = tuple(axis for axis in AXES if axis != "head-dim")
-"""What `all` stands for: `head-dim` takes what `qk` takes, and more."""
+ALL_AXES: tuple[Axis, ...] = tuple(axis for axis in AXES if axis not in ("cls", "head-dim"))
+"""What `all` stands for: `head-dim` takes what `qk` takes, and more; `cls` has not paid yet (see
+docs/measurements.md)."""
 
 PathUse = Literal["auto", "protect", "prior", "off"]
 """What path neurons are to pruning: kept as far as that costs nothing; kept first; votes that raise

@@ -249,10 +249,10 @@ def test_families_are_measured_chosen_refitted_and_made_smaller(name: str) -> No
 
 
 def test_all_axes_of_a_study_are_those_that_the_network_has() -> None:
-    named = "mlp+cls+heads+qk+tokens"
+    named = "mlp+heads+qk+tokens"
     every = Setting("variance", "measured", "mean", 0.5, False, 0, "macs", named)
     assert available([every], tiny_vit()) == [every]
     (row,) = available([every], tiny_vit(qk_norm=True))
-    assert row.axes == "mlp+cls+heads+tokens"
+    assert row.axes == "mlp+heads+tokens"
     with pytest.raises(ModelError, match="`qk` cannot be narrowed"):
         available([replace(every, axes="mlp+qk")], tiny_vit(qk_norm=True))

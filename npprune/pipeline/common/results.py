@@ -17,7 +17,7 @@ from npprune.report.markdown import as_markdown
 from npprune.store import atomic
 from npprune.store.runs import RunFolder
 
-if TYPE_CHECKING:  # it loads torch, and a report needs none
+if TYPE_CHECKING:
     from npprune.pipeline.common.work import Work
 
 
