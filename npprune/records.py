@@ -507,6 +507,54 @@ class MergedImage:
 
 
 @dataclass
+class Outcomes:
+    """Which images each network gets right: a bit for each image in the order read, the first one
+    highest, as base64."""
+
+    images: int
+    sha256: str  # of the ids and labels of the images that were read
+    dense: str
+    pruned: str
+
+
+@dataclass
+class FlippedImage:
+    """An image that one of two networks gets right and the other wrong."""
+
+    name: str  # of its class
+    picture: str  # base64 of a WebP, JPEG or PNG file; as the network sees it
+    lost: bool  # right before, wrong now; False: the other way round
+    dense: str  # predicted class
+    dense_probability: float  # of that class
+    pruned: str
+    pruned_probability: float
+
+
+@dataclass
+class ConfidenceBin:
+    """Images whose predicted class has a probability in one of the bins."""
+
+    confidence: float  # mean probability of the predicted class
+    accuracy: Rate  # top-1
+
+
+@dataclass
+class Reliability:
+    """How sure a network is, against how often it is right."""
+
+    error: float  # expected calibration error: mean over images of |confidence - accuracy| of bins
+    bins: list[ConfidenceBin]  # of equal width, those that have images, ascending
+
+
+@dataclass
+class Histogram:
+    """How many values lie from each edge to the next; the last count: at or above the last edge."""
+
+    edges: list[float]
+    counts: list[int]
+
+
+@dataclass
 class Evaluation:
     """Dense and pruned on the same images in one run."""
 
@@ -531,6 +579,11 @@ class Evaluation:
     label_doubt: str = ""  # why the labels are probably wrong
     spared: Mean | None = None  # rank correlation, over classes, of path kept and deviation
     merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
+    outcomes: Outcomes | None = None
+    flipped: list[FlippedImage] = field(default_factory=list)  # some, spread over the images
+    dense_reliability: Reliability | None = None
+    pruned_reliability: Reliability | None = None
+    deviations: Histogram | None = None  # probability deviation per image
 
 
 @dataclass

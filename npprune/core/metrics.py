@@ -13,11 +13,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from npprune.core.paired import Z95
 from npprune.errors import UsageError, plural
-from npprune.records import Accuracy, Mean, Rate
+from npprune.records import Accuracy, ConfidenceBin, Histogram, Mean, Rate, Reliability
 
-Z95 = 1.959963984540054
-"""The standard normal's 97.5 % quantile."""
+BINS = 15  # of confidence
+DEVIATIONS = [step / 10 for step in range(-10, 11)]  # edges of the deviation's histogram
 
 
 def wilson(correct: int, total: int) -> Rate:
@@ -114,6 +115,33 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
         top5=wilson(int(ranked.any(dim=1).sum()), n),
         true_probability=mean_interval(true_probability(logits, labels)),
     )
+
+
+def reliability(logits: Tensor, labels: Tensor) -> Reliability:
+    """Confidence against accuracy in bins of equal width, and the expected calibration error.
+
+    It is above 0 for a perfectly calibrated network, too: the fewer images, the more.
+
+    Source: Guo et al., "On Calibration of Modern Neural Networks" (2017), equations 2 and 3.
+    """
+    _check(logits, labels)
+    confidence, predicted = logits.to(torch.float64).softmax(dim=1).max(dim=1)
+    right = predicted == labels
+    place = (confidence * BINS).ceil().long().clamp(1, BINS) - 1
+    bins = []
+    for i in place.unique().tolist():
+        inside = place == i
+        rate = wilson(int(right[inside].sum()), int(inside.sum()))
+        bins.append(ConfidenceBin(float(confidence[inside].mean()), rate))
+    gaps = [b.accuracy.total * abs(b.confidence - b.accuracy.value) for b in bins]
+    return Reliability(sum(gaps) / len(labels), bins)
+
+
+def histogram(values: Tensor, edges: Sequence[float]) -> Histogram:
+    """How many values [n] lie between edges; none may lie below the first one."""
+    place = torch.bucketize(values, torch.tensor(edges, dtype=values.dtype), right=True) - 1
+    counts = place.clamp_min(0).bincount(minlength=len(edges))
+    return Histogram(list(edges), counts.tolist())
 
 
 def agreement(dense: Tensor, pruned: Tensor) -> Rate:

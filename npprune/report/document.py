@@ -41,6 +41,25 @@ class Figure:
 
 
 @dataclass
+class Picture:
+    """A small picture as a data URI, what it shows, and lines below it."""
+
+    source: str
+    alt: str
+    lines: list[str]
+
+
+@dataclass
+class Gallery:
+    """Small pictures and the words that belong to them. Without pictures: `table`."""
+
+    title: str
+    caption: str
+    pictures: list[Picture]
+    table: Table
+
+
+@dataclass
 class Paragraph:
     """Plain text."""
 
@@ -87,7 +106,7 @@ class Card:
     note: str = ""
 
 
-Item = Table | Figure | Paragraph | Facts | Commands | Fold | Missing
+Item = Table | Figure | Gallery | Paragraph | Facts | Commands | Fold | Missing
 
 
 @dataclass
@@ -109,6 +128,7 @@ class Page:
     warnings: list[str]
     cards: list[Card]
     sections: list[Section]
+    source: str = "result.json"  # the file with all numbers
 
 
 def cells(*values: str | Cell) -> list[Cell]:

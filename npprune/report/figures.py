@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from npprune.records import Rate
+from npprune.records import Rate, Reliability
 from npprune.report import text
 from npprune.report.svg import (
     ACCENT,
@@ -66,6 +66,39 @@ def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str
         ax.spines["left"].set_visible(False)
 
     return picture(paint, width=WIDTH, height=0.75 + 0.62 * len(rows), alt=alt, name=name)
+
+
+def reliability(networks: Sequence[tuple[str, Reliability]], alt: str, name: str) -> str:
+    """Accuracy against confidence with 95 % intervals, and the line where both are equal."""
+
+    def paint(figure: Any) -> None:
+        ax = figure.add_subplot()
+        ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
+        for (label, found), color, marker in zip(networks, (DENSE, ACCENT), "os", strict=True):
+            rates = [b.accuracy for b in found.bins]
+            below = [100 * (r.value - r.low) for r in rates]
+            above = [100 * (r.high - r.value) for r in rates]
+            ax.errorbar(
+                [100 * b.confidence for b in found.bins],
+                [100 * r.value for r in rates],
+                yerr=[below, above],
+                fmt=f"{marker}-",
+                color=color,
+                markersize=5,
+                linewidth=1.4,
+                elinewidth=1,
+                capsize=2.5,
+                label=f"{label}, calibration error {100 * found.error:.1f} %",
+            )
+        ax.set_xlim(0, 102)
+        ax.set_ylim(0, 102)
+        ax.set_xlabel("confidence: probability of the predicted class in %")
+        ax.set_ylabel("top-1 in %, with 95 % intervals")
+        ax.grid(axis="both")
+        ax.tick_params(length=0)
+        figure.legend(loc="outside upper left", ncols=2)
+
+    return picture(paint, width=6.4, height=5.0, alt=alt, name=name)
 
 
 def costs(

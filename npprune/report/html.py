@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from npprune.records import Result
 from npprune.report import sections
-from npprune.report.document import Item
+from npprune.report.document import Item, Page
 from npprune.report.text import clean
 
 if TYPE_CHECKING:
@@ -19,7 +19,11 @@ def render_html(result: Result) -> str:
 
     A pure function: equal results give equal bytes with the same matplotlib.
     """
-    page = sections.build(result)
+    return as_html(sections.build(result))
+
+
+def as_html(page: Page) -> str:
+    """A page that needs no network, no script and no other file."""
     return _environment().get_template("report.html").render(page=page)
 
 

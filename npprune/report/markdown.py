@@ -11,6 +11,7 @@ from npprune.report.document import (
     Facts,
     Figure,
     Fold,
+    Gallery,
     Item,
     Missing,
     Page,
@@ -22,7 +23,12 @@ from npprune.report.text import clean
 
 def render_markdown(result: Result) -> str:
     """A result as GitHub-flavoured Markdown. A pure function; ends in one newline."""
-    return "\n\n".join(_page(sections.build(result))).rstrip() + "\n"
+    return as_markdown(sections.build(result))
+
+
+def as_markdown(page: Page) -> str:
+    """A page as GitHub-flavoured Markdown; ends in one newline."""
+    return "\n\n".join(_page(page)).rstrip() + "\n"
 
 
 def escape(text: str) -> str:
@@ -62,7 +68,7 @@ def _page(page: Page) -> list[str]:
 def _item(item: Item) -> list[str]:
     if isinstance(item, Table):
         return ([escape(item.caption)] if item.caption else []) + [_table(item)]
-    if isinstance(item, Figure):
+    if isinstance(item, Figure | Gallery):
         title = [f"### {escape(item.title)}"] if item.title else []
         caption = [escape(item.caption)] if item.caption else []
         return [*title, *caption, *_item(item.table)]

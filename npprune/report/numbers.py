@@ -235,7 +235,12 @@ def comparison(result: Result) -> Table:
         only = measures(result, result.variants[0])
         rows = [[Cell(m.label), m.dense, m.pruned, m.change] for m in only]
         return Table(["", "dense", "pruned", "change"], rows)
-    by_variant = [{m.label: m for m in measures(result, v)} for v in result.variants]
+    return beside([(text.clean(v.name), measures(result, v)) for v in result.variants])
+
+
+def beside(columns: list[tuple[str, list[Measure]]]) -> Table:
+    """The measures of several networks: a column each, by name, after the dense network's."""
+    by_variant = [{m.label: m for m in found} for _, found in columns]
     labels: list[str] = []
     for found in by_variant:  # keep each variant's own order, new labels before what follows them
         at = 0
@@ -250,7 +255,7 @@ def comparison(result: Result) -> Table:
         given = [found.get(label) for found in by_variant]
         dense = next(m.dense for m in given if m)
         rows.append([Cell(label), dense, *(_beside(m, dense) for m in given)])
-    return Table(["", "dense", *(text.clean(v.name) for v in result.variants)], rows)
+    return Table(["", "dense", *(name for name, _ in columns)], rows)
 
 
 def _beside(m: Measure | None, dense: Cell) -> Cell:

@@ -15,7 +15,7 @@ from npprune.records import (
     Result,
     Variant,
 )
-from npprune.report import figures, merging, numbers, provenance, text
+from npprune.report import figures, flipped, merging, numbers, provenance, reliability, text
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
     Figure,
@@ -42,7 +42,9 @@ def build(result: Result) -> Page:
         _cost(result),
         _speed(result),
         _widths(result),
+        _flipped(result),
         _classes(result),
+        _reliability(result),
         *(
             analysis_section(f"analysis-{i}", each)
             for i, each in enumerate(result.analyses.values(), 1)
@@ -66,7 +68,7 @@ def build(result: Result) -> Page:
 # ---------------------------------------------------------------- hints
 
 
-def folder(result: Result, variant: Variant) -> str:
+def folder(variant: Variant) -> str:
     """The checkpoint's folder as a command takes it."""
     return f"ckpt/{PurePosixPath(variant.checkpoint).name or variant.name}"
 
@@ -87,7 +89,7 @@ def _not_evaluated(result: Result) -> list[Item]:
     return [
         Missing(
             f"The accuracy of {text.clean(v.name)} has not been measured.",
-            f"npprune eval {folder(result, v)} --data folder:VAL",
+            f"npprune eval {folder(v)} --data folder:VAL",
         )
         for v in result.variants
         if v.evaluation is None
@@ -204,7 +206,7 @@ def _speed(result: Result) -> Section:
             section.items.append(
                 Missing(
                     f"{name} has not been exported.",
-                    f"npprune export {folder(result, v)} --out {folder(result, v)}/model.onnx",
+                    f"npprune export {folder(v)} --out {folder(v)}/model.onnx",
                 )
             )
             continue
@@ -385,6 +387,29 @@ def _widths(result: Result) -> Section:
 # ---------------------------------------------------------------- classes
 
 
+def _prefix(result: Result, variant: Variant) -> str:
+    return f"{text.clean(variant.name)}: " if len(result.variants) > 1 else ""
+
+
+def _flipped(result: Result) -> Section:
+    done = _evaluated(result)[:VARIANTS_DRAWN]
+    found = [flipped.gallery(e, f"{_prefix(result, v)}Lost and gained") for v, e in done]
+    return Section("flipped", "Who pays", [g for g in found if g is not None])
+
+
+def _reliability(result: Result) -> Section:
+    items = []
+    for i, (v, e) in enumerate(_evaluated(result)[:VARIANTS_DRAWN]):
+        prefix = _prefix(result, v)
+        items.append(reliability.curve(e, prefix, f"reliability-{i}"))
+        items.append(reliability.deviations(e, prefix, f"deviation-{i}"))
+    return Section(
+        "reliability",
+        "Probabilities: calibration and deviation",
+        [f for f in items if f is not None],
+    )
+
+
 def _classes(result: Result) -> Section:
     section = Section("classes", "Classes hit worst, and least")
     for v, evaluation in _evaluated(result):
@@ -392,7 +417,7 @@ def _classes(result: Result) -> Section:
         ranked = [c for c in ranked if c.images]
         if not ranked:
             continue
-        prefix = f"{text.clean(v.name)}: " if len(result.variants) > 1 else ""
+        prefix = _prefix(result, v)
         worst = ranked[:WORST]
         best = ranked[WORST:][-BEST:][::-1]
         drawn = [(text.clean(c.name), c.dense_top1, c.pruned_top1) for c in worst]

@@ -148,3 +148,16 @@ def test_rank_correlation_has_an_interval_that_covers() -> None:
         assert found is not None
         inside += found.low <= 0.430 <= found.high  # 6/pi asin(r/2) of r = 0.5 / sqrt(1.25)
     assert 180 <= inside <= 199
+
+
+def test_reliability_is_the_mean_gap_of_confidence_and_accuracy() -> None:
+    p = torch.tensor([[0.9, 0.1], [0.91, 0.09], [0.4, 0.6], [0.5, 0.5]], dtype=torch.float64)
+    found = metrics.reliability(p.log(), torch.tensor([0, 1, 1, 0]))
+    assert [b.accuracy.total for b in found.bins] == [1, 1, 2]  # of 15: (0.467, 0.533], ...
+    assert [b.confidence for b in found.bins] == pytest.approx([0.5, 0.6, 0.905])
+    assert found.error == pytest.approx((0.5 + 0.4 + 2 * 0.405) / 4)
+
+
+def test_a_histogram_counts_from_each_edge_to_the_next() -> None:
+    values = torch.tensor([-1.0, -0.5, -0.51, 0.0, 7.0], dtype=torch.float64)
+    assert metrics.histogram(values, [-1.0, -0.5, 0.0]).counts == [2, 1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import random
 
@@ -9,19 +10,24 @@ from npprune.records import (
     Accuracy,
     ClassInfo,
     ClassRow,
+    ConfidenceBin,
     DataInfo,
     DiscoverySummary,
     Environment,
     Evaluation,
     ExportRecord,
+    FlippedImage,
+    Histogram,
     Latency,
     Mean,
     ModelInfo,
     ModelSource,
+    Outcomes,
     ParityRow,
     Preprocessing,
     PruneSummary,
     Rate,
+    Reliability,
     Result,
     Variant,
 )
@@ -163,6 +169,37 @@ def evaluation(top1: int = 496, top5: int = 668) -> Evaluation:
         latency=[latency(1, 14.2, 0.81, "torch")],
         seconds=61.0,
     )
+
+
+def seen(done: Evaluation, seed: int = 0, images: int = 24) -> Evaluation:
+    """The same with what is recorded image by image: of every third image the dense network is
+    wrong; the pruned one is right on some of these, and wrong on others."""
+    rng = random.Random(seed)
+    dense = [i % 3 != 0 for i in range(images)]
+    pruned = [right != (rng.random() < 0.3) for right in dense]
+    done.outcomes = Outcomes(images, "list", packed(dense), packed(pruned))
+    done.flipped = [
+        FlippedImage("great white", PNG, True, "great white", 0.91, "hammer", 0.42),
+        FlippedImage("tabby", PNG, False, "grey", 0.33, "tabby", 0.51),
+    ]
+    bins = [ConfidenceBin(0.25, rate(4, 12)), ConfidenceBin(0.9, rate(9, 12))]
+    done.dense_reliability = Reliability(0.117, bins)
+    done.pruned_reliability = Reliability(0.031, bins[:1])
+    done.deviations = Histogram([-1.0, -0.5, 0.0], [3, 9, 12])
+    return done
+
+
+def packed(right: list[bool]) -> str:
+    """A bit an image, the first one highest."""
+    padded = [*right, *[False] * (-len(right) % 8)]
+    number = int("".join("01"[r] for r in padded), 2)
+    return base64.b64encode(number.to_bytes(len(padded) // 8, "big")).decode()
+
+
+PNG = (  # one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJg"
+    "gg=="
+)
 
 
 def variant(name: str = "vit_tiny_half", keep: float = 0.5, top1: int = 496) -> Variant:

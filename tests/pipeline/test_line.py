@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import re
 import shutil
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import npprune
@@ -38,6 +42,7 @@ from npprune.recipe import (
     Recipe,
 )
 from npprune.records import ModelSource
+from npprune.report.flipped import changed, right
 from npprune.report.numbers import headline
 from npprune.store.checkpoints import read_config, write_checkpoint
 from npprune.store.path_store import PathStore
@@ -168,6 +173,41 @@ def test_a_network_without_paths_is_pruned_by_its_criterion(world: Path, tmp_pat
     evaluate(tmp_path / "plain", DataSection(val="digits:test"), QUICK)
     html, _ = render_report(tmp_path / "plain")
     assert html.is_file()
+
+
+def test_what_happened_to_each_image_is_recorded(run: Path) -> None:
+    out = run.parent / "sixteenth"
+    prune(run, DataSection(), half(keep=0.125), out)
+    found = evaluate(out, DataSection(val="digits:test"), QUICK)
+    outcomes = found.outcomes
+    assert outcomes is not None
+    before, after = right(outcomes, "dense"), right(outcomes, "pruned")
+    assert outcomes.images == 400
+    assert (before.bit_count(), after.bit_count()) == (
+        found.dense.top1.correct, found.pruned.top1.correct,
+    )  # fmt: skip
+    lost, gained = changed(before, after)
+    assert lost > 0
+    assert gained > 0
+    shown = [image.lost for image in found.flipped]
+    assert (shown.count(True), shown.count(False)) == (min(lost, 8), min(gained, 4))
+    for image in found.flipped:
+        assert ((image.dense if image.lost else image.pruned) == image.name) is True
+        assert image.dense != image.pruned
+        assert Image.open(BytesIO(base64.b64decode(image.picture))).size == (8, 8)
+    assert found.deviations is not None
+    assert sum(found.deviations.counts) == 400
+    html, _ = render_report(run)
+    assert html.read_text().count("<img") == len(found.flipped)
+    assert html.stat().st_size < 1 << 20
+
+    data = json.loads((run / "result.json").read_text())
+    for key in ("outcomes", "flipped", "dense_reliability", "pruned_reliability", "deviations"):
+        del data["variants"][0]["evaluation"][key]
+    del data["checksum"]
+    (run / "result.json").write_text(json.dumps(data))  # of an older version
+    html, _ = render_report(run)
+    assert "<img" not in html.read_text()
 
 
 def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:

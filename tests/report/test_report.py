@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from npprune.errors import UsageError
+from npprune.errors import StoreError, UsageError
 from npprune.records import (
     Analysis,
     FigureData,
@@ -31,6 +31,7 @@ from npprune.report import (
 )
 from npprune.report.markdown import code, escape
 from tests.helpers import report_example as example
+from tests.helpers.report_example import PNG
 
 HOSTILE = (
     '$\\frac{$ #101112 <script>alert(1)</script> | `x` & "q" $a$ --> \x07\ud800 ](javascript:1) 犬'
@@ -75,6 +76,7 @@ def rich() -> Result:
     chosen.evaluation.restricted_to = [0, 37, 74]
     chosen.evaluation.dense_restricted = example.evaluation(699, 760).pruned
     chosen.evaluation.pruned_restricted = example.evaluation(648, 752).pruned
+    example.seen(chosen.evaluation)
     result = example.result([example.variant(), example.variant("vit_tiny_70", 0.7, 606), chosen])
     names = [f"class {i}" for i in range(4)]
     kinds = {
@@ -123,21 +125,25 @@ def test_page_says_what_was_done_with_its_uncertainty() -> None:
 def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
     parsed = Page(page)
     assert not parsed.open
-    assert not {"script", "link", "img", "iframe", "object", "image", "base"} & {
+    assert not {"script", "link", "iframe", "object", "image", "base"} & {
         tag for tag, _ in parsed.tags
     }
     assert "http" not in page
     assert "@import" not in page
     assert not re.search(r"url\((?!#)", page)
-    for _, attributes in parsed.tags:
-        assert "src" not in attributes
+    for tag, attributes in parsed.tags:
+        assert ("src" in attributes) is (tag == "img")
+        assert re.fullmatch(
+            r"data:image/png;base64,[\w+/=]+", attributes.get("src", f"data:image/png;base64,{PNG}")
+        )
         assert not any(name.startswith("on") for name in attributes)
         assert (attributes.get("href") or "#").startswith("#")
 
 
 def test_every_figure_has_its_table_and_a_name(page: str) -> None:
     figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
-    assert len(figures) == 5 + 3 + 6  # standard ones; the classes of each variant; analyses
+    # standard ones; the classes of each variant; analyses; probabilities of one
+    assert len(figures) == 5 + 3 + 6 + 2
     for figure in figures:
         assert re.search(r'<svg [^>]*role="img" aria-label="[^"]+"', figure)
         table = re.search(r"<details>.*?<tbody>(.*?)</tbody>", figure, re.DOTALL)
@@ -171,6 +177,10 @@ def test_hostile_names_stay_text() -> None:
     assert done
     for row in done.classes:
         row.name = HOSTILE
+    example.seen(done)
+    for image in done.flipped:
+        image.name = image.dense = image.pruned = HOSTILE
+    done.flipped[0].picture = f'{PNG}"onerror="alert(1)'
     result.name = result.variants[0].name = HOSTILE
     result.variants[0].checkpoint = HOSTILE
     result.variants[0].prune.warnings = [HOSTILE]
@@ -197,6 +207,8 @@ def test_hostile_names_stay_text() -> None:
     page = render_html(result)
     page.encode()
     assert "<script" not in page
+    assert page.count("<img") == 1  # what is no picture is none
+    assert "onerror" not in page
     parsed = Page(page)
     assert not parsed.open
     assert "<script>alert(1)</script>" in parsed.text
@@ -297,6 +309,34 @@ def test_empty_paths_and_classes_are_left_out() -> None:
     page = render_html(result)
     assert "Classes hit worst" not in page
     assert "rank by frequency" not in page
+
+
+def test_images_that_flipped_are_shown_with_both_predictions() -> None:
+    result = example.result()
+    (variant,) = result.variants
+    assert variant.evaluation
+    assert "Who pays" not in render_html(result)
+    assert "calibration error" not in render_html(result)
+    done = example.seen(variant.evaluation)
+    done.outcomes.dense = example.packed([True] * 9 + [False] * 15)  # type: ignore[union-attr]
+    done.outcomes.pruned = example.packed([True] * 2 + [False] * 21 + [True])  # type: ignore[union-attr]
+    page = Page(render_html(result))
+    assert page.count("img") == 2
+    assert "Of 24 images 7 were right before and are wrong now, 1 the other way round." in page.text
+    assert "great white: lostdense: great white, 91 %pruned: hammer, 42 %" in page.text
+    assert "Expected calibration error: 11.7 % dense, 3.1 % pruned" in page.text
+    text = render_markdown(result)
+    assert "| tabby | gained | grey, 33 % | tabby, 51 % |" in text
+    assert "| −50 to 0 % | 9 | 37.5 % |" in text
+
+
+def test_outcomes_that_do_not_fit_their_images_are_refused() -> None:
+    result = example.result()
+    assert result.variants[0].evaluation
+    done = example.seen(result.variants[0].evaluation)
+    done.outcomes.images = 33  # type: ignore[union-attr]
+    with pytest.raises(StoreError, match="a bit for each of 33 images, got 3 bytes"):
+        render_html(result)
 
 
 # ---------------------------------------------------------------- warnings and comparisons

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npprune.errors import StoreError
+from npprune.errors import StoreError, UsageError
 from npprune.files import CARD, check_folder, refuse_overwriting
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
-from npprune.report import card
-from npprune.report.html import render_html
-from npprune.report.markdown import render_markdown
+from npprune.report import card, comparing, sections
+from npprune.report.document import Page
+from npprune.report.html import as_html
+from npprune.report.markdown import as_markdown
 from npprune.store import atomic
 from npprune.store.runs import RunFolder
 
@@ -108,17 +109,43 @@ def render_report(run: Path, *, out: Path | None = None) -> tuple[Path, Path]:
     Raises:
         StoreError: there is no result, or the folder cannot be written.
     """
+    result, file = _read(run)
+    return _write_pages(sections.build(result), "report", out or file.parent, [file])
+
+
+def render_comparison(runs: Sequence[Path], *, out: Path | None = None) -> tuple[Path, Path]:
+    """Render `comparison.html` and `comparison.md` of several runs into `out`, by default the
+    first one's folder.
+
+    Raises:
+        StoreError: a run has no result, or the folder cannot be written.
+        UsageError: a run is there twice, or there are not two networks to compare.
+    """
+    found = [_read(run) for run in runs]
+    files = [file.resolve() for _, file in found]
+    for run, file in zip(runs, files, strict=True):
+        if files.count(file) > 1:
+            raise UsageError(
+                f"`{run}` is there twice", hint="networks of one run: `npprune report RUN`"
+            )
+    page = comparing.build([result for result, _ in found])
+    return _write_pages(page, "comparison", out or found[0][1].parent, files)
+
+
+def _read(run: Path) -> tuple[Result, Path]:
+    """The result of a run, and its file."""
     if run.is_file():
-        result, folder = atomic.read_json(Result, run), run.parent
-    elif run.is_dir() or not run.exists():
-        result, folder = RunFolder(run).read_result(), run
-    else:
-        raise StoreError(f"`{run}` is neither a run folder nor a result.json")
-    target = out or folder
-    html, markdown = target / "report.html", target / "report.md"
+        return atomic.read_json(Result, run), run
+    if run.is_dir() or not run.exists():
+        return RunFolder(run).read_result(), RunFolder(run).result_path
+    raise StoreError(f"`{run}` is neither a run folder nor a result.json")
+
+
+def _write_pages(page: Page, name: str, target: Path, inputs: Sequence[Path]) -> tuple[Path, Path]:
+    html, markdown = target / f"{name}.html", target / f"{name}.md"
     for path in (html, markdown):
-        refuse_overwriting(path, [run if run.is_file() else folder / "result.json"])
+        refuse_overwriting(path, inputs)
     check_folder(target)
-    atomic.write_text(html, render_html(result))
-    atomic.write_text(markdown, render_markdown(result))
+    atomic.write_text(html, as_html(page))
+    atomic.write_text(markdown, as_markdown(page))
     return html, markdown

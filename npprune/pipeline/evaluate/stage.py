@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,9 +32,10 @@ from npprune.pipeline.common.inputs import (
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import run_of, update_variant
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.evaluate.flipped import Flipped
 from npprune.pipeline.evaluate.merging import merged_images
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
-from npprune.records import CheckpointConfig, ClassRow, Evaluation, Variant
+from npprune.records import CheckpointConfig, ClassRow, Evaluation, Outcomes, Variant
 from npprune.store.checkpoints import PLAN, is_checkpoint
 from npprune.store.runs import read_plan
 
@@ -69,8 +74,10 @@ def evaluate(
         preprocessing=config.preprocessing, names=dense_names(config),
     )  # fmt: skip
     started = time.perf_counter()
-    logits, labels, sample = _predict(dense, pruned, images, work)
+    logits, labels, ids, sample, flipped = _predict(dense, pruned, images, config, work)
     evaluation = _compare(*logits, labels, images, config, data)
+    evaluation.outcomes = _outcomes(*logits, labels, ids)
+    evaluation.flipped = flipped.shown(images.preprocessing, _namer(config, images))
     evaluation.device = str(work.where)
     evaluation.label_doubt = label_doubt(
         logits[0].argmax(1), labels, dense.info.num_classes, images.source
@@ -198,23 +205,56 @@ def dense_reference(section: ModelSection, folder: Path) -> dict[str, object]:
 
 @torch.no_grad()
 def _predict(
-    dense: Network, pruned: Network, images: Images, work: Work
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
-    """Logits [n, c] of both, labels [n], and a few of the images for timing."""
-    before, after, labels = [], [], []
+    dense: Network, pruned: Network, images: Images, config: CheckpointConfig, work: Work
+) -> tuple[tuple[Tensor, Tensor], Tensor, list[str], Tensor, Flipped]:
+    """Logits [n, c] of both, labels [n] and ids, a few of the images for timing, some that
+    flipped."""
+    before, after, labels, ids = [], [], [], list[str]()
     sample: Tensor | None = None
+    flipped = Flipped()
+    outputs = config.details.get("outputs")  # a head cut to some classes
     done = 0
     for batch in images.batches():
         x = batch.images.to(work.where)
         before.append(dense.model(x).float().cpu())
-        after.append(pruned.model(x).float().cpu())
+        after.append(_full(pruned.model(x).float().cpu(), outputs, before[-1]))
         labels.append(batch.labels)
+        ids += batch.ids
+        flipped.see(batch.images, batch.labels, before[-1], after[-1])
         sample = batch.images if sample is None else sample
         done += len(batch)
         work.progress(done, images.source.length)
     if sample is None:
         raise DataError(f"no image of `{images.source.spec}` could be read")
-    return (torch.cat(before), torch.cat(after)), torch.cat(labels), sample
+    return (torch.cat(before), torch.cat(after)), torch.cat(labels), ids, sample, flipped
+
+
+def _full(logits: Tensor, outputs: list[int] | None, dense: Tensor) -> Tensor:
+    """Logits of a head cut to some classes among all of the dense network's, -inf elsewhere."""
+    if outputs is None:
+        return logits
+    full = torch.full_like(dense, float("-inf"))
+    full[:, outputs] = logits
+    return full
+
+
+def _namer(config: CheckpointConfig, images: Images) -> Callable[[int], str]:
+    """What a class of the dense network is called: by the images, else by the checkpoint."""
+    known = {} if config.details.get("outputs") else {c.index: c.name for c in config.classes}
+    known |= {c.index: c.name for c in images.source.classes}
+    return lambda label: known.get(label, str(label))
+
+
+def _outcomes(dense: Tensor, pruned: Tensor, labels: Tensor, ids: list[str]) -> Outcomes:
+    digest = hashlib.sha256()
+    for id, label in zip(ids, labels.tolist(), strict=True):
+        digest.update(f"{id}\t{label}\n".encode("utf-8", "backslashreplace"))
+
+    def bits(logits: Tensor) -> str:
+        right = (logits.argmax(1) == labels).numpy()
+        return base64.b64encode(np.packbits(right).tobytes()).decode()
+
+    return Outcomes(len(labels), digest.hexdigest(), bits(dense), bits(pruned))
 
 
 def _compare(
@@ -225,12 +265,7 @@ def _compare(
     config: CheckpointConfig,
     data: DataSection,
 ) -> Evaluation:
-    outputs = config.details.get("outputs")  # a head cut to some classes
-    if outputs is not None:
-        full = torch.full_like(dense, float("-inf"))
-        full[:, outputs] = pruned
-        pruned = full
-    chosen = outputs or config.details.get("classes")
+    chosen = config.details.get("outputs") or config.details.get("classes")
     if chosen is None and data.classes is not None:
         chosen = images.source.selected
     p_dense = metrics.true_probability(dense, labels)
@@ -249,6 +284,9 @@ def _compare(
         top1_change=metrics.top1_change(dense, pruned, labels),
         agreement=metrics.agreement(dense, pruned),
         classes=_rows(dense, pruned, labels, deviation, images),
+        dense_reliability=metrics.reliability(dense, labels),
+        pruned_reliability=metrics.reliability(pruned, labels),
+        deviations=metrics.histogram(deviation, metrics.DEVIATIONS),
     )
     if chosen:
         inside = torch.isin(labels, torch.tensor(chosen))

@@ -10,18 +10,17 @@ from __future__ import annotations
 import base64
 import json
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, features
+
+from npprune.images import thumbnails
 
 SCRIPTS = ("base.js", "pictures.js", "graph.js", "pages.js", "compare.js", "app.js")
 STYLE, PAGE = "explorer.css", "index.html"
 DATA, THUMBS = "data", "thumbs"
 LARGEST = 224  # pixels of a picture's longer side
-QUALITY = 75
 POLICY = (
     "default-src 'none'; script-src 'self' file:{inline}; style-src 'self' file:{inline}; "
     "img-src 'self' file: data:; base-uri 'none'; form-action 'none'"
@@ -35,22 +34,19 @@ class Site:
         self.folder = folder
         self._data: list[tuple[str, str]] = []
         self._pictures: dict[int, str] = {}
-        self.ending = "webp" if features.check("webp") else "jpg"
+        self.ending = thumbnails.ending()
 
     def picture(self, row: int, pixels: np.ndarray) -> None:
         """The picture of an image: [h, w, 3] or [h, w] in 0 to 255."""
-        image = Image.fromarray(pixels)
-        image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        buffer = BytesIO()
-        image.save(buffer, "WEBP" if self.ending == "webp" else "JPEG", quality=QUALITY)
+        file = thumbnails.encoded(pixels, LARGEST)
         if self.folder is None:
-            text = base64.b64encode(buffer.getvalue()).decode()
+            text = base64.b64encode(file).decode()
             kind = "webp" if self.ending == "webp" else "jpeg"
             self._pictures[row] = f"data:image/{kind};base64,{text}"
             return
         place = self.folder / THUMBS
         place.mkdir(exist_ok=True)
-        (place / f"{row:06d}.{self.ending}").write_bytes(buffer.getvalue())
+        (place / f"{row:06d}.{self.ending}").write_bytes(file)
 
     def data(self, name: str, value: Any) -> None:
         """A piece of data, JSON-ready; pages ask for it by its name."""
