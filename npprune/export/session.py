@@ -98,7 +98,7 @@ def open_session(
     path = Path(path)
     if not path.is_file():
         raise ExportError(f"no ONNX file at {path}", hint="`npprune export` writes one")
-    _refuse_loops(path)
+    refuse_loops(path)
     built = ort.get_available_providers()
     if provider == "auto":
         return _auto(path, threads, built, timed)
@@ -119,7 +119,7 @@ def open_session(
     return _session(session, path, provider, "asked for", threads)
 
 
-def _refuse_loops(path: Path) -> None:
+def refuse_loops(path: Path) -> None:
     """ExportError for a file that may never end, or that is none of ONNX."""
     try:
         operator = repeated(path)
