@@ -23,7 +23,7 @@ from npprune.pipeline.evaluate.stage import open_dense
 from npprune.pipeline.export.images import read_images
 from npprune.pipeline.export.timings import (
     ALL,
-    COMPARED,
+    NOISE,
     BenchSettings,
     Subject,
     network_subject,
@@ -292,7 +292,7 @@ def _images(
     if not wanted and settings.data is None:
         rng = np.random.default_rng(0)
         return (
-            rng.standard_normal((COMPARED, *info.preprocessing.input_size), np.float32),
+            rng.standard_normal((NOISE, *info.preprocessing.input_size), np.float32),
             None,
             None,
         )

@@ -36,6 +36,7 @@ ALL = "all"
 CPU = "CPUExecutionProvider"
 ON_CPU = (CPU, "CPU", "cpu")
 COMPARED = 64  # images that the agreement with PyTorch is measured on, at most
+NOISE = 16  # of them, where they are noise
 REPEATED = 0.05  # by which a row may change when it is timed again
 LAUNCH_BOUND = 0.5  # share of the time that does not grow with the batch
 
