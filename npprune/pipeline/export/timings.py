@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from npprune.errors import DeviceError, NpPruneError, UsageError
+from npprune.errors import DeviceError, ExportError, NpPruneError, UsageError
 from npprune.export.bench import (
     Runner,
     bench_twice,
@@ -109,7 +109,7 @@ def network_subject(
             subject.int8.extend(c.name for c in made if c.chosen)
         return path
 
-    subject = Subject(Served(network.model, file), expected[:COMPARED])
+    subject = Subject(Served(network.model, file), expected[:COMPARED])  # `file` adds to it
     return subject
 
 
@@ -151,10 +151,11 @@ def time_all(
     work: Work,
 ) -> list[BenchmarkRow]:
     """Every place at every thread count (a GPU at the first only) and batch size. Where `all` was
-    asked for, what is not here goes into `absent`; otherwise it is an error.
+    asked for, what is not here, or cannot run these networks, goes into `absent`; otherwise it is
+    an error.
 
     Raises:
-        DeviceError: what was asked for by name is not here.
+        DeviceError: what was asked for by name is not here; ExportError: it cannot run them.
     """
     counts = settings.threads or [torch.get_num_threads()]
     lenient = ALL in (settings.runtimes + settings.precisions)
@@ -166,7 +167,7 @@ def time_all(
         if at_all and place.title not in absent and (place, threads) not in skipped:
             try:
                 row = _row(place, threads, batch, pair, images, settings)
-            except DeviceError as err:
+            except (DeviceError, ExportError) as err:
                 if not lenient:
                     raise
                 absent[place.title] = reason(err)
