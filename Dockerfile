@@ -10,9 +10,10 @@ ENV PIP_NO_CACHE_DIR=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 
+# Every wheel by its hash; `.ci/pin` writes the file anew.
+COPY requirements-serve.txt /src/
 RUN useradd --no-create-home --uid 10001 npprune \
-    && pip install "onnxruntime>=1.20" "numpy>=1.26" "pillow>=10.0" "pydantic>=2.7" \
-        "fastapi>=0.110" "uvicorn>=0.29" "python-multipart>=0.0.9"
+    && pip install --require-hashes --only-binary=:all: -r /src/requirements-serve.txt
 
 WORKDIR /srv
 COPY pyproject.toml README.md LICENSE /src/

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, NonNegativeInt
+from pydantic import AfterValidator, ConfigDict, NonNegativeInt
 from typing_extensions import Required, TypedDict
 
-Line = Annotated[str, Field(pattern=r"^[^\x00]*$")]
-"""Text that can be a path."""
+
+def _line(value: Any) -> Any:
+    if value is not None and (not isinstance(value, str) or "\0" in value):
+        raise ValueError("must be text without NUL")
+    return value
+
+
+Line = Annotated[Any, AfterValidator(_line)]
+"""None, or text that can be a path: bytes of it that are no UTF-8 are lone surrogates."""
 
 
 class Open(TypedDict, total=False):
@@ -21,7 +28,7 @@ class DenseReference(Open, total=False):
     """Where the dense network of a checkpoint is: arguments of a recipe's `model`, and paths."""
 
     name: Line
-    checkpoint: Line | None
+    checkpoint: Line
     name_relative: Line
     checkpoint_relative: Line
 
@@ -30,7 +37,7 @@ class RememberedData(Open, total=False):
     """Images that a checkpoint was made with: settings of a recipe's `data`."""
 
     calibration: Line
-    class_map: Line | None
+    class_map: Line
 
 
 class Trained(Open, total=False):

@@ -4,7 +4,7 @@ A message says the thing, the rule and what came; the hint says the next step. `
 them into text in one place; nothing below it prints or exits.
 
 Exit codes: 0 done; 1 ran, and a gate failed; 2 could not start; 70 a bug of ours;
-130 interrupted, resumable.
+130 interrupted and 143 terminated, both resumable.
 """
 
 from __future__ import annotations

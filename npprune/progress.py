@@ -192,8 +192,8 @@ def showing(progress: bool | Emit | None) -> Iterator[Emit]:
     if not progress:
         yield _only_warnings
         return
-    with Progress(console) as shown:
-        yield shown.emit
+    with Progress(console) as bar:
+        yield bar.emit
 
 
 def _only_warnings(event: Event) -> None:

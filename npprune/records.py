@@ -140,7 +140,7 @@ def from_json(cls: type[R], text: str, *, where: str = "") -> R:
     if not isinstance(data, dict):
         place = f" ({where})" if where else ""
         said = f"expected a JSON object, got {type(data).__name__}{place}"
-        raise DamagedError(said, hint=_AGAIN)
+        raise DamagedError(said)
     return from_dict(cls, data, where=where)
 
 
@@ -159,7 +159,7 @@ def digest(record: Any) -> str:
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
-def checked(given: object, shape: type, name: str) -> None:
+def checked(given: object, shape: Any, name: str) -> None:
     """StoreError where a free-form part of a record has a known entry of another type."""
     try:
         _adapter(shape).validate_python(given, strict=True)
@@ -639,7 +639,7 @@ class CheckpointConfig(Document):
 
     def __post_init__(self) -> None:
         checked(self.details, CheckpointDetails, "details")
-        checked(self.run, Line | None, "run")  # type: ignore[arg-type]
+        checked(self.run, Line, "run")
         outputs = self.details.get("outputs")
         if outputs is None:
             return

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from npprune import words
 from npprune.errors import DeviceError, ExportError, UsageError, setting
 from npprune.export.loops import repeated
+from npprune.records import plain_text
 from npprune.untrusted import shown
 from npprune.words import check_word
 
@@ -98,6 +99,11 @@ def open_session(
     path = Path(path)
     if not path.is_file():
         raise ExportError(f"no ONNX file at {path}", hint="`npprune export` writes one")
+    if plain_text(str(path)) != str(path):
+        raise ExportError(
+            f"ONNX Runtime opens no file whose path is not UTF-8, got `{path}`",
+            hint="rename the file, or the folder that it is in",
+        )
     refuse_loops(path)
     built = ort.get_available_providers()
     if provider == "auto":

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from npprune.errors import DataError
 from npprune.untrusted import MAX_PIXELS
-
-if TYPE_CHECKING:
-    from npprune.records import Preprocessing
 
 MAX_SIDE = 16384  # pixels of a network's input
 CHANNELS = 64
 
 
-def resized(height: int, width: int, pre: Preprocessing) -> tuple[int, int]:
+class Preparation(Protocol):
+    """What is read of `npprune.records.Preprocessing`."""
+
+    @property
+    def input_size(self) -> tuple[int, int, int]: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+    @property
+    def crop_pct(self) -> float: ...
+    @property
+    def crop_mode(self) -> str: ...
+
+
+def resized(height: int, width: int, pre: Preparation) -> tuple[int, int]:
     """(height, width) after resizing, rounded as torchvision and timm round.
 
     `center` resizes the shorter side, `squash` both, `border` the longer one, to size / crop_pct.
@@ -33,7 +45,7 @@ def resized(height: int, width: int, pre: Preprocessing) -> tuple[int, int]:
     return round(height / ratio), round(width / ratio)
 
 
-def check_resized(height: int, width: int, pre: Preprocessing) -> None:
+def check_resized(height: int, width: int, pre: Preparation) -> None:
     """DataError where an image, very long and thin, would become too large to hold."""
     h, w = resized(height, width, pre)
     if h * w > MAX_PIXELS:
@@ -43,7 +55,7 @@ def check_resized(height: int, width: int, pre: Preprocessing) -> None:
         )
 
 
-def fault(pre: Preprocessing) -> str | None:
+def fault(pre: Preparation) -> str | None:
     """What no image can be prepared by; None where all is right.
 
     Of a file's numbers nothing is believed: they decide how much memory an image takes.

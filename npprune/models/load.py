@@ -198,8 +198,8 @@ def _same_sizes(dense: Shapes, tensors: dict[str, Tensor], name: str) -> None:
             continue
         if not PRUNABLE.match(key.rpartition(".")[0]) and found != shape:
             raise ModelError(
-                f"config.json describes {name} with `{key}` of shape {list(shape)}, and the "
-                f"tensors have {'none' if found is None else list(found)}",
+                f"`{key}` is {'missing' if found is None else list(found)} in the file and "
+                f"{list(shape)} in the network that config.json describes ({name})",
                 hint="the checkpoint's two files do not belong together",
             )
 

@@ -21,7 +21,7 @@ from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
-from npprune.models.own_units import OwnUnits, check_own, give_own, own_mlp
+from npprune.models.own_units import check_own, give_own, own_mlp
 from npprune.models.tokens import apply_tokens, patch_tokens, tokens_of
 from npprune.models.uneven import set_head_dim, set_heads, set_query_dim
 from npprune.models.view import TimmView, classifiers, make_view
@@ -218,12 +218,6 @@ def check_prunable(model: nn.Module) -> None:
             raise ModelError(
                 f"{kind} is not a two-layer MLP that npprune can prune",
                 hint="plain and gated MLPs (Mlp, GluMlp, SwiGLU) can be pruned",
-            )
-        if isinstance(mlp, OwnUnits):
-            raise ModelError(
-                f"block {l}: the class token has hidden units of its own already, so a unit is no "
-                "longer one thing for all tokens",
-                hint="prune the network that it was made from",
             )
         if not isinstance(mlp.norm, nn.Identity):
             raise ModelError(

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from npprune.errors import ModelError
 from npprune.models.unwrap import Shapes, unwrap
+from npprune.records import plain_text
 from npprune.untrusted import check_archive, check_unpacked, first_line, out_of_memory
 
 
@@ -102,10 +103,11 @@ def _check_file(path: Path) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
-        return load_file(path)
+        utf8 = plain_text(str(path)) == str(path)  # the library opens no other paths
+        return load_file(path) if utf8 else load(path.read_bytes())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as err:
         raise _damaged(path, "safetensors", err) from err
 

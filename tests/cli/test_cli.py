@@ -362,7 +362,7 @@ def test_ranks_above_0_say_only_errors(
         ([*PRUNE, "--keep", "0"], "`--keep` must be in (0, 1], got `0.0`", "half"),
         (
             [*PRUNE, "--target-macs", "0.7", "--axes", "mlp,qks"],
-            "`--axes` must be one of `mlp`, `heads`, `qk`, `tokens`, got `qks`",
+            "`--axes` must be one of `mlp`, `cls`, `heads`, `qk`, `head-dim`, `tokens`, got `qks`",
             "did you mean `qk`?",
         ),
         ([*PRUNE, "--axes", "mlp,,qk"], "`--axes` must not hold an empty entry", ""),
@@ -590,6 +590,7 @@ def test_eval_shows_the_cost_where_the_run_is_there(
     stage("evaluate", "evaluate", an_evaluation())
     result, variant, other = a_result(), a_variant(), a_variant()
     variant.evaluation, other.name = an_evaluation(), "other"
+    variant.checkpoint = "../tiny_half"
     result.variants = [other, variant]
     (run_folder / "result.json").write_text(to_json(result))
     assert app.run_app(["eval", str(checkpoint), "--data", "digits:test"]) == 0

@@ -352,8 +352,14 @@ def test_the_dockerfile_copies_what_is_there_and_runs_as_nobody_special() -> Non
                 assert name in let_in, name
     wanted = re.search(r"serve = \[(.*)\]", (ROOT / "pyproject.toml").read_text())
     assert wanted is not None
+    pinned = (ROOT / "requirements-serve.txt").read_text()
+    assert "--require-hashes" in stages[0]
     for requirement in re.findall(r'"([^"]+)"', wanted[1]):
-        assert f'"{requirement}"' in stages[0]
+        name, _, floor = requirement.partition(">=")
+        version = re.search(rf"^{name}==([\d.]+) \\\n    --hash=sha256:", pinned, re.MULTILINE)
+        assert version is not None, name
+        numbers = [tuple(map(int, v.split("."))) for v in (version[1], floor)]
+        assert numbers[0] >= numbers[1]
 
 
 def test_preprocessing_survives_the_way_through_the_file(world: Path) -> None:

@@ -102,6 +102,7 @@ def test_faults_for_minutes(
     )
     rng, end = random.Random(seed), time.monotonic() + 60 * minutes
     tried: Counter[str] = Counter()
+    began = time.process_time()
     wrong: list[str] = []
     case: Callable[[], object]
     while time.monotonic() < end:
@@ -144,6 +145,8 @@ def test_faults_for_minutes(
         tmp_path.mkdir()
     report = "\n".join(f"{count:6} {key}" for key, count in sorted(tried.items()))
     with request.config.getoption("fault_report").open("a") as out:
-        out.write(f"seed {seed}: {sum(tried.values())} faults, {len(wrong)} wrong\n{report}\n")
+        spent = f"{time.process_time() - began:.0f} s of processor time"
+        count = f"{sum(tried.values())} faults, {len(wrong)} wrong"
+        out.write(f"seed {seed}: {count}, {spent}\n{report}\n")
         out.writelines(f"wrong: {each}\n" for each in wrong)
     assert not wrong, "\n\n".join(wrong[:5])

@@ -283,7 +283,7 @@ def verified(world: Undisturbed, how: str, seed: int, said: Said) -> None:
     files = sorted(p for p in kept.rglob("*") if p.suffix in (".json", ".yaml", ".safetensors"))
     path = rng.choice([p for p in files if p.parent != kept])
     before = path.read_bytes()
-    if how == "lost" and path.name not in NAMED:
+    if how == "lost" and path.relative_to(kept).as_posix() not in NAMED:
         return  # no other file says that it was there
     try:
         if damage(path, how, rng):
@@ -297,7 +297,11 @@ def verified(world: Undisturbed, how: str, seed: int, said: Said) -> None:
     assert app.run_app(["verify", str(kept)]) == 0, said()
 
 
-NAMED = ("model.safetensors", "plan.json", "00000.json", "00001.safetensors", "00003.json")
+NAMED = (
+    "half/model.safetensors", "half/plan.json", "run/paths/00000.json", "run/paths/00003.json",
+    "run/paths/00001.safetensors",
+)  # fmt: skip
+"""Files that another one names."""
 
 
 def _read(path: Path) -> Any:

@@ -168,6 +168,11 @@ def test_free_form_parts_are_of_their_types(
         changed(pruned, edits(key, value))
 
 
+def test_paths_that_are_no_utf8_are_paths(pruned: Path) -> None:
+    config = changed(pruned, edits("details.dense", {"name": "w\udce9", "checkpoint": None}))
+    assert config.details["dense"]["name"] == "w\udce9"
+
+
 def test_settings_of_other_kinds_are_refused(pruned: Path) -> None:
     config = changed(pruned, edits("details.dense", {"name": "x", "img_size": "wide"}))
     with pytest.raises(StoreError, match="`img_size` in the details"):

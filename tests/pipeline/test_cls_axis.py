@@ -18,7 +18,7 @@ from npprune.core.metrics import divergence
 from npprune.errors import ExportError, ModelError
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.own_units import own_widths
-from npprune.models.surgery import mask_plan
+from npprune.models.surgery import apply_plan, check_axes, mask_plan
 from npprune.models.view import make_view
 from npprune.pipeline.common.results import render_report
 from npprune.pipeline.common.work import Work
@@ -154,10 +154,25 @@ def test_healing_trains_both_sides(dense: Path) -> None:
         heal(out, DIGITS, layerwise, dense.parent / "never")
 
 
-def test_what_is_split_is_not_pruned_again(own: tuple[Path, Variant]) -> None:
-    source = ModelSection(name=str(own[0]))
+def test_what_is_split_is_pruned_further_and_keeps_its_own_units(
+    own: tuple[Path, Variant],
+) -> None:
+    out, variant = own
+    source, again = ModelSection(name=str(out)), out.with_name("again_own")
+    asked = PruneSection(target_macs=0.8, calibration_images=100)
+    more = prune(source, DIGITS, asked, again)
+    assert more.model.macs <= 0.8 * variant.model.macs
+    assert more.model.cls_widths == variant.model.cls_widths
+    first, second = npprune.load_model(out), npprune.load_model(again)
+    for name, value in first.state_dict().items():
+        if ".mlp.cls." in name:
+            assert torch.equal(second.state_dict()[name], value)
+    plan, x = read_plan(again), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        removed, masked = apply_plan(first, plan)(x), mask_plan(first, plan)(x)
+    torch.testing.assert_close(removed, masked, rtol=1e-4, atol=1e-5)
     with pytest.raises(ModelError, match="of its own already"):
-        prune(source, DIGITS, PruneSection(keep=0.5), own[0].with_name("never"))
+        check_axes(first, ["mlp", "cls"])
 
 
 @pytest.mark.parametrize("mode", ["none", "mean", "least-squares"])

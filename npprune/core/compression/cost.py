@@ -61,10 +61,11 @@ class Sizes:
                 )
 
     def with_hidden(self, hidden: Sequence[int], own: Sequence[int] | None = None) -> Sizes:
-        """The same network with other hidden widths, and own ones of the tokens that are read."""
+        """The same network with other hidden widths, and own ones of the tokens that are read;
+        None leaves these as they are."""
         if len(hidden) != len(self.hidden):
             raise UsageError(f"`hidden` must have {len(self.hidden)} entries, got {len(hidden)}")
-        return replace(self, hidden=tuple(hidden), own=None if own is None else tuple(own))
+        return replace(self, hidden=tuple(hidden), own=self.own if own is None else tuple(own))
 
     def with_tokens(self, merged: Sequence[int] | None, read: int | None = None) -> Sizes:
         """The same network with so many tokens merged in each block, and read of the last one."""
@@ -172,10 +173,7 @@ def hidden_budget(sizes: Sizes, goal: float, price: Price, *, attention: bool = 
     if price != "params" and price != "macs":
         raise UsageError(f"price must be params or macs, got {price!r}")
     whole = params(sizes) if price == "params" else macs(sizes)
-    hidden = sum(
-        h * neuron_price(sizes, l, price) + own_price(sizes, l, price)
-        for l, h in enumerate(sizes.hidden)
-    )
+    hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
     if attention:
         hidden += sum(
             attention_price(sizes, *_attention(sizes, l), price, l)

@@ -148,25 +148,30 @@ def compensate_in_sequence(
         for i, a in enumerate(given):
             dense[i] = view.tail(l, dense[i], a, merge=pairs[i])
         sums, of_own = _Sums(fitted), _Sums(fitted)
-        aside = (view.tokens_read or 0) if own is not None and own[l] else 0
+        split = own is not None and bool(own[l])
         for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
             with recorded([fc2]) as seen:
                 after = view.tail(l, x, a, merge=join)
             h, error = seen[fc2][0], _values(dense[i]) - _values(after) if beta else None
-            if aside:
+            aside = (view.tokens_read or 0) if split else 0
+            if split:
                 of_own.add(h[:, :aside], None if error is None else error[:, :aside], None)
+            first = aside + _values(after).shape[1] - h.shape[1]  # others have units already
             sums.add(
                 h[:, aside:],
-                None if error is None else error[:, aside:],
-                _after(_weights(weight, after), aside),
+                None if error is None else error[:, first:],
+                _after(_weights(weight, after), first),
             )
         found = sums.refit(fc2, keep[l], beta, shrinkage)
         second = Replacement(list(keep[l]), found.weight, found.bias)
-        if aside and own is not None:
+        if split and own is not None:
             tried = fit.own_shrinkages
             middle = tried[len(tried) // 2]
             theirs = of_own.refit(fc2, own[l], beta, middle, tried=tried, diagnose=False)
-            second.first = aside, Replacement(list(own[l]), theirs.weight, theirs.bias)
+            second.first = (
+                view.tokens_read or 0,
+                Replacement(list(own[l]), theirs.weight, theirs.bias),
+            )
         out.second.append(second)
         if on_block is not None:
             on_block(l, found)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npprune.errors import StoreError
 from npprune.files import CARD, check_folder, refuse_overwriting
-from npprune.pipeline.common.work import Work
 from npprune.records import CheckpointConfig, ModelInfo, Result, Variant
 from npprune.report import card
 from npprune.report.html import render_html
 from npprune.report.markdown import render_markdown
 from npprune.store import atomic
 from npprune.store.runs import RunFolder
+
+if TYPE_CHECKING:
+    from npprune.pipeline.common.work import Work
 
 
 def update_variant(

@@ -370,7 +370,8 @@ def _in_sequence(
     if salience:
         statistics = measured.collected.statistics
         weights = [
-            _at_patches(subject, statistics.position_weights(l, salience)) for l in range(len(keep))
+            _at_patches(subject, l, statistics.position_weights(l, salience))
+            for l in range(len(keep))
         ]
     changed: list[dict[Any, Replacement]] = [{} for _ in keep]
     for axis, kept in further:
@@ -394,10 +395,13 @@ def _in_sequence(
     return refitted, found
 
 
-def _at_patches(subject: Subject, weights: Tensor) -> Tensor:
+def _at_patches(subject: Subject, l: int, weights: Tensor) -> Tensor:
     """The weights [t] of a block's tokens as weights of the image's patches, where some merged."""
-    missing = subject.sizes().tokens - len(weights) if own(subject.view).counts else 0
-    return torch.cat([weights, weights[subject.view.num_prefix_tokens :].mean().expand(missing)])
+    sizes, view = subject.sizes(), subject.view
+    aside = sizes.own_tokens if sizes.own is not None and sizes.own[l] else 0
+    weights = torch.cat([weights.new_ones(aside), weights])  # these have units of their own
+    missing = sizes.tokens - len(weights) if own(view).counts else 0
+    return torch.cat([weights, weights[view.num_prefix_tokens :].mean().expand(missing)])
 
 
 def _block_by_block(
