@@ -296,7 +296,7 @@ class ClassRow:
 class Latency:
     """Milliseconds per batch, dense and pruned, timed in turn in one run after a warm-up."""
 
-    runtime: str  # "onnxruntime" | "torch"
+    runtime: str  # a word of `words.RUNTIMES`
     provider: str  # what ran, e.g. "CPUExecutionProvider"
     batch: int
     threads: int
@@ -308,7 +308,7 @@ class Latency:
     ratio: float  # pruned over dense, median of paired ratios
     ratio_low: float  # quartiles of the paired ratios
     ratio_high: float
-    precision: str = ""  # of both exported files; empty: float32
+    precision: str = ""  # of both; empty: float32
 
 
 # ---------------------------------------------------------------- stages
@@ -588,11 +588,11 @@ class Evaluation:
 
 @dataclass
 class ParityRow:
-    """ONNX Runtime against PyTorch at one batch size on real images."""
+    """A runtime against PyTorch at one batch size."""
 
     batch: int
     images: int
-    max_relative_error: float  # max |onnx - torch| / max |torch| over the batch's logits
+    max_relative_error: float  # max |its - torch's| / max |torch's| over all logits
     top1_agreement: float
 
 
@@ -623,7 +623,7 @@ class ExportRecord(Document):
 
 @dataclass
 class BenchmarkRow:
-    """One timing, with what follows from it. Memory in bytes, None where it is not measured."""
+    """One timing, with what follows from it. Memory in bytes; None: not measured."""
 
     latency: Latency
     dense_images_per_second: float
@@ -631,6 +631,20 @@ class BenchmarkRow:
     dense_memory: int | None = None
     pruned_memory: int | None = None
     warning: str | None = None  # too noisy to tell
+    repeat_off: float | None = None  # largest relative change of a time or the ratio when repeated
+    noisy: bool = False  # `repeat_off` is above 5 %
+    fixed_share: float | None = None  # of the dense time: what another batch size does not change
+    launch_bound: bool = False  # `fixed_share` is above a half
+    dense_start_ms: float | None = None  # from opening to the first logits, in this process
+    pruned_start_ms: float | None = None
+    dense_agreement: ParityRow | None = None  # with PyTorch in float32 on the CPU
+    pruned_agreement: ParityRow | None = None
+
+    @property
+    def marks(self) -> str:
+        """`noisy, launch-bound`; empty where there is nothing to say."""
+        said = [("noisy", self.noisy), ("launch-bound", self.launch_bound)]
+        return ", ".join(word for word, so in said if so)
 
 
 @dataclass
@@ -645,6 +659,9 @@ class Benchmark(Document):
     environment: Environment
     rows: list[BenchmarkRow]
     macs_ratio: float | None = None  # pruned over dense; None: not known
+    absent: dict[str, str] = field(default_factory=dict)  # asked for and not here -> why
+    images: str | None = None  # that they ran on; None: noise
+    int8: list[str] = field(default_factory=list)  # the kinds of int8 files, dense and pruned
 
     @property
     def saved(self) -> float | None:

@@ -71,8 +71,13 @@ Provider = Literal["auto", "cpu", "cuda", "tensorrt"]
 """ONNX Runtime's execution providers."""
 PROVIDERS: tuple[Provider, ...] = get_args(Provider)
 
-Runtime = Literal["onnxruntime", "torch"]
+Runtime = Literal["onnxruntime", "torch", "torch-compile", "openvino"]
+"""What can run a network, and be its clock."""
 RUNTIMES: tuple[Runtime, ...] = get_args(Runtime)
+
+ServedPrecision = Literal["fp32", "bf16", "fp16", "int8"]
+"""In which a runtime may compute; none has all of them everywhere."""
+SERVED_PRECISIONS: tuple[ServedPrecision, ...] = get_args(ServedPrecision)
 
 DEVICES = ("auto", "cpu", "cuda", "cuda:N", "mps")
 

@@ -9,7 +9,7 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, choice, option
 from npprune.errors import UsageError
-from npprune.words import PROVIDERS, RUNTIMES, check_word
+from npprune.words import PROVIDERS, RUNTIMES, SERVED_PRECISIONS, check_word
 
 EXAMPLES = """\
 Example: a pruned network compared with the dense one it came from
@@ -20,11 +20,16 @@ Example: two exported files
 
   npprune bench vit_tiny.onnx vit_tiny_half.onnx --provider cuda
 
+Example: everything that is here, the rest named
+
+  npprune bench ckpt/vit_tiny_half --runtime all --precision all --data folder:imagenet/val
+
 The two run in turn on noise images, so that what else the machine does hits both alike. Where \
 timings scatter too much to tell them apart, a warning says so.
 """
 
 TIMING = "Timing"
+ALL = "all"
 
 
 @options.run()
@@ -40,11 +45,14 @@ def command(
         choice(
             TIMING,
             "--runtime",
-            "\\[default: both; .onnx files: onnxruntime]",
-            RUNTIMES,
+            "\\[default: onnxruntime,torch; .onnx files: onnxruntime]",
+            (*RUNTIMES, ALL),
             "WORD,WORD",
         ),
     ] = None,
+    precision: Annotated[
+        str, choice(TIMING, "--precision", "", (*SERVED_PRECISIONS, ALL), "WORD,WORD")
+    ] = "fp32",
     batch: Annotated[str, option(TIMING, "--batch", "N,N", "batch sizes")] = "1,16",
     threads: Annotated[
         str | None,
@@ -57,15 +65,23 @@ def command(
     memory: Annotated[
         bool, option(TIMING, "--memory/--no-memory", None, "measure peak memory as well")
     ] = True,
+    data: Annotated[
+        str | None,
+        option(
+            TIMING,
+            "--data",
+            "SOURCE",
+            "images to run on, and for int8 \\[default: noise; int8: the checkpoint's]",
+        ),
+    ] = None,
     dense: Annotated[str | None, options.dense(TIMING)] = None,
     out: Annotated[
         Path | None, option(RUN, "--out", "FOLDER", "bench.json and the plot bench.svg")
     ] = None,
 ) -> None:
     """Time a pruned network and the dense one in turn."""
-    runtimes = runtime.split(",") if runtime else []
-    for name in runtimes:
-        check_word("runtime", name, RUNTIMES)
+    runtimes = _words("runtime", runtime or "", RUNTIMES)
+    precisions = _words("precision", precision, SERVED_PRECISIONS)
     if seconds <= 0:
         raise UsageError(f"`--seconds` must be greater than 0, got `{seconds:g}`")
     batches, counts = _positive("--batch", batch), _positive("--threads", threads)
@@ -83,7 +99,9 @@ def command(
 
     from npprune.pipeline.export.bench import BenchSettings, bench_checkpoint, bench_files
 
-    settings = BenchSettings(runtimes, batches or [1, 16], counts, seconds, provider, memory)
+    settings = BenchSettings(
+        runtimes, batches or [1, 16], counts, seconds, provider, memory, precisions, data
+    )
     output = Output(as_json=run.as_json)
     with output.working() as emit:
         work = run.work(emit)
@@ -100,6 +118,15 @@ def command(
             )
     show.benchmark(output, found, out)
     output.finish()
+
+
+def _words(field: str, given: str, known: tuple[str, ...]) -> list[str]:
+    """Words separated by commas, or `all` alone; none where nothing was given."""
+    words = given.split(",") if given else []
+    for word in words:
+        if words != [ALL]:
+            check_word(field, word, known)
+    return words
 
 
 def _positive(flag: str, given: str | None) -> list[int]:

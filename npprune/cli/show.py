@@ -15,6 +15,7 @@ from npprune.records import (
     ExportRecord,
     Latency,
     ModelInfo,
+    ParityRow,
     PruneSummary,
     Result,
     Variant,
@@ -322,6 +323,8 @@ def _verdict(record: ExportRecord) -> str:
 def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     """Two networks side by side."""
     output.document("benchmark", to_dict(found))
+    compared = any(row.pruned_agreement is not None for row in found.rows)
+    marked = any(row.marks for row in found.rows)
     rows = []
     for row in found.rows:
         t = row.latency
@@ -338,16 +341,36 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
                 f"{text.size(row.pruned_memory)} ({text.size(row.dense_memory)})"
                 if row.pruned_memory is not None
                 else text.DASH,
+                *([_agreement(row.pruned_agreement)] if compared else []),
+                *([row.marks or text.DASH] if marked else []),
             )
         )
     columns = ["timed in", "dense", "pruned", "ratio"]
     columns += ["of MACs' gain"] if found.saved else []
     columns += ["images/s (dense)", "memory (dense)"]
+    columns += ["logits off, same top-1"] if compared else []
+    columns += ["marks"] if marked else []
     output.table(f"{found.pruned} compared with {found.dense}: median (spread)", columns, rows)
+    facts = [("not here", f"{name}: {why}") for name, why in found.absent.items()]
     if found.macs_ratio is not None:
-        _facts(output, [("MACs ratio", text.fixed(found.macs_ratio, 2))])
+        facts.insert(0, ("MACs ratio", text.fixed(found.macs_ratio, 2)))
+    if any(row.noisy for row in found.rows):
+        facts.append(("noisy", "a time or the ratio changed by more than 5 % when repeated"))
+    if any(row.launch_bound for row in found.rows):
+        facts.append(
+            ("launch-bound", "most of the time does not grow with the batch: MACs cannot show")
+        )
+    if facts:
+        _facts(output, facts)
     if folder is not None:
         _end(output, [("JSON", folder / "bench.json"), ("plot", folder / "bench.svg")], None)
+
+
+def _agreement(row: ParityRow | None) -> str:
+    """With PyTorch: `1.2e-06, 100.0 %`."""
+    if row is None:
+        return text.DASH
+    return f"{text.scientific(row.max_relative_error)}, {text.percent(row.top1_agreement)}"
 
 
 def result(

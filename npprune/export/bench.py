@@ -5,13 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npprune.errors import ExportError, UsageError
+from npprune.export.runtimes import RUNTIMES, Opened, Served
 from npprune.export.session import open_session
 from npprune.records import Latency
 
@@ -28,10 +28,11 @@ class Runner:
     """A network with its input at hand: calling it runs one batch to its end."""
 
     call: Callable[[], object]
-    runtime: str  # "onnxruntime" | "torch"
+    runtime: str  # a word of `words.RUNTIMES`
     provider: str  # what runs, e.g. "CPUExecutionProvider" or "cpu"
     batch: int
     threads: int  # 0: the runtime's own choice
+    precision: str = ""  # empty: float32
 
 
 def onnx_runner(
@@ -49,7 +50,7 @@ def onnx_runner(
             f"`batch` must be {session.fixed_batch}, the size {path.name} was exported with, "
             f"got `{batch}`"
         )
-    feed = _filled(images, batch) if images is not None else _noise(session, batch)
+    feed = filled(images, batch) if images is not None else noise(session, batch)
     return Runner(
         lambda: session.run(feed), "onnxruntime", session.provider, batch, session.threads
     )
@@ -65,20 +66,15 @@ def torch_runner(
 ) -> Runner:
     """`model` in PyTorch on `batch` of the `images` tensor [n, 3, H, W]. The model moves to
     `device` and is put in evaluation mode; a CUDA device is waited for."""
-    import torch
+    feed = filled(images.cpu().numpy(), batch)
+    opened = RUNTIMES["torch"].open(Served(model), feed, place=device, threads=threads)
+    return runner("torch", opened, feed)
 
-    model = model.eval().to(device)
-    feed = _filled(images.cpu().numpy(), batch)
-    tensor = torch.from_numpy(feed).to(device)
-    count = threads or torch.get_num_threads()
 
-    def call() -> None:
-        with torch.inference_mode(), _torch_threads(count):
-            model(tensor)
-            if tensor.is_cuda:
-                torch.cuda.synchronize(tensor.device)
-
-    return Runner(call, "torch", str(tensor.device), batch, count)
+def runner(runtime: str, opened: Opened, images: np.ndarray, precision: str = "fp32") -> Runner:
+    """What runs `images`, one batch, in an opened network."""
+    own = "" if precision == "fp32" else precision
+    return Runner(opened.bind(images), runtime, opened.provider, len(images), opened.threads, own)
 
 
 def bench_pair(
@@ -97,8 +93,32 @@ def bench_pair(
         raise UsageError("two networks are compared on the same runtime and batch size")
     if runs is not None and runs < 1:
         raise UsageError(f"`runs` must be at least 1, got `{runs}`")
-    times = interleave([dense.call, pruned.call], warmup, runs, min_seconds, max_runs)
-    a, b = times
+    return _latency(
+        dense, *interleave([dense.call, pruned.call], warmup, runs, min_seconds, max_runs)
+    )
+
+
+def bench_twice(dense: Runner, pruned: Runner, min_seconds: float) -> tuple[Latency, float]:
+    """`bench_pair` twice, in half of `min_seconds` each: the timing over both, and the largest
+    relative change, from the first to the second, of a median or of the ratio."""
+    calls = [dense.call, pruned.call]
+    passes = [interleave(calls, 5, None, min_seconds / 2) for _ in range(2)]
+    first, second = (_latency(dense, *times) for times in passes)
+    both = _latency(dense, *(a + b for a, b in zip(*passes, strict=True)))
+    return both, max(
+        abs(getattr(second, name) / getattr(first, name) - 1)
+        for name in ("dense_ms", "pruned_ms", "ratio")
+    )
+
+
+def fixed_share(ms: float, batch: int, other_ms: float, other_batch: int) -> float:
+    """The share of a batch's time that does not grow with the batch, from another batch's time: 0
+    where all of it grows, 1 where none does."""
+    return 1 - (other_ms - ms) / (other_batch - batch) * batch / ms
+
+
+def _latency(dense: Runner, a: list[float], b: list[float]) -> Latency:
+    """Of the times of both, in pairs."""
     ratios = sorted(y / x for x, y in zip(a, b, strict=True))
     return Latency(
         runtime=dense.runtime,
@@ -113,6 +133,7 @@ def bench_pair(
         ratio=quantile(ratios, 0.5),
         ratio_low=quantile(ratios, 0.25),
         ratio_high=quantile(ratios, 0.75),
+        precision=dense.precision,
     )
 
 
@@ -204,13 +225,15 @@ def noise_warning(latency: Latency) -> str | None:
     return None
 
 
-def _filled(images: np.ndarray, batch: int) -> np.ndarray:
+def filled(images: np.ndarray, batch: int) -> np.ndarray:
+    """`batch` of the images, from the first on, again and again."""
     import numpy as np
 
     return np.ascontiguousarray(images[np.arange(batch) % len(images)])
 
 
-def _noise(session: Any, batch: int) -> np.ndarray:
+def noise(session: Any, batch: int) -> np.ndarray:
+    """`batch` images of noise that an open file takes."""
     import numpy as np
 
     shape = [batch, *(int(s) for s in session.input_shape[1:])]
@@ -218,15 +241,3 @@ def _noise(session: Any, batch: int) -> np.ndarray:
     if session.input_name == "pixels":
         return rng.integers(0, 256, shape, dtype=np.uint8)
     return rng.standard_normal(shape, dtype=np.float32)
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -88,7 +88,7 @@ def check_parity(
     pixels = images.cpu().numpy()
     rows, top1 = [], None
     for batch in batch_sizes:
-        logits = _onnx_logits(session, pixels, batch)
+        logits = batched_logits(session.run, pixels, batch)
         rows.append(compare_logits(batch, logits, expected))
         if labels is not None:
             share = float((logits.argmax(1) == labels.cpu().numpy()).mean())
@@ -127,7 +127,7 @@ def logits_of(session: Session, images: Tensor, preprocessing: Preprocessing) ->
     """Logits [n, c] of normalised images [n, 3, H, W], whatever the file's input and batch."""
     if session.input_name == "pixels":
         images = to_pixels(images, preprocessing)
-    return _onnx_logits(session, images.cpu().numpy(), session.fixed_batch or 16)
+    return batched_logits(session.run, images.cpu().numpy(), session.fixed_batch or 16)
 
 
 def require(parity: Parity, name: str) -> None:
@@ -151,14 +151,14 @@ def torch_logits(model: nn.Module, images: Tensor, chunk: int = 16) -> np.ndarra
     return np.concatenate(parts)
 
 
-def _onnx_logits(session: Session, images: np.ndarray, batch: int) -> np.ndarray:
+def batched_logits(
+    run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, batch: int
+) -> np.ndarray:
     """Logits [n, c] of all images, every run with exactly `batch` of them."""
     import numpy as np
 
     n = len(images)
-    parts = [
-        session.run(images[np.arange(start, start + batch) % n]) for start in range(0, n, batch)
-    ]
+    parts = [run(images[np.arange(start, start + batch) % n]) for start in range(0, n, batch)]
     return np.concatenate(parts)[:n]
 
 

@@ -104,7 +104,7 @@ def open_session(
             f"ONNX Runtime opens no file whose path is not UTF-8, got `{path}`",
             hint="rename the file, or the folder that it is in",
         )
-    _refuse_loops(path)
+    refuse_loops(path)
     built = ort.get_available_providers()
     if provider == "auto":
         return _auto(path, threads, built, timed)
@@ -125,7 +125,7 @@ def open_session(
     return _session(session, path, provider, "asked for", threads)
 
 
-def _refuse_loops(path: Path) -> None:
+def refuse_loops(path: Path) -> None:
     """ExportError for a file that may never end, or that is none of ONNX."""
     try:
         operator = repeated(path)

@@ -1,7 +1,7 @@
 """What a hidden unit costs in milliseconds: one block's MLP, timed at several widths.
 
-A table for budgets in measured latency. The layers are built directly as ONNX graphs, so nothing
-has to be pruned or exported to know what a width would cost.
+A table for budgets in measured latency. The layers are built directly, as ONNX graphs or modules,
+so nothing has to be pruned or exported to know what a width would cost.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from npprune.errors import UsageError
 from npprune.export.bench import interleave, quantile
-from npprune.export.session import open_session
+from npprune.export.runtimes import RUNTIMES, Runtime, Served
 from npprune.files import scratch
 
 if TYPE_CHECKING:
     import numpy as np
     import onnx
+    from torch import nn
 
 
 WARMUP = 3  # runs of each width before any is timed
@@ -57,6 +58,7 @@ def measure_width_latency(
     provider: str = "cpu",
     runs: int | None = None,
     min_seconds: float = 1.0,
+    runtime: Runtime = RUNTIMES["onnxruntime"],
 ) -> WidthLatency:
     """Time fc1 -> GELU -> fc2 on [batch, tokens, embed_dim] for each hidden width.
 
@@ -73,13 +75,17 @@ def measure_width_latency(
     rng = np.random.default_rng(0)
     x = rng.standard_normal((batch, tokens, embed_dim), dtype=np.float32)
     with scratch() as folder:
-        sessions = []
+        opened = []
         for h in sizes:
-            path = folder / f"mlp_{h}.onnx"
-            path.write_bytes(_mlp(embed_dim, h, rng).SerializeToString())
+            if runtime.takes_files:
+                path = folder / f"mlp_{h}.onnx"
+                path.write_bytes(_mlp(embed_dim, h, rng).SerializeToString())
+                served = Served(file=lambda _, path=path: path)  # type: ignore[misc]
+            else:
+                served = Served(_module(embed_dim, h))
             # Idle threads of the other widths' sessions must not hold the cores.
-            sessions.append(open_session(path, provider, threads, timed=False))
-        calls = [lambda s=s: s.run(x) for s in sessions]  # type: ignore[misc]
+            opened.append(runtime.open(served, x, place=provider, threads=threads, timed=False))
+        calls = [o.bind(x) for o in opened]
         times = interleave(calls, WARMUP, runs, min_seconds * len(sizes))
     return WidthLatency(
         widths=sizes,
@@ -88,9 +94,18 @@ def measure_width_latency(
         tokens=tokens,
         embed_dim=embed_dim,
         batch=batch,
-        threads=sessions[0].threads,
-        provider=sessions[0].provider,
+        threads=opened[0].threads,
+        provider=opened[0].provider,
     )
+
+
+def _module(d: int, h: int) -> nn.Module:
+    """fc1 -> GELU -> fc2 for PyTorch. The generator of random numbers is left as it was."""
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=[]):
+        return nn.Sequential(nn.Linear(d, h), nn.GELU(), nn.Linear(h, d))
 
 
 def _mlp(d: int, h: int, rng: np.random.Generator) -> onnx.ModelProto:

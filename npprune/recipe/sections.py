@@ -307,13 +307,13 @@ class PruneSection(Section):
     )
     target_latency: float | None = setting(
         None,
-        "latency in ONNX Runtime on this machine: up to 1 a share of the dense network's, above 1 "
-        "milliseconds",
+        "latency on this machine: up to 1 a share of the dense network's, above 1 milliseconds",
         panel=BUDGET,
         metavar="X",
         hint="`0.6` asks for 60 % of the dense latency, `4.5` for 4.5 milliseconds",
         gt=0,
     )
+    latency_runtime: words.Runtime = setting("onnxruntime", "runs it while timing", panel=BUDGET)
     latency_batch: int = setting(1, "images per run while timing", panel=BUDGET, metavar="N", ge=1)
     latency_threads: int | None = setting(
         None, "threads while timing", panel=BUDGET, metavar="N", shown="PyTorch's", ge=1

@@ -37,7 +37,12 @@ FORMATS = {
     "timm": "timm checkpoint",
     "transformers": "transformers folder",
 }
-RUNTIMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch"}
+RUNTIMES = {
+    "onnxruntime": "ONNX Runtime",
+    "torch": "PyTorch",
+    "torch-compile": "torch.compile",
+    "openvino": "OpenVINO",
+}
 
 
 def fixed(value: float | None, digits: int = 1, *, sign: bool = False) -> str:

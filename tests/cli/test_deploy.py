@@ -191,8 +191,8 @@ def test_a_file_that_does_not_agree_is_exit_code_1(
 ) -> None:
     from npprune.export import parity
 
-    whole = parity._onnx_logits
-    monkeypatch.setattr(parity, "_onnx_logits", lambda *args: whole(*args) + 0.5)
+    whole = parity.batched_logits
+    monkeypatch.setattr(parity, "batched_logits", lambda *args: whole(*args) + 0.5)
     target = tmp_path / "m.onnx"
     data = f"folder:{world / 'images'}"
     assert run("export", world / "half", "--data", data, "--out", target, "--no-latency") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ import pytest
 import timm
 import torch
 
-from npprune.errors import DataError, ExportError, GateError, ModelError, StoreError, UsageError
+from npprune.errors import (
+    DataError,
+    DeviceError,
+    ExportError,
+    GateError,
+    ModelError,
+    StoreError,
+    UsageError,
+)
 from npprune.export import checked
 from npprune.export.parity import GATES, Gate
 from npprune.export.predict import Classifier
@@ -25,6 +34,7 @@ from npprune.pipeline.common.inputs import Images
 from npprune.pipeline.common.results import render_report
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.export import images as export_images
+from npprune.pipeline.export import timings
 from npprune.pipeline.export.bench import BenchSettings, analysis, bench_checkpoint, bench_files
 from npprune.pipeline.export.stage import default_target, export_checkpoint, export_model
 from npprune.recipe import DataSection, ExportSection, ModelSection
@@ -509,6 +519,8 @@ def test_files_of_different_images_are_not_compared(world: Path, tmp_path: Path)
         bench_files(*paths, BenchSettings(provider="cpu"))
     with pytest.raises(UsageError, match="`--runtime torch` needs a checkpoint"):
         bench_files(*paths, BenchSettings(runtimes=["torch"]))
+    with pytest.raises(UsageError, match="go with a checkpoint"):
+        bench_files(*paths, BenchSettings(precisions=["int8"]))
     with pytest.raises(ExportError, match="no ONNX file at"):
         bench_files(tmp_path / "no.onnx", paths[0], BenchSettings(provider="cpu"))
 
@@ -516,9 +528,7 @@ def test_files_of_different_images_are_not_compared(world: Path, tmp_path: Path)
 def test_a_checkpoint_beside_its_dense_network(
     world: Path, tmp_path: Path, events: list[Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from npprune.pipeline.export import bench
-
-    monkeypatch.setattr(bench, "noise_warning", lambda t: "busy" if t.batch == 2 else None)
+    monkeypatch.setattr(timings, "noise_warning", lambda t: "busy" if t.batch == 2 else None)
     settings = BenchSettings(batches=[2], threads=[1], seconds=0.01, provider="cpu", memory=False)
     found = bench_checkpoint(world / "uneven", settings, work=Work(emit=events.append))
     assert [r.latency.runtime for r in found.rows] == ["onnxruntime", "torch"]
@@ -528,6 +538,50 @@ def test_a_checkpoint_beside_its_dense_network(
     assert sum(e.level == "warning" and "busy" in e.message for e in events) == 2
     with pytest.raises(UsageError, match="is not pruned"):
         bench_checkpoint(world / "dense", settings)
+
+
+def test_all_that_is_here_in_one_table(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(timings.RUNTIMES, "torch-compile")  # it compiles for long
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    monkeypatch.setattr(timings, "bench_twice", lambda a, b, _: (
+        Latency(a.runtime, a.provider, a.batch, a.threads, 10, 3.0, 2.0, 0, 0, 0.66, 0.6, 0.7,
+                a.precision), 0.04 if a.runtime == "torch" else 0.06,
+    ))  # fmt: skip
+    settings = BenchSettings(
+        ["all"], batches=[1, 4], threads=[1], memory=False, precisions=["all"],
+        data=f"folder:{world / 'images'}",
+    )  # fmt: skip
+    found = bench_checkpoint(world / "uneven", settings)
+    here = {(r.latency.runtime, r.latency.precision) for r in found.rows}
+    assert here >= {("onnxruntime", p) for p in ("", "fp16", "int8")}
+    assert here >= {("torch", p) for p in ("", "fp16", "bf16")}
+    assert "pip install openvino" in found.absent["OpenVINO, cpu"]
+    assert found.images == settings.data
+    assert len(found.int8) == 2
+    for row in found.rows:
+        assert row.pruned_agreement is not None
+        assert row.dense_start_ms is not None
+        assert row.dense_start_ms > 0
+        if row.latency.precision == "" and row.latency.provider.lower().startswith("cpu"):
+            assert row.pruned_agreement.max_relative_error < 1e-4
+        if row.latency.precision == "int8":
+            assert row.pruned_agreement.max_relative_error > 1e-4
+        assert row.marks == (
+            "launch-bound" if row.latency.runtime == "torch" else "noisy, launch-bound"
+        )  # 3 ms at either batch
+    assert from_json(Benchmark, to_json(found)) == found
+    assert "OpenVINO is not installed" in analysis(found).text
+
+
+def test_what_was_asked_for_by_name_has_to_be_here(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(DeviceError, match="OpenVINO is not installed"):
+        bench_checkpoint(world / "uneven", BenchSettings(["openvino"], memory=False))
+    settings = BenchSettings(["torch"], precisions=["int8"], data=f"folder:{world / 'images'}")
+    with pytest.raises(UsageError, match="PyTorch has fp32, bf16, fp16"):
+        bench_checkpoint(world / "uneven", settings)
 
 
 def test_a_run_holds_every_export_and_the_benchmark(world: Path, tmp_path: Path) -> None:

@@ -217,6 +217,17 @@ def test_a_real_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert set(map(int, record["alone_ms"])) >= {64, 512}
 
 
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_any_runtime_is_the_clock(runtime: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = create(ARCHITECTURE, {**MODEL_ARGS, "depth": 1, "embed_dim": 32, "num_heads": 2})
+    monkeypatch.setattr(timing, "PAIR_SECONDS", 0.0)
+    model.train()
+    with timing.DenseTimer(model, PREPROCESSING, batch=2, threads=1, runtime=runtime) as timer:
+        found = timer.against(model)
+    assert (found.runtime, found.batch, found.threads) == (runtime, 2, 1)
+    assert model.training  # it was a copy that ran
+
+
 def searched(target: float, ratio: Callable[[float], float]) -> tuple[LatencySearch, list[float]]:
     """A search on a machine where a share of the MACs takes so much of the dense latency; the
     networks that it timed."""

@@ -49,6 +49,17 @@ def resolve_device(asked: str = "auto") -> tuple[torch.device, str]:
     return device, f"asked for `{asked}`"
 
 
+def place_of(runtime: str, provider: str) -> str:
+    """Where a runtime runs: PyTorch on a device, the others where a word of `--provider` says.
+
+    Raises:
+        DeviceError: PyTorch does not have it.
+    """
+    if not runtime.startswith("torch"):
+        return provider
+    return str(resolve_device({"tensorrt": "cuda"}.get(provider, provider))[0])
+
+
 def check_shortcuts(precision: str, compiled: bool, device: torch.device) -> None:
     """UsageError where the device has no such products, or compiling is for nothing.
 

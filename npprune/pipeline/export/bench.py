@@ -1,33 +1,37 @@
-"""Bench: dense and pruned side by side, in PyTorch and ONNX Runtime, run in turn."""
+"""Bench: dense and pruned side by side, in the runtimes that are here, run in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import Tensor, nn
 
-from npprune.errors import UsageError
-from npprune.export.bench import (
-    Runner,
-    bench_pair,
-    noise_warning,
-    onnx_runner,
-    peak_memory,
-    torch_runner,
-)
-from npprune.export.onnx import export_onnx
+from npprune.errors import DataError, UsageError
+from npprune.export.bench import noise
+from npprune.export.runtimes import RUNTIMES, Served
 from npprune.export.session import Session, open_session
 from npprune.files import check_folder, keeping, refuse_overwriting, scratch
-from npprune.pipeline.common.device import environment, resolve_device
-from npprune.pipeline.common.inputs import Network, open_checkpoint
+from npprune.pipeline.common.device import environment
+from npprune.pipeline.common.inputs import Network, dense_names, open_checkpoint
 from npprune.pipeline.common.outputs import reads_of, recordable
 from npprune.pipeline.common.results import add_command, run_of
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import open_dense
+from npprune.pipeline.export.images import read_images
+from npprune.pipeline.export.timings import (
+    ALL,
+    NOISE,
+    BenchSettings,
+    Subject,
+    network_subject,
+    places_of,
+    reason,
+    time_all,
+)
+from npprune.recipe import DataSection
 from npprune.records import Analysis, Benchmark, BenchmarkRow, FigureData, Series
 from npprune.report import text
 from npprune.report.drawing import draw
@@ -35,34 +39,8 @@ from npprune.report.svg import standalone
 from npprune.store import atomic
 
 STAGE = "bench"
-RUNTIMES = ("onnxruntime", "torch")
-CPU = "CPUExecutionProvider"
+BY_DEFAULT = ("onnxruntime", "torch")
 FILES = ("bench.json", "bench.svg")
-
-
-@dataclass
-class BenchSettings:
-    """What is timed. `runtimes` and `threads` empty: both where there are checkpoints, ONNX
-    Runtime alone for files; and as many threads as PyTorch takes by itself."""
-
-    runtimes: list[str] = field(default_factory=list)
-    batches: list[int] = field(default_factory=lambda: [1, 16])
-    threads: list[int] = field(default_factory=list)
-    seconds: float = 2.0  # for each pair
-    provider: str = "auto"
-    memory: bool = True
-
-
-Memory = Callable[[int, int], tuple[int | None, int | None]]  # of (batch, threads)
-
-
-@dataclass
-class _Bed:
-    """One runtime, with the two networks ready for it."""
-
-    runner: Callable[[bool, int, int], Runner]  # (pruned?, batch, threads)
-    memory: Memory
-    on_cpu: bool
 
 
 def bench_checkpoint(
@@ -73,7 +51,9 @@ def bench_checkpoint(
     out: Path | None = None,
     work: Work | None = None,
 ) -> Benchmark:
-    """Time a pruned checkpoint beside its dense network, both in float32 on noise images.
+    """Time a pruned checkpoint beside its dense network.
+
+    They run on noise images, or on those of `settings.data`; with int8, on the checkpoint's own.
 
     The timings go into the run's `result.json`, and with `out` into a folder of their own.
 
@@ -93,20 +73,24 @@ def bench_checkpoint(
     run = run_of(checkpoint, config, work)
     recorded = recordable(run, work)
     dense = open_dense(config, checkpoint, dense_checkpoint, work)
+    names = _runtimes(settings, BY_DEFAULT)
+    absent: dict[str, str] = {}
+    images, calibration, spec = _images(pruned, dense, settings, absent, work)
+    places = places_of(settings, names, absent)
     with scratch() as folder:
-        beds = [
-            _onnx_bed(*_exported(dense, pruned, folder, work), settings.provider)
-            if runtime == "onnxruntime"
-            else _torch_bed(dense, pruned, settings.provider)
-            for runtime in settings.runtimes or RUNTIMES
-        ]
-        rows = _time(beds, settings, work)
+        pair = (
+            network_subject(dense, "dense", folder, images, calibration),
+            network_subject(pruned, "pruned", folder, images, calibration),
+        )
+        rows = time_all(places, pair, images, settings, absent, work)
     found = _benchmark(
         dense.info.source.architecture,
         checkpoint.resolve().name,
         rows,
         pruned.info.macs / dense.info.macs,
     )
+    found.absent, found.images = absent, spec
+    found.int8 = [name for subject in pair for name in subject.int8]
     with keeping(found):
         if out is not None:
             write_benchmark(out, found)
@@ -131,10 +115,20 @@ def bench_files(
         NpPruneError: a file cannot be opened, or the two take other images; wrong settings.
     """
     work = (work or Work()).on(STAGE)
-    if "torch" in settings.runtimes:
+    names = _runtimes(settings, BY_DEFAULT[:1])
+    absent = {}
+    for name in names:
+        if not RUNTIMES[name].takes_files:
+            said = f"`--runtime {name}` needs a checkpoint, and .onnx files were given"
+            if settings.runtimes != [ALL]:
+                raise UsageError(
+                    said, hint="leave it out, or give the folder that `npprune prune` wrote"
+                )
+            absent[text.RUNTIMES[name]] = said
+    if settings.precisions != ["fp32"] or settings.data is not None:
         raise UsageError(
-            "`--runtime torch` needs a checkpoint, and .onnx files were given",
-            hint="leave it out, or give the folder that `npprune prune` wrote",
+            "`--precision` and `--data` go with a checkpoint, and .onnx files were given",
+            hint="a file has the precision that `npprune export --precision` gave it",
         )
     _check_out(out, [dense, pruned])
     sessions = [open_session(path, settings.provider) for path in (dense, pruned)]
@@ -150,8 +144,11 @@ def bench_files(
     if fixed and settings.batches != list(fixed):
         work.say(f"batch {next(iter(fixed))}: the only one that the files take")
         settings.batches = list(fixed)
-    rows = _time([_onnx_bed(dense, pruned, settings.provider)], settings, work)
+    places = places_of(settings, [n for n in names if RUNTIMES[n].takes_files], absent)
+    pair = (_file_subject(dense), _file_subject(pruned))
+    rows = time_all(places, pair, noise(sessions[0], max(settings.batches)), settings, absent, work)
     found = _benchmark(dense.name, pruned.name, rows, _macs_ratio(*sessions))
+    found.absent = absent
     if out is not None:
         with keeping(found):
             write_benchmark(out, found)
@@ -169,7 +166,8 @@ def analysis(found: Benchmark) -> Analysis:
     """The benchmark as a section of a report: bars of the ratios, and a table."""
     columns = ["timed in", "batch", "threads", f"{found.dense}, ms", f"{found.pruned}, ms"]
     columns += ["ratio", "quartiles", "of the MACs' speed-up", "images/s", "images/s before"]
-    columns += ["memory", "memory before"]
+    columns += ["memory", "memory before", "logits off", "same top-1", "top-1 before"]
+    columns += ["start-up", "start-up before", "when repeated", "marks"]
     table: list[list[str | int | float | None]] = []
     for row in found.rows:
         t = row.latency
@@ -188,6 +186,11 @@ def analysis(found: Benchmark) -> Analysis:
                 text.fixed(row.dense_images_per_second, 1),
                 text.size(row.pruned_memory),
                 text.size(row.dense_memory),
+                *_agreement(row),
+                _ms(row.pruned_start_ms),
+                _ms(row.dense_start_ms),
+                text.percent(row.repeat_off, sign=True),
+                row.marks or text.DASH,
             ]
         )
     reference = {"dense": 1.0}
@@ -202,15 +205,39 @@ def analysis(found: Benchmark) -> Analysis:
         reference=reference,
     )
     words = (
-        "Median ± interquartile range in milliseconds per batch, on noise images, the two networks "
-        "run in turn after a warm-up. The ratio is the median of the paired ratios. Memory is the "
-        "most that opening the file and running it takes, beyond the runtime itself."
+        f"Median ± interquartile range in milliseconds per batch, on {found.images or 'noise'} "
+        "images, the two networks run in turn after a warm-up. The ratio is the median of the "
+        "paired ratios. Memory is the most that opening the file and running it takes, beyond the "
+        "runtime itself. Logits and top-1 are compared with PyTorch's in float32. Start-up goes "
+        "from opening to the first logits; compilers keep what they made for the next time. Noisy: "
+        "a time or the ratio changed by more than 5 % when repeated. Launch-bound: most of the "
+        "dense time does not grow with the batch, so that fewer MACs cannot show."
     )
+    if found.int8:
+        words += f" int8 of dense and pruned: {', '.join(found.int8)}."
+    if found.absent:
+        words += " Not here: " + "; ".join(f"{k}: {v}" for k, v in found.absent.items()) + "."
     noisy = [row.warning for row in found.rows if row.warning]
     if noisy:
         words += " Not all timings can be trusted: " + "; ".join(dict.fromkeys(noisy)) + "."
     title = f"Speed of {found.pruned} compared with {found.dense}"
     return Analysis(title, words, columns, table, figure)
+
+
+def _agreement(row: BenchmarkRow) -> list[str]:
+    """Of the pruned network's logits and top-1, and of the dense one's top-1."""
+    pruned, dense = row.pruned_agreement, row.dense_agreement
+    if pruned is None or dense is None:
+        return [text.DASH] * 3
+    return [
+        text.scientific(pruned.max_relative_error),
+        text.percent(pruned.top1_agreement),
+        text.percent(dense.top1_agreement),
+    ]
+
+
+def _ms(value: float | None) -> str:
+    return text.DASH if value is None else text.milliseconds(value)
 
 
 def _places(found: Benchmark) -> list[str]:
@@ -238,97 +265,49 @@ def write_benchmark(folder: Path, found: Benchmark) -> None:
     atomic.write_text(plot, standalone(draw(shown.figure, shown.title, "bench")))
 
 
-# ---------------------------------------------------------------- the two runtimes
+# ---------------------------------------------------------------- what runs on what
 
 
-def _exported(dense: Network, pruned: Network, folder: Path, work: Work) -> tuple[Path, Path]:
-    work.say("exporting both networks")
-    paths = folder / "dense.onnx", folder / "pruned.onnx"
-    for network, path in zip((dense, pruned), paths, strict=True):
-        export_onnx(network.model, network.info.preprocessing, [], path)
-    return paths
+def _runtimes(settings: BenchSettings, default: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that were asked for, each once."""
+    if settings.runtimes == [ALL]:
+        return tuple(RUNTIMES)
+    return tuple(dict.fromkeys(settings.runtimes)) or default
 
 
-def _onnx_bed(dense: Path, pruned: Path, provider: str) -> _Bed:
-    running = open_session(dense, provider).provider
-
-    def memory(batch: int, threads: int) -> tuple[int | None, int | None]:
-        if running != CPU:  # a fresh process on the CPU would measure something else
-            return None, None
-        return tuple(peak_memory(p, batch, threads=threads) for p in (dense, pruned))  # type: ignore[return-value]
-
-    return _Bed(
-        lambda smaller, batch, threads: onnx_runner(
-            pruned if smaller else dense, batch, provider=provider, threads=threads
-        ),
-        memory,
-        running == CPU,
-    )
+def _file_subject(path: Path) -> Subject:
+    """A file: it has the precision that it has."""
+    return Subject(Served(file=lambda precision: path))
 
 
-def _torch_bed(dense: Network, pruned: Network, provider: str) -> _Bed:
-    asked = {"tensorrt": "cuda"}.get(provider, provider)
-    device = resolve_device(asked)[0]
-    noise = torch.randn(
-        1, *dense.info.preprocessing.input_size, generator=torch.Generator().manual_seed(0)
-    )
-
-    def memory(batch: int, threads: int) -> tuple[int | None, int | None]:
-        if device.type != "cuda":
-            return None, None
-        both = [_cuda_memory(n.model, noise, batch, device) for n in (dense, pruned)]
-        return both[0], both[1]
-
-    return _Bed(
-        lambda smaller, batch, threads: torch_runner(
-            (pruned if smaller else dense).model,
-            batch,
-            images=noise,
-            device=str(device),
-            threads=threads,
-        ),
-        memory,
-        device.type == "cpu",
-    )
-
-
-def _cuda_memory(model: nn.Module, image: Tensor, batch: int, device: torch.device) -> int:
-    """Bytes of the weights and of the most that one run adds to them."""
-    run = torch_runner(model, batch, images=image, device=str(device))
-    run.call()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run.call()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return weights + torch.cuda.max_memory_allocated(device) - before
-
-
-def _time(beds: list[_Bed], settings: BenchSettings, work: Work) -> list[BenchmarkRow]:
-    """Every runtime at every batch size and thread count; a GPU at the first count only."""
-    counts = settings.threads or [torch.get_num_threads()]
-    jobs = [
-        (bed, threads, batch)
-        for bed in beds
-        for threads in (counts if bed.on_cpu else counts[:1])
-        for batch in settings.batches
-    ]
-    rows = []
-    for done, (bed, threads, batch) in enumerate(jobs, 1):
-        pair = [bed.runner(smaller, batch, threads) for smaller in (False, True)]
-        latency = bench_pair(*pair, min_seconds=settings.seconds)
-        memory = bed.memory(batch, threads) if settings.memory else (None, None)
-        row = BenchmarkRow(
-            latency,
-            1e3 * batch / latency.dense_ms,
-            1e3 * batch / latency.pruned_ms,
-            *memory,
-            noise_warning(latency),
+def _images(
+    pruned: Network, dense: Network, settings: BenchSettings, absent: dict[str, str], work: Work
+) -> tuple[np.ndarray, np.ndarray | None, str | None]:
+    """Images [n, 3, H, W] to run on, others to calibrate int8 with, and the name of their source.
+    Where int8 is one of `all` and there are none, it goes into `absent` and out of the settings.
+    """
+    info, config = pruned.info, pruned.config
+    assert config is not None
+    wanted = "int8" in settings.precisions or settings.precisions == [ALL]
+    if not wanted and settings.data is None:
+        rng = np.random.default_rng(0)
+        return (
+            rng.standard_normal((NOISE, *info.preprocessing.input_size), np.float32),
+            None,
+            None,
         )
-        rows.append(row)
-        work.progress(done, len(jobs), "timings")
-        if row.warning is not None:
-            work.warn(f"{_short(row)}: {row.warning}")
-    return rows
+    try:
+        read = read_images(
+            info, config, DataSection(val=settings.data), "int8" if wanted else "fp32", work,
+            num_classes=dense.info.num_classes, names=dense_names(config),
+        )  # fmt: skip
+    except (UsageError, DataError) as err:
+        if settings.precisions != [ALL] or settings.data is not None:
+            raise
+        absent["int8"] = f"{reason(err)}; `--data SOURCE` gives images to calibrate with"
+        return _images(pruned, dense, replace(settings, precisions=["fp32"]), absent, work)
+    calibration = None if read.calibration is None else read.calibration.numpy()
+    return read.images.numpy(), calibration, read.opened.source.spec
 
 
 def _benchmark(
@@ -351,8 +330,3 @@ def _macs_ratio(dense: Session, pruned: Session) -> float | None:
     if not all(m.isdigit() and int(m) > 0 for m in macs):
         return None
     return int(macs[1]) / int(macs[0])
-
-
-def _short(row: BenchmarkRow) -> str:
-    t = row.latency
-    return f"{text.runtime(t)}, batch {t.batch}, {text.plural(t.threads, 'thread')}"

@@ -18,18 +18,21 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from npprune.budget import Budget, budget_of
 from npprune.core.compression.selection import nearest, widths_for
 from npprune.errors import GateError, setting
-from npprune.export.bench import Runner, bench_pair, noise_warning, onnx_runner
-from npprune.export.onnx import export_onnx
+from npprune.export.bench import Runner, bench_pair, noise_warning, runner
+from npprune.export.onnx import export_onnx, frozen_copy
+from npprune.export.runtimes import RUNTIMES, Served
 from npprune.export.widths import WidthLatency, measure_width_latency
 from npprune.files import scratch
 from npprune.models.info import model_sizes
 from npprune.models.surgery import apply_plan
+from npprune.pipeline.common.device import place_of
 from npprune.pipeline.common.work import Work
 from npprune.recipe import PruneSection
 from npprune.records import Latency, Plan, Preprocessing, to_dict
@@ -50,7 +53,7 @@ STEPS = 10_000  # prices are multiples of this part of the dense latency: the so
 
 
 class DenseTimer:
-    """The dense network in ONNX Runtime, to time others against. A context: it holds a file."""
+    """The dense network in a runtime, to time others against. A context: it holds a file."""
 
     def __init__(
         self,
@@ -60,8 +63,10 @@ class DenseTimer:
         batch: int = 1,
         threads: int | None = None,
         provider: str = "auto",
+        runtime: str = "onnxruntime",
     ) -> None:
         self.preprocessing, self.batch, self.provider = preprocessing, batch, provider
+        self.runtime = RUNTIMES[runtime]
         self.threads = threads or torch.get_num_threads()
         self._held = ExitStack()
         self._folder = self._held.enter_context(scratch())
@@ -89,8 +94,20 @@ class DenseTimer:
 
     def _runner(self, model: nn.Module, name: str) -> Runner:
         path = self._folder / f"{name}.onnx"
-        export_onnx(model, self.preprocessing, [], path)
-        return onnx_runner(path, self.batch, provider=self.provider, threads=self.threads)
+        if self.runtime.takes_files:
+            export_onnx(model, self.preprocessing, [], path)
+        images = np.random.default_rng(0).standard_normal(
+            (self.batch, *self.preprocessing.input_size), np.float32
+        )
+        # A copy: the network that is pruned stays where it is, in the mode it is in.
+        served = Served(None if self.runtime.takes_files else frozen_copy(model), lambda _: path)
+        opened = self.runtime.open(
+            served,
+            images,
+            place=place_of(self.runtime.name, self.provider),
+            threads=self.threads,
+        )
+        return runner(self.runtime.name, opened, images)
 
 
 @dataclass
@@ -176,7 +193,11 @@ class LatencyGoal(ABC):
         assert target is not None
         self.target, self.work = target, work.on(STAGE)
         self.timer = DenseTimer(
-            model, preprocessing, batch=settings.latency_batch, threads=settings.latency_threads
+            model,
+            preprocessing,
+            batch=settings.latency_batch,
+            threads=settings.latency_threads,
+            runtime=settings.latency_runtime,
         )
 
     def __enter__(self) -> Self:
@@ -231,8 +252,9 @@ class LatencyTarget(LatencyGoal):
                 tokens=sizes.tokens,
                 batch=self.timer.batch,
                 threads=self.timer.threads,
-                provider=self.timer.provider,
+                provider=place_of(self.timer.runtime.name, self.timer.provider),
                 min_seconds=WIDTH_SECONDS,
+                runtime=self.timer.runtime,
             )
             self.table = build_table(alone, allowed, widths, self._at)
         except BaseException:
