@@ -147,7 +147,8 @@ def prune(
             alone decides.
         use_paths: auto, protect, prior or off: the setting `prune.paths` of a recipe.
         out: a checkpoint folder to write as well; None: nothing is written.
-        device, progress: as for `npprune.discover`.
+        device: as for `npprune.discover`.
+        progress: as for `npprune.discover`.
         settings: those of `npprune prune`, of the images, and of a network by its name. One of
             keep, target_params, target_macs, target_latency and max_drop is needed.
 
@@ -206,7 +207,8 @@ def evaluate(
         images: as for `npprune.discover`, with labels.
         dense: the network it was pruned from, where `pruned` does not have it: a network, or a
             file or folder of its weights.
-        device, progress: as for `npprune.discover`.
+        device: as for `npprune.discover`.
+        progress: as for `npprune.discover`.
         settings: those of `npprune eval` and of the images.
 
     Returns:
@@ -249,7 +251,8 @@ def heal(
         dense: the teacher, where `pruned` does not have it.
         any_teacher: another teacher than the network that was pruned.
         out: a checkpoint folder to write as well, where an interrupted call resumes.
-        device, progress: as for `npprune.discover`.
+        device: as for `npprune.discover`.
+        progress: as for `npprune.discover`.
         settings: those of `npprune heal` and of the images; one of epochs and minutes is needed.
 
     Returns:

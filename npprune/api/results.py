@@ -138,7 +138,7 @@ class Found:
 
     @property
     def class_paths(self) -> dict[int, list[list[int]]]:
-        """Of every class, the most frequent neurons of each block: [blocks][topk]."""
+        """Of every class, the most frequent neurons of each block: lists by block, then by rank."""
         found = self.result.discovery
         return {} if found is None else dict(found.class_paths)
 

@@ -62,7 +62,9 @@ class Split:
     reads alone, and others for the rest. Both together are never more than the block has now.
 
     Args:
-        rest, own: which units of each side go first, and how many may stay.
+        rest: which units of the others go first, and how many may stay.
+        own: the same of the tokens that are read.
+        own_widths: per block, how many of these may stay.
         harm: nats per block and width of the rest, and of the own.
         prices: per block, of the rest and of the own.
         blocks: where it may be done.
