@@ -14,7 +14,8 @@ from npprune.cli import app, endings
 CODES = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 # the signal comes when a module is loaded, or when the command has begun
 PROGRAM = """
-import os, sys, importlib.abc
+import os, signal, sys, importlib.abc
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 number, moment = int(sys.argv[1]), sys.argv[2]
 class At(importlib.abc.MetaPathFinder):
     def find_spec(self, name, *_):
@@ -51,6 +52,7 @@ def test_what_a_library_makes_of_a_signal_is_no_bug(
     monkeypatch.setattr("npprune.cli.app.app", swallowed)
     monkeypatch.setattr(endings, "_came", [])
     handlers = {s: signal.getsignal(s) for s in CODES}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         endings.listen()
         assert app.run_app(["env"]) == CODES[which][0]
