@@ -7,6 +7,7 @@ and, in what is JSON, values exchanged for odd ones. A few examples by default;
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import os
@@ -104,7 +105,7 @@ def edited(draw: st.DrawFn, content: bytes) -> bytes:
                                        range(len(value))))  # fmt: skip
             value = holder[key]
         if holder is not None:
-            odd = draw(st.sampled_from(ODD))
+            odd = copy.deepcopy(draw(st.sampled_from(ODD)))  # it may be edited next
             holder[key] = draw(st.sampled_from((odd, [odd], {"a": odd}, [value, value])))
     return json.dumps(document).encode()
 
