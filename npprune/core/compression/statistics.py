@@ -413,6 +413,6 @@ def _gradients(
         found.salient_gram = double(scaled.T @ scaled)
     if read:
         found.read = _gradients(fc2, h[:, :read], g[:, :read], needs, draws)
-        gates: list[Need] = ["gates"] if "gates" in needs else []
-        found.rest = _gradients(fc2, h[:, read:], g[:, read:], gates, draws)
+        if "gates" in needs:
+            found.rest = _gradients(fc2, h[:, read:], g[:, read:], ["gates"], draws)
     return found
