@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,9 +36,6 @@ from npprune.pipeline.common.device import place_of
 from npprune.pipeline.common.work import Work
 from npprune.recipe import PruneSection
 from npprune.records import Latency, Plan, Preprocessing, to_dict
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 STAGE = "latency"
 LATENCY_TOLERANCE = 0.05  # of the latency asked for
@@ -184,7 +181,7 @@ class LatencyTable:
 
 
 class LatencyGoal(ABC):
-    """A latency asked for, and the runtime it is timed on. A context: it holds a file."""
+    """A latency asked for, and the runtime it is timed on; its `timer` is to be closed."""
 
     def __init__(
         self, model: nn.Module, preprocessing: Preprocessing, settings: PruneSection, work: Work
@@ -199,17 +196,6 @@ class LatencyGoal(ABC):
             threads=settings.latency_threads,
             runtime=settings.latency_runtime,
         )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.timer.__exit__(kind, error, trace)
 
     def check(self, model: nn.Module, widths: Sequence[int]) -> tuple[dict[str, Any], list[str]]:
         """Time what was made, of these hidden widths: what was asked for and measured; and why they

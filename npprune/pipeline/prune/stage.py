@@ -173,7 +173,8 @@ def _planned(
     with ExitStack() as held:
         latency: LatencyGoal | None = None
         if settings.target_latency is not None:
-            latency = held.enter_context(_latency(opened, settings, work))
+            latency = _latency(opened, settings, work)
+            held.enter_context(latency.timer)
         table = latency.table if isinstance(latency, LatencyTarget) else None
         measured = prepared(measure(subject, asked, work, cache=cache), asked, work)
         if isinstance(latency, LatencyTarget):
