@@ -66,6 +66,24 @@ def store_error(err: OSError, path: Path, action: str = "write") -> StoreError:
     return StoreError(f"cannot {action} `{path}`: {reason}", hint=hint)
 
 
+def out_folder(path: str | Path) -> Path:
+    """A folder that may be written, with a name of its own: that of the run or checkpoint, too.
+
+    Raises:
+        UsageError: its name begins with a dot or a blank, or it has none.
+        StoreError: it is a file.
+    """
+    folder = Path(path)
+    if not re.match(r"[^.\s]", folder.name):
+        raise UsageError(
+            f"{setting('out')} must name a folder, not begin with a dot, got `{path}`",
+            hint="for example `reports/vit_tiny` or `ckpt/vit_tiny_half`",
+        )
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{setting('out')} must be a folder, got the file `{path}`")
+    return folder
+
+
 def foreign_folder(path: str | Path) -> str | None:
     """`transformers` or `timm`, where a folder's `config.json` is one of theirs; None otherwise."""
     config = Path(path) / "config.json"

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor, nn
 
-from npprune.errors import ModelError, StoreError, UsageError
+from npprune.errors import ModelError, UsageError
 from npprune.recipe import DataSection, ModelSection, Section, section_of
 from npprune.recipe.settings import told
 from npprune.words import did_you_mean
@@ -52,19 +52,6 @@ def whole(name: str, value: Any, least: int, most: int | None = None) -> int:
         bounds = f"at least {least}" if most is None else f"in {least}..{most}"
         raise UsageError(f"`{name}` must be a whole number {bounds}, got {value!r}")
     return number
-
-
-def out_folder(path: str | Path) -> Path:
-    """A folder that may be written; its name names the run or the checkpoint, too."""
-    folder = Path(path)
-    if not folder.name or folder.name[0] in ". ":
-        raise UsageError(
-            f"`out` must name a folder, not begin with a dot, got `{path}`",
-            hint="for example `reports/vit_tiny` or `ckpt/vit_tiny_half`",
-        )
-    if folder.exists() and not folder.is_dir():
-        raise StoreError(f"`out` must be a folder, got the file `{path}`")
-    return folder
 
 
 def taking(*kinds: type[Section]) -> Callable[[F], F]:

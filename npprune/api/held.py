@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npprune.api.arguments import SEEDS, check_model, model_section, out_folder, whole
+from npprune.api.arguments import SEEDS, check_model, model_section, whole
 from npprune.api.results import Found, Pruned
 from npprune.data.given import AsGiven, Given
 from npprune.errors import ModelError, UsageError
+from npprune.files import out_folder
 from npprune.models.describe import describe, is_described, unwrapped
 from npprune.models.info import model_info, weights_sha256
 from npprune.pipeline.common.events import Emit

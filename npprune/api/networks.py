@@ -7,10 +7,11 @@ from pathlib import Path
 
 from torch import nn
 
-from npprune.api.arguments import check_model, number, out_folder, whole
+from npprune.api.arguments import check_model, number, whole
 from npprune.api.held import check_described, in_memory, not_described
 from npprune.api.results import Cost, Pruned
 from npprune.errors import StoreError, UsageError
+from npprune.files import out_folder
 from npprune.models.describe import builds, unwrapped
 from npprune.models.info import model_info, state
 from npprune.models.load import build

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, of, option
+from npprune.files import out_folder
 from npprune.recipe.sections import DataSection, DiscoverSection
 
 EXAMPLES = """\
@@ -45,7 +46,7 @@ def command(
     if "batch_size" in images.model_fields_set:  # of the search as well
         settings.batch_size = images.batch_size
     source = flags.model_section(model, network)
-    folder = flags.out_folder(out or Path("reports") / flags.folder_name(source))
+    folder = out_folder(out or Path("reports") / flags.folder_name(source))
 
     from npprune.pipeline.discover.stage import discover
 

@@ -130,18 +130,6 @@ def command_line(ctx: typer.Context) -> str:
     return shlex.join(["npprune", *(ctx.obj or [])])
 
 
-def out_folder(path: Path) -> Path:
-    """`--out` with a name of its own: it names the run or the checkpoint, too."""
-    if not re.match(r"[^.\s]", path.name):
-        raise UsageError(
-            f"`--out` must name a folder, not begin with a dot, got `{path}`",
-            hint="for example `reports/vit_tiny` or `ckpt/vit_tiny_half`",
-        )
-    if path.exists() and not path.is_dir():
-        raise StoreError(f"`--out` must be a folder, got the file `{path}`")
-    return path
-
-
 def existing_file(flag: str, path: str | None) -> None:
     """ModelError where weights are named and not there (a folder: a checkpoint of ours)."""
     if path is not None and not Path(path).exists():

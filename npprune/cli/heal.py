@@ -8,6 +8,7 @@ from typing import Annotated
 from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, of, option, required
+from npprune.files import out_folder
 from npprune.recipe.sections import TEACHING, DataSection, HealSection
 
 EXAMPLES = """\
@@ -49,7 +50,7 @@ def command(
     """Train a pruned network to predict what its dense network predicts. Needs no labels."""
     source = flags.checkpoint_folder(checkpoint)
     flags.existing_file("--dense", dense)
-    folder = flags.out_folder(out)
+    folder = out_folder(out)
 
     from npprune.pipeline.heal.stage import heal
 

@@ -10,6 +10,7 @@ import typer
 from npprune.cli import flags, options
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, choice, option, required
+from npprune.files import out_folder
 from npprune.report import text
 from npprune.words import LAYOUTS, check_word
 
@@ -60,7 +61,7 @@ def export_command(
     """
     if layout is not None:
         check_word("layout", layout, LAYOUTS)
-    flags.out_folder(out)
+    out_folder(out)
 
     from npprune.pipeline.discover.path_files import export_released
 
@@ -93,7 +94,7 @@ def import_command(
     predictions, not scores of paths, and are refused.
     """
     source = flags.model_section(model, network)
-    folder = flags.out_folder(out)
+    folder = out_folder(out)
 
     from npprune.pipeline.discover.path_files import import_released
 

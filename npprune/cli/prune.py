@@ -9,6 +9,7 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, option, required
 from npprune.errors import UsageError
+from npprune.files import out_folder
 from npprune.recipe.sections import DataSection, HealSection, PruneSection
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def command(
     if heal is not None and heal < 1:
         raise UsageError(f"`--heal` must be at least 1 epoch, got `{heal}`")
     start = flags.run_or_model(source, network)
-    folder = flags.out_folder(out)
+    folder = out_folder(out)
 
     from npprune.pipeline.prune.stage import prune
 

@@ -9,6 +9,7 @@ from npprune.cli import flags, options, show
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, of, option, required
 from npprune.errors import UsageError
+from npprune.files import out_folder
 from npprune.recipe.sections import (
     IMAGES,
     LENGTH,
@@ -64,7 +65,7 @@ def command(
         )
     if heal_minutes < 0:
         raise UsageError(f"`--heal-minutes` must not be negative, got `{heal_minutes:g}`")
-    folder = flags.out_folder(out)
+    folder = out_folder(out)
     recipe = Recipe(
         name=folder.name,
         model=flags.model_section(model, network),

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from npprune.cli import flags, options
 from npprune.cli.console import Output
 from npprune.cli.options import RUN, argument, of, required
+from npprune.files import out_folder
 from npprune.recipe.sections import DataSection, StudySection
 
 EXAMPLES = """\
@@ -49,7 +50,7 @@ def command(
 ) -> None:
     """Compare criteria, selections, compensations and budgets on the same images."""
     start = flags.run_or_model(source, network)
-    folder = flags.out_folder(out)
+    folder = out_folder(out)
 
     from npprune.pipeline.study.stage import study
 
