@@ -6,8 +6,8 @@
         --val folder:tiny-imagenet/val --draws 5:0 20:0 20:1 --out paths.json
     python benchmarks/paths.py --table paths.json
 
-`--draws N:SEED` draws N of the images' classes at random. The criterion and measured harm settle the
-widths. At these widths the neurons that a candidate ranks first take a share of each block's kept
+`--draws N:SEED` draws N of the images' classes at random. The criterion and measured harm settle
+the widths. At these the neurons that a candidate ranks first take a share of each block's kept
 units, the criterion's the rest; everything is refitted by least squares, one block at a time, and
 compared with the criterion alone on the same validation images. Parts already in the file are not
 made again.
