@@ -59,12 +59,12 @@ class Ranking:
 @dataclass
 class Split:
     """What a block may do in place of sharing: hidden units for the tokens that the classifier
-    reads alone, and others for the rest. Both together are never more than the block has now.
+    reads alone, and others for the rest. A unit may serve both sides, and is then paid for twice.
 
     Args:
         rest: which units of the others go first, and how many may stay.
         own: the same of the tokens that are read.
-        own_widths: per block, how many of these may stay.
+        own_widths: per block, how many of these may stay; all of them may.
         harm: nats per block and width of the rest, and of the own.
         prices: per block, of the rest and of the own.
         blocks: where it may be done.
@@ -87,7 +87,7 @@ class Split:
             _price_row(p[l], l, ws) for p, ws in zip(self.prices, widths, strict=True)
         )
         harm, prices, least = {}, {}, math.inf
-        pairs = [(w, c) for w in widths[0] for c in widths[1] if w + c <= widths[0][-1]]
+        pairs = [(w, c) for w in widths[0] for c in widths[1]]
         for w, c in sorted(pairs, key=lambda o: (rest_price[o[0]] + own_price[o[1]], o)):
             nats = rest[w] + own[c]
             if nats < least:

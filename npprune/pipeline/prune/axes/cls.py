@@ -1,8 +1,8 @@
 """Hidden units of the class token's own: which ones, what they are worth, what they cost.
 
 In every block the tokens that the classifier reads may leave the units that all tokens share and
-have some to themselves; the patches then keep what serves patches. Each side is ranked, measured
-and refitted on its own tokens. There is one class token an image, so its layers are shrunk towards
+have some to themselves, all of a block's units at most; the patches then keep what serves patches.
+Each side is ranked, measured and refitted on its own tokens. There is one class token an image, so its layers are shrunk towards
 the dense ones far more than the patches' are.
 """
 
@@ -29,7 +29,7 @@ from npprune.pipeline.prune.axes.hidden import HiddenUnits
 WORD = "cls"
 OWN_SHRINKAGE = 0.1
 """lambda over the mean variance, of the class token's units."""
-OWN_SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+OWN_SHRINKAGES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1000.0)
 """Tried on held-out images, where there are some, in the refit."""
 REST_SHARES = (1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 OWN_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
@@ -128,9 +128,9 @@ class OwnUnits:
         blocks = range(len(sizes.hidden))
         alone = replace(sizes, own_tokens=self.tokens)
         beside = replace(alone, own=(1,) * len(blocks))  # fewer tokens go through the shared units
-        own_widths = [[w for w in row if w < row[-1]] for row in self.own.ranking.widths]
-        prices = [{c: float(own_price(alone, l, unit, c)) for c in own_widths[l]} for l in blocks]
+        widths = self.own.ranking.widths
+        prices = [{c: float(own_price(alone, l, unit, c)) for c in widths[l]} for l in blocks]
         return Split(
-            self.rest.ranking, self.own.ranking, own_widths, harm,
+            self.rest.ranking, self.own.ranking, widths, harm,
             ([float(neuron_price(beside, l, unit)) for l in blocks], prices), self.blocks,
         )  # fmt: skip
