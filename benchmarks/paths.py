@@ -4,13 +4,16 @@
         --val folder:imagenet/val --squash --out paths.json
     python benchmarks/paths.py --checkpoint W.safetensors --train folder:tiny-imagenet/train \
         --val folder:tiny-imagenet/val --draws 5:0 20:0 20:1 --out paths.json
+    python benchmarks/paths.py --checkpoint W.safetensors --train folder:imagenet/train \
+        --val folder:imagenet/val --squash --side cls --keep 0.5 0.25 0.125 --out cls.json
     python benchmarks/paths.py --table paths.json
 
 `--draws N:SEED` draws N of the images' classes at random. The criterion and measured harm settle
 the widths. At these the neurons that a candidate ranks first take a share of each block's kept
 units, the criterion's the rest; everything is refitted by least squares, one block at a time, and
-compared with the criterion alone on the same validation images. Parts already in the file are not
-made again.
+compared with the criterion alone on the same validation images. With `--side cls` only the class
+token loses units, the same number in every block, and the patches keep theirs: which units does it
+need? Parts already in the file are not made again.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor
 
 import npprune
 from npprune.core.attribution.votes import class_votes
-from npprune.core.compression.harm import least_squares, predict
+from npprune.core.compression.harm import Replacement, least_squares, predict
 from npprune.core.compression.selection import keep_sets
 from npprune.core.compression.statistics import collect_statistics
 from npprune.core.metrics import divergence, mean_interval
@@ -42,10 +45,15 @@ from npprune.recipe import DataSection, ModelSection, PruneSection
 SHARES = (0.25, 0.5, 1.0)  # of a block's kept units, for those that a candidate ranks first
 SEARCHES: dict[str, dict[str, Any]] = {
     "path, class token, K = 1": {"topk": 1, "scope": "cls"},
+    "path, class token, K = 10": {"topk": 10, "scope": "cls"},
     "path, class token, K = 5": {"topk": 5, "scope": "cls"},
     "path, class token, K = 5, last": {"topk": 5, "scope": "cls", "accumulation": "last"},
     "path, patches, K = 5": {"topk": 5, "scope": "patch"},
     "path, all tokens, K = 5": {"topk": 5, "scope": "all"},
+    "knowledge neurons, class token, K = 5": {
+        "topk": 5, "scope": "cls", "method": "knowledge-neuron",
+    },
+    "activation, class token, K = 5": {"topk": 5, "scope": "cls", "method": "activation"},
     "knowledge neurons, all tokens, K = 5": {
         "topk": 5, "scope": "all", "method": "knowledge-neuron",
     },
@@ -53,6 +61,7 @@ SEARCHES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MEAN, WORST, CHANCE = "harm, mean over classes", "harm, worst class", "at random"
 CANDIDATES = (*SEARCHES, MEAN, WORST, CHANCE)
+OF_CLS = (*(name for name in SEARCHES if "class token" in name), CHANCE)
 Votes = list[Tensor]  # [h] per block, the highest first
 
 
@@ -65,8 +74,10 @@ def main() -> None:
     parser.add_argument("--squash", action="store_true", help="resize those without a crop")
     parser.add_argument("--draws", nargs="+", default=["all"], metavar="N:SEED", help="of classes")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.35])
-    parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
+    parser.add_argument("--side", choices=["all", "cls"], default="all", help="who loses units")
+    parser.add_argument("--candidates", nargs="+", choices=CANDIDATES)
     parser.add_argument("--images-per-class", type=int, default=5, help="to find paths on")
+    parser.add_argument("--path-images", type=int, help="at most so many of these in all")
     parser.add_argument("--calibration-images", type=int, default=1000)
     parser.add_argument("--val-images", type=int, help="at most so many to evaluate on")
     parser.add_argument("--out", type=Path, default=Path("paths.json"))
@@ -75,6 +86,7 @@ def main() -> None:
     if args.table:
         print("\n".join(table(json.loads(args.table.read_text()))))
         return
+    args.candidates = args.candidates or (OF_CLS if args.side == "cls" else CANDIDATES)
     found = json.loads(args.out.read_text()) if args.out.exists() else []
     for draw in args.draws:
         done = [(p["candidate"], p["keep"]) for p in found if p["draw"] == draw]
@@ -104,8 +116,10 @@ class World:
         self.fit = fit
         dense = self.opened.network.model
         subject = Subject(self.view, fit.images, lambda: model_sizes(dense), held.images)
-        asked = PlanSettings()
-        self.measured: Measured = prepared(measure(subject, asked, self.work), asked, self.work)
+        asked = PlanSettings(axes=("mlp", "cls") if args.side == "cls" else ("mlp",))
+        self.measured: Measured = measure(subject, asked, self.work)
+        if args.side == "all":
+            self.measured = prepared(self.measured, asked, self.work)
         crop = {"crop_mode": "squash", "crop_pct": 1.0} if args.squash else {}
         self.images, labels = _decoded(self._open(args.val, data, crop), args.val_images)
         self.labels = self._restricted(labels)
@@ -137,6 +151,9 @@ class World:
 
     def _criterion(self, share: float) -> tuple[list[int], Tensor]:
         """Widths that measured harm settles, and the logits of the criterion alone."""
+        if self.args.side == "cls":
+            widths = [max(1, int(share * h)) for h in self.view.widths]
+            return widths, self._logits(widths, None, 0.0)
         asked = PlanSettings.of(PruneSection(keep=share))
         budget = amount(self.measured, asked)
         assert budget is not None
@@ -145,16 +162,19 @@ class World:
 
     def _logits(self, widths: list[int], votes: Votes | None, share: float) -> Tensor:
         """Of the pruned network on the validation images."""
-        scores = self.measured.hidden.ranking.scores
+        own = self.measured.own
+        units = self.measured.hidden if own is None else own.own
+        scores = units.ranking.scores
         first: list[list[int]] = [[] for _ in widths]
         if votes is not None:
             first = [_first(v, int(share * w)) for v, w in zip(votes, widths, strict=True)]
         keep = keep_sets(scores, widths, first)[0]
-        layers = {
-            l: least_squares(self.view.fc2(l), self.measured.hidden.moments(l), kept)
-            for l, kept in enumerate(keep)
-            if len(kept) < self.view.widths[l]
-        }
+        layers: dict[int, Replacement] = {}
+        for l, kept in enumerate(keep):
+            if own is not None:
+                layers[l] = own.least_squares(l, range(self.view.widths[l]), kept)
+            elif len(kept) < self.view.widths[l]:
+                layers[l] = least_squares(self.view.fc2(l), units.moments(l), kept)
         return predict(self.view, self.images.split(25), layers)
 
     # ------------------------------------------------------------ candidates
@@ -193,6 +213,8 @@ class World:
             seen[c] = seen.get(c, 0) + 1
             if seen[c] <= self.args.images_per_class:
                 chosen.append(i)
+        limit = min(len(chosen), self.args.path_images or len(chosen))
+        chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
         return images[chosen], labels[chosen]
 
     def _harm_of(self, images: Tensor) -> Tensor:
