@@ -112,7 +112,11 @@ def resolve(
         crop_mode=base.crop_mode if crop_mode is None else crop_mode,
     )
     if from_files and channels not in (1, 3):
-        raise UsageError(f"images have 1 or 3 channels, and the model takes {channels}")
+        raise UsageError(
+            f"image files have 1 or 3 channels, and the model takes {channels}",
+            hint="in Python, give npprune tensors of that many channels: "
+            "`npprune.prune(model, (images, labels), ...)`",
+        )
     if min(pre.input_size) < 1:
         raise UsageError(f"`img_size` must be 1 or more, got {pre.input_size[1:]}")
     if min(pre.std) <= 0:
