@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from npprune.errors import ExportError, setting
+from npprune.errors import ExportError
 from npprune.export.beside import hashes
 from npprune.export.onnx import Producer, first_line, frozen_copy, metadata, quiet, sample_input
 from npprune.export.parity import Gate, Parity, compare_logits, failures_of, require, torch_logits
@@ -100,40 +100,32 @@ def _record(path: Path, rows: list[ParityRow], gate: Gate) -> ExportRecord:
 
 def to_timm(
     model: nn.Module, info: ModelInfo, classes: list[ClassInfo], final_folder: Path
-) -> list[Path]:
+) -> bool:
     """Write `model.safetensors` and `config.json` as timm reads them:
-    `timm.create_model("local-dir:" + folder, pretrained=True)`. Returns the files.
+    `timm.create_model("local-dir:" + folder, pretrained=True)`.
 
-    timm knows one hidden width for all blocks and heads that fill the width. Errors: ExportError
-    names what does not fit.
+    timm knows one hidden width for all blocks, heads that fill the width, and no merging. Another
+    network is described as `npprune_vit`, which `npprune_timm.py` teaches it.
+
+    Returns:
+        whether the folder needs that file.
     """
     from safetensors.torch import save_file
 
-    if info.merged is not None:
-        raise ExportError(
-            "timm's networks merge no tokens, and this one does",
-            hint="export to ONNX or a torch archive",
-        )
-    if info.cls_widths is not None:
-        raise ExportError(
-            "timm's networks have one MLP per block, and here the class token has one of its own",
-            hint="export to ONNX or a torch archive",
-        )
-    ratio = _mlp_ratio(info)
     tensors = {k: v.contiguous() for k, v in frozen_copy(model).state_dict().items()}
-    for name, tensor in tensors.items():
-        if name.endswith("attn.qkv.weight") and tensor.shape[0] != 3 * info.embed_dim:
-            raise ExportError(
-                f"timm's attention is as wide as the stream ({info.embed_dim}): `{name}` gives "
-                f"{tensor.shape[0] // 3}",
-                hint="attention was made smaller: export to ONNX or a torch archive",
-            )
-    pre = info.preprocessing
+    name, args = info.source.architecture.split(".")[0], dict(info.source.model_args)
+    own = not _is_timms(info, tensors)
+    if own:
+        args = _described(model, info, tensors, name, args)
+    else:
+        args["mlp_ratio"] = _mlp_ratio(info)
+    pre, cfg = info.preprocessing, getattr(model, "default_cfg", None) or {}
     config = {
-        "architecture": info.source.architecture.split(".")[0],
+        "architecture": "npprune_vit" if own else name,
         "num_classes": info.num_classes,
-        "model_args": {**info.source.model_args, "mlp_ratio": ratio},
+        "model_args": args,
         "pretrained_cfg": {
+            **{k: cfg[k] for k in ("first_conv", "classifier") if own and k in cfg},
             "input_size": list(pre.input_size),
             "mean": list(pre.mean),
             "std": list(pre.std),
@@ -149,18 +141,74 @@ def to_timm(
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         publish(folder, final_folder / "model.safetensors")
-    return [final_folder / "model.safetensors", final_folder / "config.json"]
+    return own
+
+
+def _is_timms(info: ModelInfo, tensors: dict[str, Tensor]) -> bool:
+    """Whether timm's own arguments can say it."""
+    alike = len(set(info.widths)) == 1 and not _narrower(info, tensors)
+    return alike and info.merged is None and info.cls_widths is None
+
+
+def _described(
+    model: Any, info: ModelInfo, tensors: dict[str, Tensor], base: str, args: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of `npprune_vit`."""
+    blocks = list(model.blocks)
+    linear = [f"blocks.{l}.{n}" for l in range(len(blocks)) for n in ("mlp", "attn")]
+    own = [l for l, width in enumerate(info.cls_widths or []) if width]
+    options = getattr(blocks[-1], "token_options", None)
+    changed = info.merged is not None or _narrower(info, tensors) or options is not None
+    if changed or own:
+        _check_plain(blocks)
+    values = [b.attn.proj.in_features // h for b, h in zip(blocks, info.heads, strict=True)]
+    sizes = zip(info.heads, info.query_dims or values, values, strict=True)
+    return {
+        "base": base,
+        "base_args": args,
+        "layers": {
+            name.removesuffix(".weight"): list(tensor.shape)
+            for name, tensor in tensors.items()
+            if tensor.dim() == 2 and name.startswith(tuple(linear))
+        },
+        "attention": [list(row) for row in sizes] if changed else [],
+        "cls": own,
+        "cls_tokens": int(blocks[own[0]].mlp.own_tokens) if own else 1,
+        "merged": info.merged or [],
+        "read": (options.read or 0) if options is not None else 0,
+        "follow": bool(options.follow) if options is not None else False,
+    }
+
+
+def _narrower(info: ModelInfo, tensors: dict[str, Tensor]) -> bool:
+    """Whether some block's attention is smaller than timm's."""
+    return any(
+        tensor.shape[0] != 3 * info.embed_dim
+        for name, tensor in tensors.items()
+        if name.endswith("attn.qkv.weight")
+    )
+
+
+def _check_plain(blocks: list[Any]) -> None:
+    """ExportError, by name, for blocks that `npprune_timm.py` does not know smaller."""
+    known = {
+        "block": ("Block", "MergingBlock"),
+        "attention": ("Attention", "NarrowAttention"),
+        "MLP": ("Mlp", "OwnMlp", "GluMlp", "SwiGLU"),
+    }
+    for block in blocks:
+        parts = {"block": block, "attention": block.attn, "MLP": block.mlp}
+        for what, part in parts.items():
+            if type(part).__name__ not in known[what] or getattr(part, "gate", None) is not None:
+                raise ExportError(
+                    f"smaller attention, merged tokens and own units are written for timm's plain "
+                    f"blocks, and here the {what} is a {type(part).__name__}",
+                    hint="export to ONNX or a torch archive",
+                )
 
 
 def _mlp_ratio(info: ModelInfo) -> float:
     """The ratio that gives back the hidden width when timm computes int(width x ratio)."""
-    if len(set(info.widths)) != 1:
-        raise ExportError(
-            "timm has one hidden width for all blocks, this network has "
-            f"{min(info.widths)} to {max(info.widths)}",
-            hint=f"prune with {setting('prune.selection', 'uniform')}, or export to ONNX or a "
-            "torch archive",
-        )
     hidden = info.widths[0]
     ratio = hidden / info.embed_dim
     if int(info.embed_dim * ratio) != hidden:

@@ -1,8 +1,8 @@
 """A folder that `transformers` loads: `AutoModelForImageClassification.from_pretrained(FOLDER)`.
 
 A network whose blocks are alike, with ViT's own head, is written as `ViTForImageClassification`.
-Any other plain one brings its class along, `modeling_npprune.py`, which `trust_remote_code=True`
-admits.
+Any other plain one brings its class along, `modeling_npprune.py` and `npprune_tokens.py`, which
+`trust_remote_code=True` admits.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CODE = "modeling_npprune.py"
+TOKENS = "npprune_tokens.py"
 _INSTEAD = "export to ONNX or a torch archive"
 _ACTIVATIONS = {  # class -> name in `transformers`
     "GELU": "gelu",
@@ -63,8 +64,7 @@ def to_transformers(
     }
     if own:
         config = {**_own_config(said), **labels}
-        code = Path(__file__).with_name(CODE).read_text(encoding="utf-8")
-        (folder / CODE).write_text(code, encoding="utf-8")
+        bring(folder, Path(__file__).with_name(CODE))
     else:
         tensors = _as_vit(tensors)
         config = {**_vit_config(said), **labels}
@@ -111,6 +111,14 @@ def load_transformers(folder: Path, own: bool) -> nn.Module:
     return Logits().eval()
 
 
+def bring(folder: Path, code: Path) -> None:
+    """Write a file of code beside the weights, and `npprune.core.tokens` which it imports."""
+    import npprune.core.tokens
+
+    for name, source in ((code.name, code), (TOKENS, Path(npprune.core.tokens.__file__))):
+        (folder / name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+
+
 def _write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -129,10 +137,6 @@ def _described(model: Any, info: ModelInfo) -> dict[str, Any]:
     kind = type(model).__name__
     if kind not in ("VisionTransformer", "VisionTransformerDistilled"):
         raise _refuse(f"networks of timm's class {kind}")
-    if info.merged is not None:
-        raise _refuse("networks that merge tokens")
-    if info.cls_widths is not None:
-        raise _refuse("networks whose class token has hidden units of its own")
     if model.pos_embed is None or not hasattr(model.patch_embed.proj, "kernel_size"):
         raise _refuse("networks without position embeddings or with another patch embedding")
     blocks, first = list(model.blocks), model.blocks[0]
@@ -141,7 +145,11 @@ def _described(model: Any, info: ModelInfo) -> dict[str, Any]:
         plain = type(attn).__name__ in ("Attention", "NarrowAttention")
         between = [getattr(attn, n, None) for n in ("q_norm", "k_norm", "norm", "gate")]
         between.append(getattr(block.mlp, "norm", None))
-        if type(block).__name__ != "Block" or not plain or any(map(_does_something, between)):
+        if (
+            type(block).__name__ not in ("Block", "MergingBlock")
+            or not plain
+            or any(map(_does_something, between))
+        ):
             raise _refuse("blocks with another attention, or norms within attention or MLP")
     norms = {
         name: module
@@ -167,6 +175,9 @@ def _described(model: Any, info: ModelInfo) -> dict[str, Any]:
         "value_dims": values,
         "hidden_act": _activation(first.mlp),
         "gated": _gated(first.mlp),
+        "cls_sizes": info.cls_widths or [],
+        "merged": info.merged or [],
+        "read": _read(blocks[-1]),
         "layer_norm_eps": eps.pop(),
         "prefix": prefix,
         "prefix_tokens": count,
@@ -177,6 +188,12 @@ def _described(model: Any, info: ModelInfo) -> dict[str, Any]:
         "norms": list(norms),
         "pooling": _pooling(model),
     }
+
+
+def _read(last: Any) -> int:
+    """How many tokens the last block computes; 0: all."""
+    options = getattr(last, "token_options", None)
+    return 0 if options is None else options.read or 0
 
 
 def _there(model: Any, name: str) -> bool:
@@ -195,9 +212,10 @@ def _activation(mlp: Any) -> str:
 
 
 def _gated(mlp: Any) -> str:
-    if type(mlp).__name__ == "Mlp":
+    kind = type(mlp).__name__.removeprefix("Own")
+    if kind == "Mlp":
         return ""
-    if type(mlp).__name__ != "GluMlp":
+    if kind != "GluMlp":
         raise _refuse(f"MLPs of the kind {type(mlp).__name__}")
     return "last" if mlp.gate_last else "first"
 
@@ -232,6 +250,8 @@ def _is_vit(said: dict[str, Any]) -> bool:
         "layer_scale": False,
         "norms": ["norm"],
         "pooling": "token",
+        "cls_sizes": [],
+        "merged": [],
     }
     same = all(said[k] == v for k, v in usual.items())
     return same and alike and said["query_dims"][0] == said["value_dims"][0] == full
@@ -342,8 +362,8 @@ def _card(info: ModelInfo, names: list[str], about: str, own: bool) -> str:
     """A short model card; a licence is for the owner of the weights to say."""
     trust = ", trust_remote_code=True" if own else ""
     why = (
-        "Its blocks differ, so the folder brings its class, `modeling_npprune.py`; read it before "
-        "you trust it.\n"
+        "It is no network that `transformers` has, so the folder brings its class, "
+        "`modeling_npprune.py`, and `npprune_tokens.py`; read them before you trust them.\n"
         if own
         else ""
     )

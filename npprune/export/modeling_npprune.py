@@ -1,4 +1,4 @@
-"""A plain vision transformer whose blocks differ in width, for `transformers`.
+"""A plain vision transformer whose blocks differ in width and may merge tokens, for `transformers`.
 
 Written beside the weights by `npprune export --format transformers`; needs torch and transformers
 alone. Tensors have the names of timm's vision transformers.
@@ -14,6 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import ImageClassifierOutput
+
+from .npprune_tokens import Tokens, expanded, followed, match, merge
 
 
 class NpPruneViTConfig(PretrainedConfig):  # type: ignore[misc]
@@ -42,6 +44,9 @@ class NpPruneViTConfig(PretrainedConfig):  # type: ignore[misc]
         layer_scale: bool = False,
         norms: Any = ("norm",),  # of norm_pre, norm, fc_norm
         pooling: str = "token",  # token | avg | all | class+patches | distilled
+        cls_sizes: Any = (),  # hidden units of the tokens that are read; 0: they share; empty: all
+        merged: Any = (),  # patch tokens that merge; empty: in no block
+        read: int = 0,  # tokens that the last block computes; 0: all
         **kwargs: Any,
     ) -> None:
         self.image_size, self.patch_size = list(image_size), list(patch_size)
@@ -54,6 +59,7 @@ class NpPruneViTConfig(PretrainedConfig):  # type: ignore[misc]
         self.positions, self.patch_bias = positions, patch_bias
         self.qkv_bias, self.layer_scale = list(qkv_bias), layer_scale
         self.norms, self.pooling = list(norms), pooling
+        self.cls_sizes, self.merged, self.read = list(cls_sizes), list(merged), read
         super().__init__(**kwargs)
 
 
@@ -65,21 +71,20 @@ class _Attention(nn.Module):
         self.qkv = nn.Linear(c.hidden_size, rows, bias=c.qkv_bias[l])
         self.proj = nn.Linear(self.heads * self.v, c.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None, read: int | None) -> Tensor:
         b, t, _ = x.shape
         sizes = [self.heads * self.q, self.heads * self.q, self.heads * self.v]
         q, k, v = (
             part.view(b, t, self.heads, -1).transpose(1, 2)
             for part in self.qkv(x).split(sizes, dim=-1)
         )
-        x = scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(b, t, -1))  # type: ignore[no-any-return]
+        x = scaled_dot_product_attention(q[:, :, :read], k, v, attn_mask=bias)
+        return self.proj(x.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class _Mlp(nn.Module):
-    def __init__(self, c: NpPruneViTConfig, l: int) -> None:
+    def __init__(self, c: NpPruneViTConfig, width: int) -> None:
         super().__init__()
-        width = c.intermediate_sizes[l]
         self.gated, self.act = c.gated, ACT2FN[c.hidden_act]
         self.fc1 = nn.Linear(c.hidden_size, width * (2 if c.gated else 1))
         self.fc2 = nn.Linear(width, c.hidden_size)
@@ -92,6 +97,19 @@ class _Mlp(nn.Module):
         else:
             x = self.act(x)
         return self.fc2(x)  # type: ignore[no-any-return]
+
+
+class _OwnMlp(_Mlp):
+    """The first tokens have hidden units of their own."""
+
+    def __init__(self, c: NpPruneViTConfig, width: int, own: int) -> None:
+        super().__init__(c, width)
+        self.first = 2 if c.pooling == "distilled" else 1
+        self.cls = _Mlp(c, own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own, rest = x[:, : self.first], x[:, self.first :]
+        return torch.cat([self.cls(own), super().forward(rest)], 1)
 
 
 class _Scale(nn.Module):
@@ -110,12 +128,21 @@ class _Block(nn.Module):
         self.attn = _Attention(c, l)
         self.ls1 = _Scale(c.hidden_size) if c.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
-        self.mlp = _Mlp(c, l)
+        width, own = c.intermediate_sizes[l], c.cls_sizes[l] if c.cls_sizes else 0
+        self.mlp = _OwnMlp(c, width, own) if own else _Mlp(c, width)
         self.ls2 = _Scale(c.hidden_size) if c.layer_scale else nn.Identity()
+        self.merged, self.prefix = c.merged[l] if c.merged else 0, c.prefix_tokens
+        self.read = c.read if c.read and l == len(c.intermediate_sizes) - 1 else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))  # type: ignore[no-any-return]
+    def forward(self, tokens: Tokens) -> Tokens:
+        z = self.norm1(tokens.x)
+        bias = None if tokens.sizes is None else tokens.sizes.log()[:, None, None].to(z)
+        x = tokens.x[:, : self.read] + self.ls1(self.attn(z, bias, self.read))
+        tokens = Tokens(x) if self.read else tokens._replace(x=x)
+        if self.merged:
+            tokens = merge(tokens, match(self.norm2(x), tokens.sizes, self.merged, self.prefix))
+        x = tokens.x
+        return tokens._replace(x=x + self.ls2(self.mlp(self.norm2(x))))
 
 
 class _Patches(nn.Module):
@@ -175,8 +202,10 @@ class NpPruneViTForImageClassification(PreTrainedModel):  # type: ignore[misc]
         else:
             x = torch.cat([*before, x + self.pos_embed], 1)
         x = self.norm_pre(x)
+        tokens = followed(x) if c.pooling in ("avg", "all", "class+patches") else Tokens(x)
         for block in self.blocks:
-            x = block(x)
+            tokens = block(tokens)
+        x = tokens.x if tokens.where is None else expanded(tokens)
         logits = self._logits(self.norm(x))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         if return_dict is False:

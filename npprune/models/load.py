@@ -204,9 +204,16 @@ def _same_sizes(dense: Shapes, tensors: dict[str, Tensor], name: str) -> None:
             )
 
 
+def timm_code() -> Path:
+    """The file that teaches timm a pruned network."""
+    return Path(__file__).with_name("npprune_timm.py")
+
+
 def load_timm_folder(folder: Path) -> nn.Module:
     """The network that timm reads from a folder in its own format (`local-dir:`), in evaluation
-    mode, leaving the global random state as it was."""
+    mode, leaving the global random state as it was. From now on timm knows `npprune_vit`."""
+    import npprune.models.npprune_timm  # noqa: F401
+
     with torch.random.fork_rng(devices=[]):
         return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,7 +19,11 @@ from torch import nn
 from npprune.errors import ExportError, GateError
 from npprune.export import archive
 from npprune.export.archive import to_timm, to_torch_archive
-from npprune.records import ClassInfo, ModelInfo, ModelSource, Preprocessing
+from npprune.export.hugging import bring
+from npprune.models.info import model_info
+from npprune.models.load import timm_code
+from npprune.models.surgery import apply_plan
+from npprune.records import ClassInfo, ModelInfo, ModelSource, Plan, Preprocessing
 
 CLASSES = [ClassInfo(i, f"kind {i}") for i in range(5)]
 PREPROCESSING = Preprocessing((3, 32, 32))
@@ -92,8 +99,9 @@ def test_an_archive_that_does_not_agree_is_not_kept(images, tmp_path, monkeypatc
 @pytest.mark.parametrize("width", [29, 96, 192])
 def test_timm_reads_it(width, images, tmp_path):
     model = tiny((width, width))
-    files = to_timm(model, info((width, width)), CLASSES, tmp_path / "out")
-    assert sorted(f.name for f in files) == sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert not to_timm(model, info((width, width)), CLASSES, tmp_path / "out")
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["config.json", "model.safetensors"]
     loaded = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
@@ -101,11 +109,56 @@ def test_timm_reads_it(width, images, tmp_path):
     assert loaded.blocks[0].mlp.fc1.out_features == width
 
 
-def test_timm_has_one_width(tmp_path):
-    with pytest.raises(ExportError, match="one hidden width for all blocks, this network has 31"):
-        to_timm(tiny((31, 64)), info((31, 64)), CLASSES, tmp_path / "out")
-    model = tiny((48, 48))
-    model.blocks[1].attn.qkv = nn.Linear(48, 96)
-    with pytest.raises(ExportError, match=r"`blocks\.1\.attn\.qkv\.weight` gives 32"):
-        to_timm(model, info((48, 48)), CLASSES, tmp_path / "out")
+def smaller(**plan: Any) -> nn.Module:
+    return apply_plan(tiny((64, 64)), Plan(widths=[64, 64], **plan))
+
+
+ALL = [list(range(64)), list(range(64))]
+UNEVEN: dict[str, Callable[[], nn.Module]] = {
+    "hidden units": lambda: tiny((31, 64)),
+    "heads, queries": lambda: smaller(keep=ALL, heads=[[0, 2], [0, 1, 2]], query_dims=[5, 16]),
+    "tokens": lambda: smaller(keep=ALL, merged=[3, 2]),
+    "own units, last block for what is read": lambda: smaller(
+        keep=[ALL[0][:40], ALL[1][:33]], cls_keep=[ALL[0][30:], []], merged=[4, 0],
+        last_for_read=True,
+    ),
+}  # fmt: skip
+
+
+def test_timm_is_taught_uneven_networks(images, tmp_path):
+    source = ModelSource("vit_tiny_patch16_224.augreg_in21k_ft_in1k", dict(ARGS))
+    made = {name: make() for name, make in UNEVEN.items()}
+    for name, model in made.items():
+        assert to_timm(model, model_info(model, source), CLASSES, tmp_path / name)
+        bring(tmp_path / name, timm_code())
+    torch.save(images, tmp_path / "x.pt")
+    code = (
+        "import sys, json, torch\n"
+        f"sys.path.insert(0, {str(tmp_path / next(iter(made)))!r})\n"
+        "import npprune_timm, timm\n"
+        "x, found = torch.load('x.pt', weights_only=True), []\n"
+        f"for name in {list(made)!r}:\n"
+        "    model = timm.create_model(f'local-dir:{name}', pretrained=True).eval()\n"
+        "    found.append(model(x).tolist())\n"
+        "ten = timm.create_model(f'local-dir:{name}', pretrained=True, num_classes=10)\n"
+        "assert ten.head.out_features == 10\n"
+        "assert 'npprune' not in sys.modules\n"
+        "print(json.dumps(found))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for model, found in zip(made.values(), json.loads(done.stdout), strict=True):
+        with torch.no_grad():
+            torch.testing.assert_close(torch.tensor(found), model(images))
+
+
+def test_what_timm_cannot_be_taught(tmp_path):
+    model = timm.create_model("eva02_tiny_patch14_224", num_classes=5, img_size=28, depth=2)
+    info = model_info(model, ModelSource("eva02_tiny_patch14_224"))
+    info.merged = [2, 0]
+    with pytest.raises(ExportError, match="the block is a EvaBlock"):
+        to_timm(model, info, CLASSES, tmp_path / "out")
     assert not (tmp_path / "out").exists()

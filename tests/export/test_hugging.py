@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from npprune.export.hugging import load_transformers, to_transformers
 from npprune.models.info import model_info
 from npprune.models.load import load
 from npprune.models.surgery import apply_plan
+from npprune.models.tokens import apply_tokens
 from npprune.models.view import make_view
 from npprune.records import ClassInfo, ModelInfo, ModelSource, Plan, Preprocessing
 from tests.models.test_load import images, tiny
@@ -33,6 +35,21 @@ def pruned(**args: Any) -> nn.Module:
     widths = list(make_view(model).widths)
     keep = [list(range(40)), list(range(61))]
     plan = Plan(keep=keep, widths=widths, heads=[[0, 2], [0, 1, 2]], query_dims=[5, 8])
+    return apply_plan(model, plan)
+
+
+def merging(**args: Any) -> nn.Module:
+    """The same, of which 5 and 2 tokens merge."""
+    return apply_tokens(pruned(**args), [5, 2])
+
+
+def own_units() -> nn.Module:
+    """Tokens merge, the class token has units of its own, the last block computes it alone."""
+    model = tiny()
+    keep, own = [list(range(40)), list(range(61))], [list(range(20, 60)), []]
+    plan = Plan(
+        keep, list(make_view(model).widths), cls_keep=own, merged=[5, 0], last_for_read=True
+    )
     return apply_plan(model, plan)
 
 
@@ -60,6 +77,12 @@ NETWORKS: dict[str, tuple[Any, str]] = {
         lambda: tiny(head_reads="class+patches", norm_eps=1e-3),
         "NpPruneViTForImageClassification",
     ),
+    "merging": (merging, "NpPruneViTForImageClassification"),
+    "merging, mean of all": (
+        lambda: merging(global_pool="avg", reg_tokens=2, no_embed_class=True),
+        "NpPruneViTForImageClassification",
+    ),
+    "own units, last block for what is read": (own_units, "NpPruneViTForImageClassification"),
     "gated": (
         lambda: tiny("vit_giant_patch14_dinov2", mlp_ratio=2),
         "NpPruneViTForImageClassification",
@@ -79,6 +102,8 @@ def test_transformers_loads_the_folder(
         "transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules")
     )
     monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
+        monkeypatch.delitem(sys.modules, name)  # the cache of another test
     make, kind = NETWORKS[case]
     model = make()
     folder = tmp_path / f"written_{len(case)}"

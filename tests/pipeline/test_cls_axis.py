@@ -75,11 +75,7 @@ def test_the_choice_is_the_best_of_sharing_and_splitting(budget: dict[str, float
     split = [True, asked.price == "params"]
     blocks = [
         [((w, 0), shared[l][w]) for w in widths]
-        + [
-            ((w, c), rest[l][w] + theirs[l][c])
-            for w, c in product(widths, widths)
-            if split[l]
-        ]
+        + [((w, c), rest[l][w] + theirs[l][c]) for w, c in product(widths, widths) if split[l]]
         for l in range(2)
     ]
     price = cost.macs if asked.price == "macs" else cost.params

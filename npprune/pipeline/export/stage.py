@@ -16,7 +16,7 @@ from npprune.export.archive import to_timm, to_torch_archive
 from npprune.export.bench import bench_pair, noise_warning, onnx_runner
 from npprune.export.beside import SUFFIXES, hashes, record_path
 from npprune.export.checked import Comparison, export_checked
-from npprune.export.hugging import load_transformers, to_transformers
+from npprune.export.hugging import bring, load_transformers, to_transformers
 from npprune.export.onnx import Int8Needs, OnnxForm, Producer, export_onnx, to_pixels
 from npprune.export.parity import (
     GATES,
@@ -40,7 +40,7 @@ from npprune.files import (
     staging,
 )
 from npprune.models.info import model_info
-from npprune.models.load import load_timm_folder
+from npprune.models.load import load_timm_folder, timm_code
 from npprune.models.tokens import apply_tokens, tokens_of
 from npprune.pipeline.common.inputs import (
     Network,
@@ -336,7 +336,8 @@ def _write_folder(subject: _Subject, target: Path, format: str) -> ExportRecord:
     with staging(target) as folder:
         made = folder / "made"
         if format == "timm":
-            to_timm(network.model, info, subject.classes, made)
+            if to_timm(network.model, info, subject.classes, made):
+                bring(made, timm_code())
             loaded = load_timm_folder(made)
         else:
             made.mkdir()

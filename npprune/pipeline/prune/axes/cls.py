@@ -2,8 +2,8 @@
 
 In every block the tokens that the classifier reads may leave the units that all tokens share and
 have some to themselves, all of a block's units at most; the patches then keep what serves patches.
-Each side is ranked, measured and refitted on its own tokens. There is one class token an image, so its layers are shrunk towards
-the dense ones far more than the patches' are.
+Each side is ranked, measured and refitted on its own tokens. There is one class token an image, so
+its layers are shrunk towards the dense ones far more than the patches' are.
 """
 
 from __future__ import annotations
