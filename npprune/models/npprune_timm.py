@@ -92,6 +92,10 @@ def npprune_vit(
 class PrunedAttention(Attention):  # type: ignore[misc]
     """Heads of `query_dim` query and `head_dim` value dimensions."""
 
+    num_heads: int
+    query_dim: int
+    head_dim: int
+
     def forward(
         self,
         x: Tensor,
@@ -136,6 +140,9 @@ class PrunedBlock(Block):  # type: ignore[misc]
 
 class OwnMlp(Mlp):  # type: ignore[misc]
     """The first tokens have hidden units of their own."""
+
+    cls: nn.Module
+    first: int
 
     def forward(self, x: Tensor) -> Tensor:
         own, rest = x[:, : self.first], x[:, self.first :]
