@@ -54,6 +54,11 @@ class Folder:
         name = self.config.get("architecture") or self.own_cfg.get("architecture")
         if not isinstance(name, str) or not re.fullmatch(r"[\w.]+", name):
             raise ModelError(f"`{self.path}/config.json` names no architecture of timm")
+        if name == "npprune_vit":
+            raise ModelError(
+                f"`{self.path}` is a folder that npprune wrote for timm",
+                hint="give the checkpoint folder that it was exported from",
+            )
         return name
 
     @property

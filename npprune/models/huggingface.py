@@ -76,6 +76,7 @@ _UNREAD = re.compile(  # plays no part in the classifier's output
 )
 
 _WHY_NOT = {
+    "npprune_vit": "a network that npprune wrote; give the checkpoint folder that it was made from",
     "swin": "a hierarchical network, and npprune needs a plain vision transformer",
     "swinv2": "a hierarchical network, and npprune needs a plain vision transformer",
     "vit_mae": "a network of MAE's pretraining, with a decoder and without a classifier",

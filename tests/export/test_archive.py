@@ -16,12 +16,12 @@ import timm
 import torch
 from torch import nn
 
-from npprune.errors import ExportError, GateError
+from npprune.errors import ExportError, GateError, ModelError
 from npprune.export import archive
 from npprune.export.archive import to_timm, to_torch_archive
 from npprune.export.hugging import bring
 from npprune.models.info import model_info
-from npprune.models.load import timm_code
+from npprune.models.load import load, timm_code
 from npprune.models.surgery import apply_plan
 from npprune.records import ClassInfo, ModelInfo, ModelSource, Plan, Preprocessing
 
@@ -150,6 +150,8 @@ def test_timm_is_taught_uneven_networks(images, tmp_path):
         env={**os.environ, "PYTHONPATH": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    with pytest.raises(ModelError, match="a folder that npprune wrote for timm"):
+        load(str(tmp_path / "tokens"))
     for model, found in zip(made.values(), json.loads(done.stdout), strict=True):
         with torch.no_grad():
             torch.testing.assert_close(torch.tensor(found), model(images))
