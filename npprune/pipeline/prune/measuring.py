@@ -22,7 +22,8 @@ from npprune.core.compression.selection import Ranking, Table
 from npprune.core.compression.statistics import Statistics, collect_statistics
 from npprune.core.view import VitView
 from npprune.criteria import CRITERIA, Need
-from npprune.errors import UsageError, setting
+from npprune.errors import UsageError, plural, setting
+from npprune.pipeline.common.memory import SHARE, allowed_bytes, images_that_fit
 from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Option, beyond_hidden
@@ -197,8 +198,8 @@ def measure(
         like: statistics of the same network, images and seed, taken where they hold what is
             needed.
     """
+    subject, team = _in_pieces(subject, work), work.team
     view, paths = subject.view, subject.paths
-    team = work.team
     criterion, notes = team.together(lambda: told_apart(settings, view))
     notes += scarce(subject)
     generator, seconds = work.generator(), {}
@@ -293,6 +294,18 @@ def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured
             )
         measured = replace(measured, held_out=statistics, seconds=seconds)
     return measured
+
+
+def _in_pieces(subject: Subject, work: Work) -> Subject:
+    """The same with smaller batches, where the activations of one that gradients go through would
+    take more than all of the device's memory."""
+    share = allowed_bytes(None, subject.device, processes=work.team.local_count)
+    whole = share / SHARE / 2**30
+    limit = images_that_fit(subject.view, subject.fit[0][:1], 1, whole, subject.device)
+    if limit >= max(map(len, subject.fit)):
+        return subject
+    work.warn(f"memory: {plural(limit, 'image')} at a time")
+    return replace(subject, fit=[piece for x in subject.fit for piece in x.split(limit)])
 
 
 def _scored(criterion: str, context: Context, team: Processes) -> list[Tensor]:

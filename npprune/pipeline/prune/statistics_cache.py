@@ -418,10 +418,7 @@ class _Collecting:
 
     def _bytes(self, l: int) -> int:
         """What the sums of block l take."""
-        h, d = self.view.widths[l], self.view.fc2(l).out_features
-        matrices = h * h * (("moments" in self.needs) + ("salience" in self.needs))
-        sums = 8 * (matrices + d * d * ("curvature" in self.needs) + 6 * h)
-        return 2 * sums if "read" in self.needs else sums
+        return sums_bytes(self.view.widths[l], self.view.fc2(l).out_features, self.needs)
 
     def _say_found(self, store: StatisticsStore) -> None:
         there = sum(part.images for part in store.info.blocks.values())
@@ -433,6 +430,13 @@ class _Collecting:
 
     def _say_waiting(self) -> None:
         self.work.say("another process computes the same statistics: waiting for them")
+
+
+def sums_bytes(hidden: int, width: int, needs: Sequence[Need]) -> int:
+    """What the sums of a block of so many hidden units take, in a network of this width."""
+    matrices = hidden * hidden * (("moments" in needs) + ("salience" in needs))
+    sums = 8 * (matrices + width * width * ("curvature" in needs) + 6 * hidden)
+    return 2 * sums if "read" in needs else sums
 
 
 def images_sha256(batches: Sequence[Tensor]) -> str:
