@@ -20,16 +20,20 @@ __all__ = [
     "Plan",
     "Pruned",
     "__version__",
+    "analyze",
     "apply_plan",
     "discover",
     "discover_paths",
     "evaluate",
+    "explore",
     "export",
     "heal",
     "load",
     "load_model",
     "prune",
+    "report",
     "save",
+    "study",
 ]
 
 if TYPE_CHECKING:
@@ -40,16 +44,20 @@ if TYPE_CHECKING:
         PathBatch,
         Plan,
         Pruned,
+        analyze,
         apply_plan,
         discover,
         discover_paths,
         evaluate,
+        explore,
         export,
         heal,
         load,
         load_model,
         prune,
+        report,
         save,
+        study,
     )
 
 _MODULES = ("criteria", "errors")  # `npprune.criteria.register`, `npprune.errors.NpPruneError`
@@ -70,7 +78,8 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`npprune.export` is the function, whatever was imported from the package of that name."""
+    """`npprune.export` and `npprune.report` are the functions, whatever was imported from the
+    packages of these names."""
 
     @property
     def export(self) -> Any:
@@ -79,6 +88,14 @@ class _Package(ModuleType):
     @export.setter
     def export(self, package: ModuleType) -> None:
         """Importing the package would put it here."""
+
+    @property
+    def report(self) -> Any:
+        return __getattr__("report")
+
+    @report.setter
+    def report(self, package: ModuleType) -> None:
+        """Likewise."""
 
 
 sys.modules[__name__].__class__ = _Package

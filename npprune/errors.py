@@ -113,7 +113,7 @@ class ExportError(NpPruneError):
 
 
 class PeerError(NpPruneError):
-    """Another process of this torchrun failed or was killed. Never shown: that one says why."""
+    """Another process of this torchrun failed, and says why; or it is gone, as the hint says."""
 
 
 class GateError(NpPruneError):

@@ -1,4 +1,5 @@
-"""The pipeline's events as a person wants them: a bar on a terminal, sparse lines elsewhere.
+"""The pipeline's events as a person wants them: a bar on a terminal and in a notebook, sparse lines
+elsewhere.
 
 For the command line and the Python API.
 """
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from html import escape
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +26,7 @@ from npprune.untrusted import shown
 QUIET_SECONDS = 10.0  # without a terminal: a line at least this often,
 QUIET_SHARE = 0.1  # or at every tenth of the work,
 LEAST_SECONDS = 1.0  # but never more often than this
+CELL_SECONDS = 0.2  # a notebook's bars are not drawn more often
 
 
 def duration(seconds: float) -> str:
@@ -92,6 +95,7 @@ class Progress:
         self.meters: dict[str, Meter] = {}
         self.tasks: dict[str, TaskID] = {}
         live = console.is_terminal and not console.is_dumb_terminal and not quiet
+        self.cell = CellBars(clock) if console.is_jupyter and not quiet else None
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -112,6 +116,8 @@ class Progress:
     ) -> None:
         if self.bars:
             self.bars.stop()
+        if self.cell:
+            self.cell.stop()
 
     def emit(self, event: Event) -> None:
         """Show one event."""
@@ -139,6 +145,8 @@ class Progress:
         note = shown(str(event.data.get("note", "")))
         if self.bars:
             self._bar(name, meter, event.unit, note)
+        elif self.cell:
+            self.cell.show(name, meter, ", ".join(filter(None, (meter.pace(event.unit), note))))
         elif not finished and self._due(meter):
             meter.shown, meter.shown_done = now, meter.done
             share = f" ({meter.done / meter.total:.0%})" if meter.total else ""
@@ -171,17 +179,59 @@ class Progress:
         if self.bars and name in self.tasks:
             self.bars.remove_task(self.tasks.pop(name))
             self.bars.refresh()
+        if self.cell:
+            self.cell.remove(name)
         del self.meters[name]
         words = (f"{meter.done} {_one(unit) if meter.done == 1 else unit}", meter.pace(unit), note)
         self._print(Text(f"{name}: {', '.join(filter(None, words))}"))
+
+
+class CellBars:
+    """Bars below a cell of a notebook, drawn anew in their place; no widgets are needed."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        from IPython.display import DisplayHandle
+
+        self.clock, self.handle = clock, DisplayHandle()
+        self.rows: dict[str, tuple[Meter, str]] = {}
+        self.drawn: float | None = None  # when; None: never
+
+    def show(self, name: str, meter: Meter, pace: str) -> None:
+        """The state of one piece of work; drawn a few times a second."""
+        self.rows[name] = meter, pace
+        if self.drawn is None or self.clock() - self.drawn >= CELL_SECONDS:
+            self._draw()
+
+    def remove(self, name: str) -> None:
+        """It is done."""
+        if self.rows.pop(name, None) is not None and self.drawn is not None:
+            self._draw()
+
+    def stop(self) -> None:
+        """No bar is left behind."""
+        self.rows.clear()
+        if self.drawn is not None:
+            self._draw()
+
+    def _draw(self) -> None:
+        lines, bars = [], []
+        for name, (meter, pace) in self.rows.items():
+            words = ", ".join(filter(None, (meter.counts(), pace)))
+            size = f' value="{meter.done}" max="{meter.total}"' if meter.total else ""
+            lines.append(f"{name}: {words}")
+            bars.append(f"<div>{escape(name)} <progress{size}></progress> {escape(words)}</div>")
+        data = {"text/plain": "\n".join(lines), "text/html": "".join(bars)}
+        draw = self.handle.display if self.drawn is None else self.handle.update
+        draw(data, raw=True)
+        self.drawn = self.clock()
 
 
 @contextmanager
 def showing(progress: bool | Emit | None) -> Iterator[Emit]:
     """An `Emit` for work that was asked for in Python.
 
-    progress: a function that gets every event; True: a bar on a terminal, lines elsewhere; False:
-        silence, and warnings as Python's; None: True on a terminal or in a notebook.
+    progress: a function that gets every event; True: a bar on a terminal or in a notebook, lines
+        elsewhere; False: silence, and warnings as Python's; None: True where a bar can be seen.
     """
     if callable(progress):
         yield progress

@@ -133,7 +133,7 @@ def test_the_python_reference_has_every_name_and_where_its_settings_are() -> Non
     text = reference.python()
     names = [name for name in npprune.__all__ if not name.startswith("__")]
     assert [name for name in names if f"heading: npprune.{name}\n" not in text] == []
-    assert text.count("[data](recipes.md#data)") == 5
+    assert text.count("[data](recipes.md#data)") == 6
     assert "npprune.criteria.register" in text
 
 
@@ -226,3 +226,9 @@ def test_the_hooks_before_a_commit_are_checks_of_ci() -> None:
     ci = (ROOT / ".ci" / "run").read_text()
     assert len(repo["hooks"]) == 4
     assert [hook["entry"] for hook in repo["hooks"] if hook["entry"] not in ci] == []
+
+
+def test_the_services_are_targets_of_the_dockerfile() -> None:
+    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
+    targets = re.findall(r"^FROM \S+ AS (\S+)$", (ROOT / "Dockerfile").read_text(), re.M)
+    assert [service["build"]["target"] for service in services.values()] == targets

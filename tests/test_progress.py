@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -120,3 +122,35 @@ def test_python_may_ask_for_progress_or_take_the_events(capfd: pytest.CaptureFix
         emit(Event("prune", "begun"))
     assert taken == [Event("prune", "begun")]
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One display, drawn anew, and empty at last; a file or widgets are not needed."""
+    drawn: list[dict[str, str]] = []
+
+    class Handle:
+        def display(self, data: dict[str, str], raw: bool) -> None:
+            assert raw
+            assert not drawn
+            drawn.append(data)
+
+        def update(self, data: dict[str, str], raw: bool) -> None:
+            assert drawn
+            drawn.append(data)
+
+    display = types.ModuleType("IPython.display")
+    display.DisplayHandle = Handle  # type: ignore[attr-defined]
+    display.display = lambda *_: None  # type: ignore[attr-defined]
+    package = types.ModuleType("IPython")
+    package.display = display  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "IPython", package)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    clock = Clock()
+    with Progress(Console(force_jupyter=True, width=80), clock=clock) as progress:
+        for done in range(41):
+            progress.emit(Event("<discover>", level="progress", done=done, total=40))
+            clock.now += 0.1
+    assert len(drawn) < 25  # not every image
+    assert '&lt;discover&gt; <progress value="12" max="40"></progress> 12/40' in str(drawn)
+    assert "<discover>: 12/40, 10.0 images/s, 2.8 s left" in str(drawn)
+    assert drawn[-1] == {"text/plain": "", "text/html": ""}

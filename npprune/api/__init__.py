@@ -12,6 +12,7 @@ npprune.save(pruned, "ckpt/model")
 from npprune.api.line import discover, evaluate, export, heal, prune
 from npprune.api.networks import apply_plan, load, load_model, save
 from npprune.api.paths import discover_paths
+from npprune.api.reports import analyze, explore, report, study
 from npprune.api.results import Cost, Found, Pruned
 from npprune.core.attribution.search import PathBatch
 from npprune.pipeline.common.events import Event
@@ -24,14 +25,18 @@ __all__ = [
     "PathBatch",
     "Plan",
     "Pruned",
+    "analyze",
     "apply_plan",
     "discover",
     "discover_paths",
     "evaluate",
+    "explore",
     "export",
     "heal",
     "load",
     "load_model",
     "prune",
+    "report",
     "save",
+    "study",
 ]

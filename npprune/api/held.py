@@ -179,21 +179,28 @@ def not_described(model: nn.Module) -> ModelError:
 
 
 def held_images(
-    images: Any, work: Work, section: ModelSection | None = None, *, labelled: bool = False
+    images: Any,
+    work: Work,
+    section: ModelSection | None = None,
+    *,
+    labelled: bool = False,
+    name: str = "images",
 ) -> str | None:
     """The name of a call's images; what is in memory is held by the work.
 
     Args:
         section: the network that says the labels of images without; None: they stay without.
         labelled: images without labels are refused.
+        name: what they are called, where a call has several kinds.
     """
     if images is None or isinstance(images, str):
         return images
     if isinstance(images, Path):
         return f"folder:{images}"
     predict = None if section is None else _predicting(section, work)
-    work.held.images[IMAGES] = Given(images, predict, labelled)
-    return IMAGES
+    held = f"{MEMORY}{name}"
+    work.held.images[held] = Given(images, predict, labelled)
+    return held
 
 
 def hold_run(paths: Found | str | Path, work: Work) -> Path:

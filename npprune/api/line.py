@@ -164,6 +164,7 @@ def prune(
     asked, of_images, of_model = by_section(settings, kinds, (*COMMON, "paths", "use_paths"))
     wish = section_of(PruneSection, {**asked, "paths": use_paths})
     with working(progress, device, seed, model) as work, place(out) as folder:
+        check_shared(out, work)
         section, network = opened(model, of_model, work)
         if out is not None:
             check_described(network)

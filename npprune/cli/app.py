@@ -37,7 +37,7 @@ from npprune.cli import (
     study,
     verify,
 )
-from npprune.cli.console import drop, show_error
+from npprune.cli.console import drop, say, show_error
 from npprune.cli.options import flag_name
 from npprune.errors import NpPruneError, PeerError
 from npprune.untrusted import first_line, out_of_memory
@@ -131,6 +131,8 @@ def run_app(args: list[str] | None = None) -> int:
     except SystemExit as exit_:  # shell completion ends this way
         return exit_.code if isinstance(exit_.code, int) else USAGE
     except PeerError as error:
+        if error.hint:
+            say("ended", f"{error.message}; {error.hint}")
         return error.exit_code
     except NpPruneError as error:
         show_error(*error.said(error.name_of or partial(flag_name, {})))

@@ -39,8 +39,8 @@ def run_recipe(
     Writes `reports/<name>/` and `ckpt/<name>/` (else `run` and `checkpoint`); with a `heal` section
     `ckpt/<name>_healed/` too, which is then what is exported. Running again resumes: paths that
     were found before are kept. With `prune: null` it ends with the paths and their report.
-    torchrun's processes share the discovery and the healing; the first does the rest. Device and
-    seed are the recipe's, whatever `work` says.
+    torchrun's processes share all but export and report, which the first one makes. Device and seed
+    are the recipe's, whatever `work` says.
 
     Raises:
         NpPruneError: what a stage raises; GateError where a gate failed.
@@ -90,25 +90,21 @@ def run_recipe(
             team.on_first(lambda: render_report(run))
             return RunFolder(run).read_result()
     home = run if recipe.discover is not None else checkpoint
-
-    def prune_and_measure() -> None:
-        assert recipe.prune is not None
-        work.on("prune").say(f"recipe {recipe.name}")
-        prune(source, recipe.data, recipe.prune, checkpoint, work=work)
-        evaluate(checkpoint, recipe.data, recipe.evaluate, work=quietly)
-
-    def ship() -> None:
-        if recipe.heal is not None:
-            evaluate(shipped, recipe.data, recipe.evaluate, work=quietly)
-        if recipe.export is not None:
-            export_checkpoint(shipped, recipe.data, recipe.export, work=quietly)
-        render_report(home)
-
-    team.on_first(prune_and_measure)
+    assert recipe.prune is not None
+    work.on("prune").say(f"recipe {recipe.name}")
+    prune(source, recipe.data, recipe.prune, checkpoint, work=work)
+    evaluate(checkpoint, recipe.data, recipe.evaluate, work=quietly)
     shipped = checkpoint
     if recipe.heal is not None:
         data = recipe.data if recipe.data.train or recipe.data.calibration else None
         shipped, _ = heal_pruned(checkpoint, recipe.heal, data=data, work=quietly)
+        evaluate(shipped, recipe.data, recipe.evaluate, work=quietly)
+
+    def ship() -> None:
+        if recipe.export is not None:
+            export_checkpoint(shipped, recipe.data, recipe.export, work=quietly)
+        render_report(home)
+
     team.on_first(ship)
     return RunFolder(home).read_result()
 

@@ -75,7 +75,8 @@ def test_candidates_are_the_best_scored_refitted() -> None:
     view, (images, _) = tiny_view(), data()
     stats = collect_statistics(view, [images], needs=["moments"])
     scores = [torch.arange(24.0)] * 3
-    made = candidates_for(view, stats.moments, scores, [[4, 8]] * 3, protected=[[0], [], []])
+    widths, fixed = [[4, 8]] * 3, [[0], [], []]
+    made = list(candidates_for(view, stats.moments, scores, widths, protected=fixed))
     assert made[0][4][view.fc2(0)].keep == [0, 21, 22, 23]
     fc2 = view.fc2(2)
     found = made[2][8][fc2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover import stage as stage
 from npprune.pipeline.discover.stage import discover
+from npprune.pipeline.prune import stage as prune_stage
 from npprune.recipe import DataSection, DiscoverSection, ModelSection
 from npprune.records import Result
 from npprune.store.path_store import PathStore, PathTable
@@ -34,7 +36,7 @@ from tests.helpers.tiny import tiny_batch, tiny_vit
 # A server that forks before autograd has threads: they would not survive a fork of the tests' own
 # process. What is slow to import is imported once.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["npprune.api", "npprune.pipeline.discover.stage", "npprune.cli.app"])
+FORK.set_forkserver_preload(["npprune.api", "npprune.pipeline.run", "npprune.cli.app"])
 
 COUNTS = (6, 6, 1, 6, 6, 6, 6)  # images per class: 37
 FEW = {"images_per_class": 1}  # 7 images, where one batch or two say as much
@@ -97,9 +99,16 @@ def discover_slowly(world: World, pause: float) -> None:
     world.discover()
 
 
-def run_rank(root: Path, args: list[str], rank: int, count: int, port: int, pause: float) -> None:
-    """In a process of its own: the command line as torchrun starts it; texts go to files."""
+def run_rank(
+    root: Path, args: list[str], rank: int, count: int, port: int, pause: float, dies: str
+) -> None:
+    """In a process of its own: the command line as torchrun starts it; texts go to files.
+
+    dies: rank 1 is killed where it would call this function of `pipeline.prune.stage`.
+    """
     _rest(pause)
+    if dies and rank == 1:
+        setattr(prune_stage, dies, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in values.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))

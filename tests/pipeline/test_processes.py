@@ -12,11 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from npprune.errors import PeerError
 from npprune.pipeline.common.processes import Processes, backend
+from npprune.pipeline.run import run_recipe
+from npprune.recipe import load_recipe
 from npprune.records import Manifest, from_json
-from npprune.store.runs import RunFolder
+from npprune.store.runs import RunFolder, read_plan
 from tests.helpers.discovering import COUNTS, World, make_world
 from tests.helpers.processes import PATIENCE, Team
 
@@ -116,25 +119,78 @@ def test_what_only_rank_1_finds_wrong_is_said_by_it(world: World) -> None:
     assert "error: " not in team.text("err0")
 
 
-def test_a_recipe_is_pruned_by_one_of_them(world: World) -> None:
-    """Discovery and healing are shared; the rest would be two processes in one folder."""
+def recipe(world: World, name: str) -> Path:
+    """A whole line: all axes under one budget, some images held out, healing."""
     images = f"folder:{world.images}"
-    recipe = world.root / "recipe.yaml"
-    recipe.write_text(
-        f"name: line\nmodel: {{name: auto, checkpoint: {world.root}/w.safetensors, num_heads: 3}}\n"
+    file = world.root / f"{name}.yaml"
+    file.write_text(
+        f"name: {name}\n"
+        f"model: {{name: auto, checkpoint: {world.root}/w.safetensors, num_heads: 3}}\n"
         f"data: {{train: '{images}', calibration: '{images}', val: '{images}', batch_size: 8}}\n"
-        "discover: {batch_size: 4, shard_size: 8}\n"
-        "prune: {keep: 0.5, round_to: 1, min_keep: 1}\nheal: {epochs: 1, batch_size: 4}\n"
+        "discover: {batch_size: 4, shard_size: 8, points: 2}\n"
+        "prune: {target_macs: 0.6, round_to: 1, min_keep: 1, axes: [mlp, cls, heads, qk, tokens]}\n"
+        "heal: {epochs: 1, batch_size: 4}\n"
         "evaluate: {latency: false}\nexport: null\ndevice: cpu\n"
     )
-    team = Team(world.root, ["run", str(recipe), "--root", str(world.root)])
-    assert team.end() == [0, 0], (world.root / "err0").read_text()
-    result = RunFolder(world.root / "reports" / "line").read_result()
-    assert [v.name for v in result.variants] == ["line", "line_healed"]
-    assert all(v.evaluation is not None for v in result.variants)
-    assert (world.root / "reports" / "line" / "report.html").is_file()
-    assert (world.root / "err0").read_text().count("prune: wrote") == 1
-    assert (world.root / "err1").read_text().count("prune: wrote") == 0
+    return file
+
+
+def test_a_recipe_gives_the_network_of_one_process(world: World) -> None:
+    """Statistics, harm, refit and evaluation are shared; the first process writes."""
+    one = run_recipe(load_recipe(recipe(world, "one")), root=world.root)
+    team = Team(world.root, ["run", str(recipe(world, "two")), "--root", str(world.root)])
+    assert team.end() == [0, 0], team.text("err0") + team.text("err1")
+    two = RunFolder(world.root / "reports" / "two").read_result()
+    assert [v.name for v in two.variants] == ["two", "two_healed"]
+    assert (world.root / "reports" / "two" / "report.html").is_file()
+    assert team.text("err0").count("prune: wrote") == 1
+    assert team.text("err1") == ""
+    plans = [read_plan(world.root / "ckpt" / name) for name in ("one", "two")]
+    assert plans[0].kept_widths < plans[0].widths
+    for field in ("keep", "cls_keep", "heads", "query_dims", "merged", "last_for_read"):
+        assert getattr(plans[0], field) == getattr(plans[1], field), field
+    weights = [load_file(world.root / "ckpt" / n / "model.safetensors") for n in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5)
+    a, b = (r.variants[0].evaluation for r in (one, two))
+    assert a is not None
+    assert b is not None
+    assert a.outcomes == b.outcomes
+    assert a.dense == b.dense
+    assert a.agreement == b.agreement
+    assert b.probability_deviation.value == pytest.approx(a.probability_deviation.value, abs=1e-4)
+    assert [f.image for f in a.flipped] == [f.image for f in b.flipped]
+
+
+def test_one_of_two_killed_while_pruning_and_the_same_command_goes_on(world: World) -> None:
+    args = [
+        "prune", "auto", "--checkpoint", str(world.root / "w.safetensors"), "--num-heads", "3",
+        "--calibration", f"folder:{world.images}", "--batch-size", "8", "--device", "cpu",
+        "--keep", "0.5", "--round-to", "1", "--min-keep", "1", "--no-protect-paths",
+        "--out", str(world.root / "ckpt"),
+    ]  # fmt: skip
+    team = Team(world.root, args, dies="prepared")  # its sums are there, the harm is not
+    assert team.end() == [2, -9]
+    said = "ended: another process of this run ended early; run the same command again to resume"
+    assert said in team.text("err0")
+    assert not (world.root / "ckpt").exists()
+    team = Team(world.root, args)
+    assert team.end() == [0, 0], team.text("err0") + team.text("err1")
+    assert "statistics of 22 images found in" in team.text("err0")
+    assert sum(read_plan(world.root / "ckpt").kept_widths) == 3 * 24
+
+
+def test_what_all_find_wrong_in_a_plan_is_said_once(world: World) -> None:
+    args = [
+        "prune", "auto", "--checkpoint", str(world.root / "w.safetensors"), "--num-heads", "3",
+        "--calibration", f"folder:{world.images}", "--batch-size", "8", "--device", "cpu",
+        "--max-drop", "1", "--keep", "0.5", "--calibration-images", "5", "--round-to", "1",
+        "--no-protect-paths", "--out", str(world.root / "ckpt"),
+    ]  # fmt: skip
+    team = Team(world.root, args)
+    assert team.end() == [2, 2]
+    assert "error: `--max-drop` needs at least 10 calibration images" in team.text("err0")
+    assert team.text("err1") == ""
 
 
 def test_one_process_alone_waits_for_nobody() -> None:
@@ -142,6 +198,15 @@ def test_one_process_alone_waits_for_nobody() -> None:
     assert alone.on_first(lambda: 3) == alone.together(lambda: 3) == 3
     assert alone.sums([1.0, 2.0]) == [1.0, 2.0]
     assert alone.device("auto") == "auto"
+    assert alone.gathered(3) == [3]
+    assert alone.stretch(5) == range(5)
+
+
+@pytest.mark.parametrize(("total", "count"), [(5, 2), (6, 3), (1, 3), (0, 2)])
+def test_stretches_are_all_of_it_in_order(total: int, count: int) -> None:
+    parts = [Processes(rank, count).stretch(total) for rank in range(count)]
+    assert [i for part in parts for i in part] == list(range(total))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
 @pytest.mark.parametrize(

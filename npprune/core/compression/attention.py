@@ -41,7 +41,14 @@ from torch import Tensor, nn
 
 from npprune.core.compression.compensation import Mode, compensate
 from npprune.core.compression.harm import Replacement
-from npprune.core.compression.statistics import Moments, Sums, cotangent, double, logits_of
+from npprune.core.compression.statistics import (
+    Moments,
+    Sums,
+    Total,
+    cotangent,
+    double,
+    logits_of,
+)
 from npprune.core.finite import check_logits
 from npprune.core.linear import check_finite
 from npprune.core.recording import recorded
@@ -97,6 +104,7 @@ def collect_attention(
     *,
     generator: torch.Generator,
     on_batch: Callable[[int], None] | None = None,
+    total: Total | None = None,
 ) -> list[AttentionMoments]:
     """The moments of every block's attention: one forward and one backward pass a batch.
 
@@ -104,6 +112,7 @@ def collect_attention(
         batches: images [b, 3, H, W] on the model's device.
         generator: source of the random signs in the loss gradient (see `statistics`).
         on_batch: called with the number of images so far.
+        total: adds the sums of other processes, which have other batches.
     """
     layers = [view.attention(l) for l in range(len(view.widths))]
     sums = [_Sums() for _ in layers]
@@ -114,12 +123,12 @@ def collect_attention(
         check_logits(view, images, logits, first=count)
         v = cotangent(logits.detach(), generator)
         grads = torch.autograd.grad(logits, [seen[p.proj][1] for p in layers], v)
-        for p, total, g in zip(layers, sums, grads, strict=True):
-            total.add_batch(p, seen[p.qkv][1].detach(), seen[p.proj][0].detach(), g)
+        for p, s, g in zip(layers, sums, grads, strict=True):
+            s.add_batch(p, seen[p.qkv][1].detach(), seen[p.proj][0].detach(), g)
         count += len(images)
         if on_batch is not None:
             on_batch(count)
-    return [total.finish() for total in sums]
+    return [s.finish(total) for s in sums]
 
 
 class _Sums(Sums):
@@ -146,7 +155,11 @@ class _Sums(Sums):
             keys=k @ k.mT,
         )
 
-    def finish(self) -> AttentionMoments:
+    def finish(self, total: Total | None = None) -> AttentionMoments:
+        if total is not None:
+            self.parts["tokens"] = torch.tensor(self.tokens, dtype=torch.float64)
+            self.share(total)
+            self.tokens = float(self.parts.pop("tokens"))
         return AttentionMoments(
             self.moments(),
             self.parts["curvature"] / self.tokens,

@@ -63,22 +63,21 @@ def candidates_for(
     *,
     protected: Sequence[Sequence[int]] | None = None,
     shrinkage: float = SHRINKAGE,
-) -> list[dict[int, dict[nn.Linear, Replacement]]]:
+) -> Iterator[dict[int, dict[nn.Linear, Replacement]]]:
     """The pruned second layer of every block at each of its `widths`: best scores, least squares.
+    One block after the other, made when it is asked for: those of all take much memory.
 
     `moments(l)` are block l's; `scores` [h] per block, higher = keep; `protected` stay first.
     Second layers are held in the model's precision.
     """
     fixed = protected if protected is not None else [()] * len(scores)
-    out: list[dict[int, dict[nn.Linear, Replacement]]] = []
     for l, row in enumerate(widths):
-        fc2, m = view.fc2(l), moments(l)
-        made = {}
+        fc2, m, made = view.fc2(l), moments(l) if row else None, {}
         for width in row:
+            assert m is not None
             keep = keep_sets([scores[l]], [width], [fixed[l]])[0][0]
             made[width] = {fc2: least_squares(fc2, m, keep, shrinkage)}
-        out.append(made)
-    return out
+        yield made
 
 
 def least_squares(
@@ -132,7 +131,7 @@ def predict(
 def measure_harm(
     view: VitView,
     batches: Sequence[Tensor],
-    candidates: Sequence[Mapping[Option, Mapping[nn.Linear, Replacement]]],
+    candidates: Iterable[Mapping[Option, Mapping[nn.Linear, Replacement]]],
     *,
     on_block: Callable[[int], None] | None = None,
 ) -> list[dict[Option, float]]:
@@ -140,18 +139,19 @@ def measure_harm(
 
     Args:
         batches: images, held in memory; a hundred or two are enough.
-        candidates: per block, option -> the layers that stand in for the block's own.
+        candidates: per block, option -> the layers that stand in for the block's own; each block's
+            are taken when its turn comes.
         on_block: called with the number of blocks done.
 
     Returns: per block, option -> mean KL over the images.
     """
     depth = len(view.widths)
-    if len(candidates) != depth:
+    if isinstance(candidates, Sequence) and len(candidates) != depth:
         raise UsageError(f"candidates must be given for {depth} blocks, got {len(candidates)}")
     dense = predict(view, batches)
     streams = [view.embed(images) for images in batches]
     table: list[dict[Option, float]] = []
-    for l, options in enumerate(candidates):
+    for l, options in zip(range(depth), candidates, strict=True):
         attention = [view.attention_output(l, x) for x in streams]
         row = {}
         for option, layers in options.items():

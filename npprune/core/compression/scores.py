@@ -5,7 +5,7 @@ Protected units and a prior may be combined with any criterion.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -103,8 +103,8 @@ class Context:
         ).scores()
 
 
-def score(name: str, context: Context) -> list[Tensor]:
-    """Scores of every block: a list of [h] float64, on the CPU, higher = keep.
+def score(name: str, context: Context, blocks: Iterable[int] | None = None) -> list[Tensor]:
+    """Scores of every block (or of some): a list of [h] float64, on the CPU, higher = keep.
 
     For every criterion but the eliminations, which do it exactly, a prior multiplies the scores
     and protected units are lifted above all others.
@@ -114,7 +114,7 @@ def score(name: str, context: Context) -> list[Tensor]:
     """
     check_word("criterion", name, CRITERIA)
     out = []
-    for l in range(len(context.second)):
+    for l in range(len(context.second)) if blocks is None else blocks:
         s = CRITERIA[name].function(context, l).detach().to("cpu", torch.float64)
         if l not in context.eliminated:
             if context.prior is not None:

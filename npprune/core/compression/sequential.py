@@ -43,7 +43,7 @@ from npprune.core.compression.compensation import (
 )
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.harm import Replacement, layers_replaced, replaced
-from npprune.core.compression.statistics import Moments, Sums
+from npprune.core.compression.statistics import Moments, Sums, Total
 from npprune.core.recording import recorded
 from npprune.core.tokens import Merge, Tokens, followed, gathered
 from npprune.core.view import VitView
@@ -101,6 +101,7 @@ def compensate_in_sequence(
     merged: Sequence[int] | None = None,
     own: Sequence[Sequence[int]] | None = None,
     on_block: Callable[[int, Compensated], None] | None = None,
+    total: Total | None = None,
 ) -> Refitted:
     """Refit every block on the network whose earlier blocks are pruned already.
 
@@ -115,6 +116,7 @@ def compensate_in_sequence(
         own: per block, the neurons of the tokens that are read, where they have some to
             themselves and `keep` is of the others; empty: all tokens share.
         on_block: called with each block's number and how its second layer was found.
+        total: adds the sums of other processes, which have other batches, and others held out.
     """
     fit = fit or Fit()
     beta, shrinkage = fit.beta, fit.shrinkage
@@ -133,7 +135,7 @@ def compensate_in_sequence(
             with layers_replaced(layers):
                 attended = [view.attention_output(l, x) for x in pruned]
         else:
-            sums = _Sums(fitted)
+            sums = _Sums(fitted, total)
             goals = (_attended(view, l, x, a) for x, a in zip(dense, given, strict=True))
             stays, inputs = _projected(view, l, proj, pruned, goals, layers, weight, sums)
             whole = layers[proj].whole if proj in layers else None
@@ -147,7 +149,7 @@ def compensate_in_sequence(
             pairs = [view.pairs(l, x, a, merged[l]) for x, a in both]
         for i, a in enumerate(given):
             dense[i] = view.tail(l, dense[i], a, merge=pairs[i])
-        sums, of_own = _Sums(fitted), _Sums(fitted)
+        sums, of_own = _Sums(fitted, total), _Sums(fitted, total)
         split = own is not None and bool(own[l])
         for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
             with recorded([fc2]) as seen:
@@ -181,7 +183,7 @@ def compensate_in_sequence(
                 for x, a, join in zip(pruned, attended, pairs, strict=True)
             ]
     if beta:
-        out.classifiers = _refit_classifiers(view, dense[:fitted], pruned[:fitted])
+        out.classifiers = _refit_classifiers(view, dense[:fitted], pruned[:fitted], total)
     return out
 
 
@@ -250,26 +252,26 @@ def _projected(
 
 
 def _refit_classifiers(
-    view: VitView, dense: Sequence[Any], pruned: Sequence[Any]
+    view: VitView, dense: Sequence[Any], pruned: Sequence[Any], total: Total | None
 ) -> list[Replacement]:
     """The classifiers that come closest to the dense network's logits on the pruned streams."""
     layers = view.classifiers()
     if any(layer.bias is None for layer in layers):
         return []
-    sums = [_Sums(len(dense)) for _ in layers]
+    sums = [_Sums(len(dense), total) for _ in layers]
     for x, y in zip(dense, pruned, strict=True):
         with recorded(layers) as goal:
             view.head(x)
         with recorded(layers) as seen:
             view.head(y)
-        for layer, total in zip(layers, sums, strict=True):
+        for layer, s in zip(layers, sums, strict=True):
             h, output = seen[layer]
-            total.add(h[:, None], (goal[layer][1] - output)[:, None], None)
+            s.add(h[:, None], (goal[layer][1] - output)[:, None], None)
     out = []
-    for layer, total in zip(layers, sums, strict=True):
+    for layer, s in zip(layers, sums, strict=True):
         every = list(range(layer.in_features))
-        prior = PRIOR_IMAGES / total.fit.weight
-        found = total.refit(layer, every, 1.0, prior, diagnose=False)
+        s.share()
+        found = s.refit(layer, every, 1.0, PRIOR_IMAGES / s.fit.weight, diagnose=False)
         out.append(Replacement(every, found.weight, found.bias))
     return out
 
@@ -306,8 +308,8 @@ class _Part(Sums):
 class _Sums:
     """What a layer is refitted from: the first `fitted` batches, and those held out after them."""
 
-    def __init__(self, fitted: int) -> None:
-        self.left = fitted
+    def __init__(self, fitted: int, total: Total | None) -> None:
+        self.left, self.total = fitted, total
         self.fit, self.held = _Part(), _Part()
 
     def add(self, h: Tensor, error: Tensor | None, weights: Tensor | None) -> None:
@@ -316,6 +318,13 @@ class _Sums:
         part = self.fit if self.left > 0 else self.held
         part.add_batch(h, error, weights)
         self.left -= 1
+
+    def share(self) -> None:
+        """Add the sums of other processes, once."""
+        if self.total is not None:
+            self.fit.share(self.total)
+            self.held.share(self.total)
+            self.total = None
 
     def refit(
         self,
@@ -332,6 +341,7 @@ class _Sums:
 
         whole: its weight, where it is not the layer's own (see `Replacement`).
         """
+        self.share()
         weight = layer.weight if whole is None else whole
         moments, cross = self.fit.finish(beta)
         if self.held.weight:

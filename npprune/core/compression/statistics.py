@@ -22,7 +22,7 @@ as one over all of them, if its draws are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -38,6 +38,10 @@ from npprune.errors import UsageError
 STILL = 1e-6
 """A variance over the squared mean that is rounding, in products of float32."""
 Side = Literal["read", "others"]
+Total = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Adds named float64 sums on the CPU to those of other processes, for all of them."""
+GRADIENTS: frozenset[Need] = frozenset({"salience", "gates", "curvature"})
+"""Needs that ask for a backward pass, and so for draws."""
 
 _TARGET = 2.0  # in saved states: the gradient above; 0 and 1 were others
 
@@ -141,6 +145,16 @@ class Sums:
                 self.parts[name] += value
             else:
                 self.parts[name] = value
+
+    def share(self, total: Total) -> None:
+        """Make them the sums over the batches of all processes."""
+        mine = {name: value.cpu() for name, value in self.parts.items()}
+        weight = torch.tensor(self.weight, dtype=torch.float64)
+        found = total({"weight": weight, **mine})
+        self.weight = float(found.pop("weight"))
+        for name, value in found.items():
+            like = self.parts.get(name)
+            self.parts[name] = value if like is None else value.to(like.device)
 
     def moments(self) -> Moments:
         """From the sums `hidden` of w h, `absolute` of w |h| and `gram` of w h h^T."""
@@ -316,7 +330,7 @@ def collect_statistics(
     stats = state if state is not None else Statistics(_checked(needs))
     wanted = range(len(view.widths)) if blocks is None else blocks
     layers = {l: view.fc2(l) for l in wanted}
-    gradients = bool({"salience", "gates", "curvature"} & set(stats.needs))
+    gradients = bool(GRADIENTS & set(stats.needs))
     if draws < 1:
         raise UsageError(f"draws must be at least 1, got {draws}")
     read = view.tokens_read if "read" in stats.needs else 0
@@ -371,6 +385,12 @@ def cotangent(logits: Tensor, generator: torch.Generator) -> Tensor:
     signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
     root = p.sqrt()
     return root * signs - p * (root * signs).sum(dim=1, keepdim=True)
+
+
+def skip_draws(generator: torch.Generator, batches: Iterable[Tensor], outputs: int) -> None:
+    """Leave the generator as after the `cotangent`s of batches that another process computes."""
+    for images in batches:
+        torch.randint(0, 2, (len(images), outputs), generator=generator)
 
 
 def double(x: Tensor) -> Tensor:

@@ -35,10 +35,15 @@ def images_that_fit(
     """
     with torch.no_grad():
         tokens = view.embed(image.to(device)).shape[1]
+    allowed = allowed_bytes(gib, device, processes=processes)
+    return max(1, int(allowed / (points * bytes_of_an_image(view, tokens))))
+
+
+def bytes_of_an_image(view: VitView, tokens: int) -> float:
+    """What the activations of one image take, where gradients go through all blocks."""
     per_token = sum(9 * view.fc2(l).out_features + 2 * h for l, h in enumerate(view.widths))
     item = next(view.model.parameters()).element_size()
-    allowed = allowed_bytes(gib, device, processes=processes)
-    return max(1, int(allowed / (1.3 * item * points * tokens * per_token)))
+    return 1.3 * item * tokens * per_token
 
 
 def allowed_bytes(gib: float | None, device: torch.device, *, processes: int = 1) -> float:

@@ -1,16 +1,18 @@
-"""One process or many: torchrun's ranks share the shards of a run.
+"""One process or many: torchrun's ranks share the work of a command.
 
-The files on disk are what they share; the process group makes them wait for each other and agree
-on what failed, and adds up what a training needs. A rank that dies ends the run; the same command
-resumes it.
+Shards of paths are shared through files; sums over images, options whose harm is measured, and
+images to evaluate on through the process group, which also makes the ranks wait for each other and
+agree on what failed. A rank that dies ends the run; the same command resumes it.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count as counting
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +24,8 @@ from npprune.errors import NpPruneError, PeerError, UsageError
 from npprune.untrusted import first_line
 
 T = TypeVar("T")
+O = TypeVar("O", bound=Hashable)
+V = TypeVar("V")
 _STARTED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # variables of torchrun
 
 
@@ -74,6 +78,10 @@ class Processes:
         result: T = box[0]
         return result
 
+    def first_says(self, error: NpPruneError) -> NpPruneError:
+        """What all have found wrong alike, for each to raise: rank 0 says it."""
+        return error if self.rank == 0 else PeerError(_FAILED)
+
     def sums(self, values: Sequence[float]) -> list[float]:
         """Each value summed over all processes."""
         if self.count == 1:
@@ -81,6 +89,57 @@ class Processes:
         total = torch.tensor(values, dtype=torch.float64)
         _connected(lambda: dist.all_reduce(total))
         return [float(v) for v in total]
+
+    def stretch(self, total: int) -> range:
+        """This process's part of 0..total: as long as that of the others, or shorter by one."""
+        each, more = divmod(total, self.count)
+        start = self.rank * each + min(self.rank, more)
+        return range(start, start + each + (self.rank < more))
+
+    def total(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Named float64 sums on the CPU, added over all processes: the same bits on each of them,
+        in an order that depends on their number alone.
+
+        The names are the first process's; another one lacks those of which it has nothing.
+        """
+        if self.count == 1:
+            return dict(tensors)
+        box: list[Any] = [{name: t.shape for name, t in tensors.items()}]
+        _connected(lambda: dist.broadcast_object_list(box, src=0))
+        shapes: dict[str, torch.Size] = box[0]
+        flat = torch.zeros(sum(map(math.prod, shapes.values())), dtype=torch.float64)
+        parts = dict(zip(shapes, flat.split([*map(math.prod, shapes.values())]), strict=True))
+        for name, mine in tensors.items():
+            parts[name].copy_(mine.flatten())
+        self.add_up(flat)
+        return {name: part.view(shapes[name]).clone() for name, part in parts.items()}
+
+    def gathered(self, mine: T) -> list[T]:
+        """What each process has, by rank, on all of them."""
+        if self.count == 1:
+            return [mine]
+        box: list[Any] = [None] * self.count
+        _connected(lambda: dist.all_gather_object(box, mine))
+        return box
+
+    def shared_out(
+        self, rows: Sequence[Sequence[O]], work: Callable[[list[list[O]]], Sequence[Mapping[O, V]]]
+    ) -> list[dict[O, V]]:
+        """`work` of some options of every row, shared out one by one: what it finds for all of
+        them, in their order, on each process.
+
+        work: takes as many rows, each with some of its options; gives what it found for them.
+        """
+        if self.count == 1:
+            return [dict(row) for row in work([list(row) for row in rows])]
+        place = counting()
+        mine = [[o for o in row if next(place) % self.count == self.rank] for row in rows]
+        parts = self.gathered([dict(row) for row in work(mine)])
+        merged: list[dict[O, V]] = [{} for _ in rows]
+        for part in parts:
+            for found, row in zip(merged, part, strict=True):
+                found.update(row)
+        return [{o: found[o] for o in row} for found, row in zip(merged, rows, strict=True)]
 
     def add_up(self, tensor: torch.Tensor) -> None:
         """Sum a tensor over all processes, in place on each of them."""
@@ -100,7 +159,7 @@ class Processes:
             loss.backward()  # type: ignore[no-untyped-call]
         except RuntimeError as err:
             if isinstance(err, dist.DistError) or "gloo" in str(err):
-                raise PeerError(_ENDED) from err
+                raise PeerError(_ENDED, hint=_RESUME) from err
             raise
 
     def _first(self, *, failed: bool) -> int | None:
@@ -111,8 +170,11 @@ class Processes:
         return next((rank for rank, flag in enumerate(flags.tolist()) if flag), None)
 
 
+ALONE = Processes()
+"""One process that has no peers."""
 _FAILED = "another process of this run failed"
 _ENDED = "another process of this run ended early"
+_RESUME = "run the same command again to resume"
 
 
 def _connected(exchange: Callable[[], object]) -> None:
@@ -120,7 +182,7 @@ def _connected(exchange: Callable[[], object]) -> None:
     try:
         exchange()
     except RuntimeError as err:  # gloo: the connection was closed
-        raise PeerError(_ENDED) from err
+        raise PeerError(_ENDED, hint=_RESUME) from err
 
 
 def processes() -> Processes:

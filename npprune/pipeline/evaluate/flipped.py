@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from npprune.data.loading import Batch
 from npprune.export.onnx import to_pixels
 from npprune.images import thumbnails
 from npprune.records import FlippedImage, Preprocessing
@@ -15,7 +16,7 @@ from npprune.records import FlippedImage, Preprocessing
 LOST, GAINED = 8, 4  # shown
 SIDE = 128  # pixels at most
 
-_Seen = tuple[Tensor, int, Tensor, Tensor]  # image, label, logits of both
+_Seen = tuple[int, Tensor, int, Tensor, Tensor]  # position, image, label, logits of both
 
 
 class Flipped:
@@ -24,12 +25,24 @@ class Flipped:
     def __init__(self) -> None:
         self._lost, self._gained = _Spread(LOST), _Spread(GAINED)
 
-    def see(self, images: Tensor, labels: Tensor, dense: Tensor, pruned: Tensor) -> None:
-        """A batch: images [b, channels, H, W], labels [b], logits [b, c] of both."""
+    @classmethod
+    def of_all(cls, parts: Sequence[Flipped]) -> Flipped:
+        """Of what several have kept, in the order of the images."""
+        whole = cls()
+        for kept, name in ((whole._lost, "_lost"), (whole._gained, "_gained")):
+            items = [item for part in parts for item in getattr(part, name).kept]
+            for item in sorted(items, key=lambda item: item[0]):
+                kept.add(item)
+        return whole
+
+    def see(self, batch: Batch, dense: Tensor, pruned: Tensor) -> None:
+        """A batch, and logits [b, c] of both."""
+        labels = batch.labels
         before, after = dense.argmax(1) == labels, pruned.argmax(1) == labels
         for i in (before != after).nonzero()[:, 0].tolist():
             kept = self._lost if before[i] else self._gained
-            kept.add((images[i].clone(), int(labels[i]), dense[i], pruned[i]))
+            image = batch.images[i].clone()
+            kept.add((batch.positions[i], image, int(labels[i]), dense[i], pruned[i]))
 
     def shown(self, preprocessing: Preprocessing, name: Callable[[int], str]) -> list[FlippedImage]:
         """The lost ones first; none where pictures cannot be made of the channels."""
@@ -65,7 +78,7 @@ class _Spread:
 def _shown(
     lost: bool, seen: _Seen, preprocessing: Preprocessing, name: Callable[[int], str]
 ) -> FlippedImage:
-    image, label, *logits = seen
+    _, image, label, *logits = seen
     (pixels,) = to_pixels(image[None], preprocessing)
     file = thumbnails.encoded(pixels.squeeze(-1).numpy(), SIDE)
     (p, before), (q, after) = (torch.softmax(each.double(), 0).max(0) for each in logits)

@@ -6,7 +6,8 @@ import base64
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from npprune.core import metrics
+from npprune.data.loading import Batch
 from npprune.errors import DataError, ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
@@ -30,6 +32,7 @@ from npprune.pipeline.common.inputs import (
     remembered,
 )
 from npprune.pipeline.common.outputs import recordable
+from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.results import run_of, update_variant
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.flipped import Flipped
@@ -54,56 +57,70 @@ def evaluate(
 
     Both see the same images in the same order in one run. The result goes into the run folder
     that the checkpoint belongs to; where that cannot be written, a warning says so beforehand.
+    Under torchrun the processes share the images, and the first one measures latency and records.
 
     Raises:
         UnstoredError: the result could not be written in the end; it carries the evaluation.
         NpPruneError: what is wrong with checkpoint, dense weights or images.
     """
     work = (work or Work()).on(STAGE)
-    pruned = open_checkpoint(checkpoint, work)
-    config = pruned.config
-    assert config is not None
-    recorded = recordable(run_of(checkpoint, config, work), work)
-    dense = open_dense(config, checkpoint, dense_checkpoint, work)
-    work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
-    outputs = config.details.get("outputs")  # a head cut to some classes
-    if outputs is not None and data.classes is None:
-        work.say(f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}")
-    images = open_images(
-        data.val, data, dense.info, work, asked="data.val", on_bad="error",
-        preprocessing=config.preprocessing, names=dense_names(config),
-    )  # fmt: skip
+    team = work.team
+
+    def open_all() -> tuple[Network, CheckpointConfig, Network, Images]:
+        pruned = open_checkpoint(checkpoint, work)
+        config = pruned.config
+        assert config is not None
+        dense = open_dense(config, checkpoint, dense_checkpoint, work)
+        work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
+        outputs = config.details.get("outputs")  # a head cut to some classes
+        if outputs is not None and data.classes is None:
+            work.say(f"images of the checkpoint's {plural(len(outputs), 'class', 'classes')}")
+        images = open_images(
+            data.val, data, dense.info, work, asked="data.val", on_bad="error",
+            preprocessing=config.preprocessing, names=dense_names(config),
+        )  # fmt: skip
+        return pruned, config, dense, images
+
+    pruned, config, dense, images = team.together(open_all)
+    recorded = team.on_first(lambda: recordable(run_of(checkpoint, config, work), work))
     started = time.perf_counter()
-    logits, labels, ids, sample, flipped = _predict(dense, pruned, images, config, work)
-    evaluation = _compare(*logits, labels, images, config, data)
-    evaluation.outcomes = _outcomes(*logits, labels, ids)
-    evaluation.flipped = flipped.shown(images.preprocessing, _namer(config, images))
-    evaluation.device = str(work.where)
-    evaluation.label_doubt = label_doubt(
-        logits[0].argmax(1), labels, dense.info.num_classes, images.source
-    )
-    evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
-    _path_shares(evaluation, checkpoint, config)
-    evaluation.merged = merged_images(pruned, sample, labels, images)
-    evaluation.seconds = time.perf_counter() - started
-    if settings.latency:
-        evaluation.latency = [
-            bench_pair(
-                torch_runner(dense.model, b, images=sample, device=str(work.where)),
-                torch_runner(pruned.model, b, images=sample, device=str(work.where)),
-            )
-            for b in settings.batches
-        ]
+    seen = _predict(dense, pruned, images, config, work)
 
-    def update(variant: Variant) -> None:
-        variant.model, variant.evaluation = pruned.info, evaluation
+    def finish() -> Evaluation:
+        if seen.sample is None:
+            raise DataError(f"no image of `{images.source.spec}` could be read")
+        logits, labels = (torch.cat(seen.dense), torch.cat(seen.pruned)), torch.cat(seen.labels)
+        evaluation = _compare(*logits, labels, images, config, data)
+        evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
+        evaluation.flipped = seen.flipped.shown(images.preprocessing, _namer(config, images))
+        evaluation.device = str(work.where)
+        evaluation.label_doubt = label_doubt(
+            logits[0].argmax(1), labels, dense.info.num_classes, images.source
+        )
+        evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
+        _path_shares(evaluation, checkpoint, config)
+        evaluation.merged = merged_images(pruned, seen.sample, labels, images)
+        evaluation.seconds = time.perf_counter() - started
+        if settings.latency:
+            evaluation.latency = [
+                bench_pair(
+                    torch_runner(dense.model, b, images=seen.sample, device=str(work.where)),
+                    torch_runner(pruned.model, b, images=seen.sample, device=str(work.where)),
+                )
+                for b in settings.batches
+            ]
 
-    if recorded:
-        with keeping(evaluation):
-            update_variant(
-                checkpoint, config, pruned.info, dense.info, update, command=work.command
-            )
-    return evaluation
+        def update(variant: Variant) -> None:
+            variant.model, variant.evaluation = pruned.info, evaluation
+
+        if recorded:
+            with keeping(evaluation):
+                update_variant(
+                    checkpoint, config, pruned.info, dense.info, update, command=work.command
+                )
+        return evaluation
+
+    return team.on_first(finish)
 
 
 def _path_shares(evaluation: Evaluation, checkpoint: Path, config: CheckpointConfig) -> None:
@@ -203,30 +220,84 @@ def dense_reference(section: ModelSection, folder: Path) -> dict[str, object]:
     return found
 
 
+@dataclass
+class _Seen:
+    """What was seen of the images, batch by batch: where each begins, logits [b, c] of both,
+    labels and ids; a few of the images for timing, and some that flipped."""
+
+    first: list[int] = field(default_factory=list)
+    dense: list[Tensor] = field(default_factory=list)
+    pruned: list[Tensor] = field(default_factory=list)
+    labels: list[Tensor] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    sample: Tensor | None = None
+    flipped: Flipped = field(default_factory=Flipped)
+
+    def add(self, batch: Batch, dense: Tensor, pruned: Tensor) -> None:
+        """The next batch."""
+        self.first.append(batch.positions[0])
+        self.dense.append(dense)
+        self.pruned.append(pruned)
+        self.labels.append(batch.labels)
+        self.ids += batch.ids
+        self.flipped.see(batch, dense, pruned)
+        self.sample = batch.images if self.sample is None else self.sample
+
+
 @torch.no_grad()
 def _predict(
     dense: Network, pruned: Network, images: Images, config: CheckpointConfig, work: Work
-) -> tuple[tuple[Tensor, Tensor], Tensor, list[str], Tensor, Flipped]:
-    """Logits [n, c] of both, labels [n] and ids, a few of the images for timing, some that
-    flipped."""
-    before, after, labels, ids = [], [], [], list[str]()
-    sample: Tensor | None = None
-    flipped = Flipped()
+) -> _Seen:
+    """What both say of all images; the processes take whole batches in turn."""
+    seen, team = _Seen(), work.team
     outputs = config.details.get("outputs")  # a head cut to some classes
     done = 0
-    for batch in images.batches():
+    for batch in _own_batches(images, team):
         x = batch.images.to(work.where)
-        before.append(dense.model(x).float().cpu())
-        after.append(_full(pruned.model(x).float().cpu(), outputs, before[-1]))
-        labels.append(batch.labels)
-        ids += batch.ids
-        flipped.see(batch.images, batch.labels, before[-1], after[-1])
-        sample = batch.images if sample is None else sample
+        before = dense.model(x).float().cpu()
+        seen.add(batch, before, _full(pruned.model(x).float().cpu(), outputs, before))
         done += len(batch)
-        work.progress(done, images.source.length)
-    if sample is None:
-        raise DataError(f"no image of `{images.source.spec}` could be read")
-    return (torch.cat(before), torch.cat(after)), torch.cat(labels), ids, sample, flipped
+        # others are as far, more or less
+        work.progress(min(done * team.count, images.source.length or done), images.source.length)
+    return _of_all(seen, images, team)
+
+
+def _own_batches(images: Images, team: Processes) -> Iterator[Batch]:
+    """This process's batches, the same ones that one process alone would see."""
+    size = images.section.batch_size
+
+    def mine(position: int) -> bool:
+        return position // size % team.count == team.rank
+
+    if team.count == 1:
+        return images.batches()
+    if images.source.items is None:
+        return images.batches(entries=(e for e in enumerate(images.source.stream()) if mine(e[0])))
+    return images.batches(indices=[i for i in range(len(images.source.items)) if mine(i)])
+
+
+def _of_all(seen: _Seen, images: Images, team: Processes) -> _Seen:
+    """What all processes have seen, in the order of the images, on the first one."""
+    if team.count == 1:
+        return seen
+    sample, seen.sample = seen.sample, None  # the first image is the first process's
+    parts = team.gathered((seen, images.skipped))
+    images.skipped = [name for _, skipped in parts for name in skipped]
+    whole = _Seen(sample=sample)
+    rows = []
+    for part, _ in parts:
+        ids = iter(part.ids)
+        for i, labels in enumerate(part.labels):
+            names = [next(ids) for _ in labels]
+            rows.append((part.first[i], part.dense[i], part.pruned[i], labels, names))
+    for first, before, after, labels, names in sorted(rows, key=lambda row: row[0]):
+        whole.first.append(first)
+        whole.dense.append(before)
+        whole.pruned.append(after)
+        whole.labels.append(labels)
+        whole.ids += names
+    whole.flipped = Flipped.of_all([part.flipped for part, _ in parts])
+    return whole
 
 
 def _full(logits: Tensor, outputs: list[int] | None, dense: Tensor) -> Tensor:

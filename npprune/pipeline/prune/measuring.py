@@ -22,7 +22,9 @@ from npprune.core.compression.selection import Ranking, Table
 from npprune.core.compression.statistics import Statistics, collect_statistics
 from npprune.core.view import VitView
 from npprune.criteria import CRITERIA, Need
-from npprune.errors import UsageError, setting
+from npprune.errors import UsageError, plural, setting
+from npprune.pipeline.common.memory import SHARE, allowed_bytes, images_that_fit
+from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Option, beyond_hidden
 from npprune.pipeline.prune.axes.cls import WORD as CLS
@@ -36,7 +38,12 @@ from npprune.pipeline.prune.axes.tokens import (
     own,
     read_alone,
 )
-from npprune.pipeline.prune.statistics_cache import Collected, StatisticsCache, collect
+from npprune.pipeline.prune.statistics_cache import (
+    Collected,
+    StatisticsCache,
+    collect,
+    own_batches,
+)
 from npprune.recipe import PruneSection
 
 HARM_IMAGES = 100
@@ -191,8 +198,9 @@ def measure(
         like: statistics of the same network, images and seed, taken where they hold what is
             needed.
     """
+    subject, team = _in_pieces(subject, work), work.team
     view, paths = subject.view, subject.paths
-    criterion, notes = told_apart(settings, view)
+    criterion, notes = team.together(lambda: told_apart(settings, view))
     notes += scarce(subject)
     generator, seconds = work.generator(), {}
     needs = needs_of(criterion)
@@ -218,7 +226,7 @@ def measure(
             salience=salience,
             generator=generator,
         )
-        scores = score(criterion, context)
+        scores = _scored(criterion, context, team)
     read = read_alone(view) if settings.price == "macs" or subject.last_for_read else None
     ranking = Ranking(
         scores,
@@ -229,18 +237,22 @@ def measure(
     )
     further: list[Axis] = []
     for axis in beyond_hidden(settings.axes):
-        with timed(seconds, axis.name):
-            told = tell(work, axis.name, sum(map(len, subject.fit)), "images")
-            fit = subject.placed(subject.fit)
-            further.append(axis.measured(view, settings.axes, fit, generator, told))
+        with (
+            timed(seconds, axis.name),
+            own_batches(view, subject.fit, generator, team) as mine,
+        ):
+            told = tell(work, axis.name, sum(map(len, mine)), "images")
+            batches = subject.placed(mine)
+            further.append(
+                axis.measured(view, settings.axes, batches, generator, told, total=team.total)
+            )
     hidden = HiddenUnits(view, collected.statistics, ranking, salience)
     own = None
     if CLS in settings.axes:
 
         def of_side(sums: Statistics, shrinkage: float) -> list[Tensor]:
-            return score(
-                criterion, replace(context, sums=sums, shrinkage=shrinkage, eliminated=set())
-            )
+            side = replace(context, sums=sums, shrinkage=shrinkage, eliminated=set())
+            return _scored(criterion, side, team)
 
         with timed(seconds, CLS):
             own = OwnUnits.measured(hidden, of_side, last_for_read=read is not None)
@@ -251,25 +263,26 @@ def measure(
 
 def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured:
     """The same with the harm of options and the held-out statistics, where settings read them."""
-    seconds = dict(measured.seconds)
+    seconds, team = dict(measured.seconds), work.team
     subject, blocks = measured.subject, len(measured.subject.view.widths)
     if settings.selection == "measured" and measured.harm is None:
         with timed(seconds, "harm"):
             few = subject.few(HARM_IMAGES)
             further = [
-                axis.harm(few, tell(work, axis.name, blocks, "blocks")) for axis in measured.further
+                axis.harm(few, tell(work, axis.name, blocks, "blocks"), team)
+                for axis in measured.further
             ]
-            hidden = measured.hidden.harm(few, tell(work, "harm", blocks, "blocks"))
+            hidden = measured.hidden.harm(few, tell(work, "harm", blocks, "blocks"), team)
         merging = [own(subject.view)]
         if WORD in settings.axes:
             view = subject.view
             with timed(seconds, WORD):
                 told = tell(work, WORD, count(view), "schedules")
-                merging = measured_schedules(view, few, told)
+                merging = measured_schedules(view, few, told, team)
         sides = None
         if measured.own is not None:
             with timed(seconds, CLS):
-                sides = measured.own.harm(few, tell(work, CLS, blocks, "blocks"))
+                sides = measured.own.harm(few, tell(work, CLS, blocks, "blocks"), team)
         measured = replace(measured, harm=Harm(hidden, further, merging, sides), seconds=seconds)
     if needs_held_out(measured, settings) and measured.held_out is None:
         with timed(seconds, "held-out"):
@@ -281,6 +294,30 @@ def prepared(measured: Measured, settings: PlanSettings, work: Work) -> Measured
             )
         measured = replace(measured, held_out=statistics, seconds=seconds)
     return measured
+
+
+def _in_pieces(subject: Subject, work: Work) -> Subject:
+    """The same with smaller batches, where the activations of one that gradients go through would
+    take more than all of the device's memory."""
+    share = allowed_bytes(None, subject.device, processes=work.team.local_count)
+    whole = share / SHARE / 2**30
+    limit = images_that_fit(subject.view, subject.fit[0][:1], 1, whole, subject.device)
+    if limit >= max(map(len, subject.fit)):
+        return subject
+    work.warn(f"memory: {plural(limit, 'image')} at a time")
+    return replace(subject, fit=[piece for x in subject.fit for piece in x.split(limit)])
+
+
+def _scored(criterion: str, context: Context, team: Processes) -> list[Tensor]:
+    """The scores of every block, each block by one process."""
+    if CRITERIA[criterion].draws:  # in the order of the blocks
+        return score(criterion, context)
+    blocks = [[l] for l in range(len(context.second))]
+
+    def some(rows: list[list[int]]) -> list[dict[int, Tensor]]:
+        return [dict(zip(row, score(criterion, context, row), strict=True)) for row in rows]
+
+    return [row[l] for l, row in enumerate(team.shared_out(blocks, some))]
 
 
 def _held_out_needs(measured: Measured) -> set[Need]:

@@ -274,7 +274,9 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     schedule = choice.schedule
     seconds: dict[str, float] = {}
     with timed(seconds, "paths"):
-        selection, paths = with_path_neurons(measured, settings, choice.selection)
+        selection, paths = work.team.on_first(
+            lambda: with_path_neurons(measured, settings, choice.selection)
+        )
     choice = replace(choice, selection=selection)
     with timed(seconds, "compensation"):
         mode = settings.compensation
@@ -377,20 +379,27 @@ def _in_sequence(
     for axis, kept in further:
         for row, layers in zip(changed, axis.stand_ins(kept), strict=True):
             row.update(layers)
+    team = work.team
+
+    def mine(batches: list[Tensor]) -> list[Tensor]:
+        part = team.stretch(len(batches))
+        return subject.placed(batches[part.start : part.stop])
+
     refitted = compensate_in_sequence(
         subject.view,
-        subject.placed(subject.fit),
+        mine(subject.fit),
         keep,
         fit=Fit(
             weights=weights,
             shrinkage=SHRINKAGE if settings.shrinkage is None else settings.shrinkage,
-            held_out=subject.placed(subject.held_out if settings.shrinkage is None else []),
+            held_out=mine(subject.held_out if settings.shrinkage is None else []),
             own_shrinkages=OWN_SHRINKAGES,
         ),
         changed=changed if further else None,
         merged=choice.schedule.counts,
         own=choice.selection.own,
         on_block=on_block,
+        total=team.total,
     )
     return refitted, found
 

@@ -29,6 +29,7 @@ from npprune.pipeline.evaluate.stage import dense_reference
 from npprune.pipeline.prune.axes import axes_for
 from npprune.pipeline.prune.latency import LatencyGoal, LatencySearch, LatencyTarget
 from npprune.pipeline.prune.measuring import (
+    Measured,
     PlanSettings,
     Subject,
     check_budget,
@@ -45,7 +46,15 @@ from npprune.pipeline.prune.opening import (
     origin,
     read_paths,
 )
-from npprune.pipeline.prune.planning import Chosen, amount, bounds, choose, refit, skeleton
+from npprune.pipeline.prune.planning import (
+    Choice,
+    Chosen,
+    amount,
+    bounds,
+    choose,
+    refit,
+    skeleton,
+)
 from npprune.pipeline.prune.statistics_cache import StatisticsCache, identity, statistics_home
 from npprune.recipe import DataSection, ModelSection, PruneSection, check
 from npprune.records import (
@@ -78,6 +87,9 @@ def prune(
 ) -> Variant:
     """Make a smaller network and write it as the checkpoint folder `out`.
 
+    Under torchrun the processes share the calibration images and the options whose harm is
+    measured; the first one decides and writes.
+
     Args:
         source: a run folder with paths, or a network: then the criterion alone decides.
         data: `calibration` (else `train`) names the images for statistics; `classes` limits
@@ -93,13 +105,21 @@ def prune(
     started = time.perf_counter()
     work = work.on(STAGE)
     _ = work.where  # a missing device is refused before all else
-    check_checkpoint(out, reads_of(source), write=not dry_run)
-    model, data, run = origin(source, data)
-    model = network or model
-    _check(settings, run)
-    writable = dry_run or run is None or recordable(run, work)
-    opened = open_source(model, data, run, work, topk=settings.topk, keep_head=settings.keep_head)
-    settings = settings.model_copy(update={"axes": axes_for(settings, opened.view.model)})
+    team = work.team
+    team.on_first(lambda: check_checkpoint(out, reads_of(source), write=not dry_run))
+
+    def open_all() -> tuple[ModelSection, DataSection, RunFolder | None, Opened, PruneSection]:
+        model, images, run = origin(source, data)
+        model = network or model
+        _check(settings, run)
+        opened = open_source(
+            model, images, run, work, topk=settings.topk, keep_head=settings.keep_head
+        )
+        axes = axes_for(settings, opened.view.model)
+        return model, images, run, opened, settings.model_copy(update={"axes": axes})
+
+    model, data, run, opened, settings = team.together(open_all)
+    writable = team.on_first(lambda: dry_run or run is None or recordable(run, work))
     cache = StatisticsCache(
         statistics_home(run, out) if keep else None,
         identity(opened.network, opened.outputs),
@@ -114,12 +134,16 @@ def prune(
         return variant
     config = _config(opened, model, data, done, variant, out)
     config.versions = work.environment().versions
-    with keeping(variant):
-        write_checkpoint(out, config, state(done.model), done.plan)
-        if writable and keep:
-            _record(opened, out, variant, done.plan, work)
-    work.say(f"wrote {out}")
-    return variant
+
+    def write() -> Variant:
+        with keeping(variant):
+            write_checkpoint(out, config, state(done.model), done.plan)
+            if writable and keep:
+                _record(opened, out, variant, done.plan, work)
+        work.say(f"wrote {out}")
+        return variant
+
+    return team.on_first(write)
 
 
 def _check(settings: PruneSection, run: RunFolder | None) -> None:
@@ -160,50 +184,62 @@ def _planned(
     dry_run: bool,
 ) -> Attempt:
     """Measure, then choose, refit and carry out: once, or until the drop is within `max_drop`."""
-    network = opened.network
-    paths = read_paths(opened, settings.topk)
+    network, team = opened.network, work.team
+    paths = team.together(lambda: read_paths(opened, settings.topk))
     work.say(f"{network.info.source.architecture} on {work.where} ({work.reason})")
-    fit, held_out = calibration_images(opened.images, settings.calibration_images, work)
-    doubt = _label_doubt(opened, fit, held_out, work)
+    fit, held_out = team.together(
+        lambda: calibration_images(opened.images, settings.calibration_images, work)
+    )
+    doubt = team.on_first(lambda: _label_doubt(opened, fit, held_out, work))
     asked = PlanSettings.of(settings)
     subject = Subject(
         opened.view, fit.images, lambda: model_sizes(network.model), held_out.images, paths,
         network.info.last_for_read,
     )  # fmt: skip
     with ExitStack() as held:
-        latency: LatencyGoal | None = None
-        if settings.target_latency is not None:
+        latency: LatencyGoal | None = None  # the first process alone looks at the clock
+        if settings.target_latency is not None and team.rank == 0:
             latency = _latency(opened, settings, work)
             held.enter_context(latency.timer)
         table = latency.table if isinstance(latency, LatencyTarget) else None
         measured = prepared(measure(subject, asked, work, cache=cache), asked, work)
-        if isinstance(latency, LatencyTarget):
-            latency.correct(lambda budget: choose(measured, asked, budget, table).widths)
         settings = settings.model_copy(update={"criterion": measured.criterion})
         refits = 0.0  # seconds, over all attempts
 
-        def attempt(budget: float) -> Attempt:
+        def attempt(choice: Choice) -> Attempt:
             nonlocal refits
-            chosen = refit(measured, asked, choose(measured, asked, budget, table), work)
+            chosen = refit(measured, asked, choice, work)
             seconds = chosen.details["seconds"]
             refits = seconds["compensation"] = round(refits + seconds["compensation"], 3)
             plan = _plan(opened, chosen, settings, work.seed)
             smaller = carried_out(network, plan, chosen)
-            return Attempt(plan, chosen, smaller, _predict(network, smaller, held_out, plan, work))
+            predicted = team.on_first(lambda: _predict(network, smaller, held_out, plan, work))
+            return Attempt(plan, chosen, smaller, predicted)
 
         def sized(budget: float) -> nn.Module:
             choice = choose(measured, asked, budget)
             return apply_plan(network.model, skeleton(measured, choice))
 
-        budget = amount(measured, asked, table)
-        if isinstance(latency, LatencySearch):
-            least, whole = bounds(measured, asked)
-            budget = latency.macs(whole, least, sized)
-        if budget is not None:
-            done = attempt(budget)
-            _gate(done, settings)
+        def within_budget() -> Choice | None:
+            if isinstance(latency, LatencyTarget):
+                latency.correct(lambda budget: choose(measured, asked, budget, table).widths)
+            budget = amount(measured, asked, table)
+            if isinstance(latency, LatencySearch):
+                least, whole = bounds(measured, asked)
+                budget = latency.macs(whole, least, sized)
+            return None if budget is None else choose(measured, asked, budget, table)
+
+        choice = team.on_first(within_budget)
+        if choice is not None:
+            done = attempt(choice)
+            _gate(done, settings, work)
         else:
-            done = _smallest(attempt, bounds(measured, asked), settings, work)
+
+            def tried(budget: float) -> Attempt | None:
+                choice = team.on_first(lambda: _affordable(measured, asked, budget))
+                return None if choice is None else attempt(choice)
+
+            done = _smallest(tried, bounds(measured, asked), settings, work)
         done.images, done.doubt = len(fit) + len(held_out), doubt
         done.chosen.details["statistics"] = measured.collected.record
         if latency is not None and not dry_run:
@@ -211,6 +247,14 @@ def _planned(
             done.chosen.details["latency"] = record
             done.chosen.warnings[:0] = warnings
     return done
+
+
+def _affordable(measured: Measured, settings: PlanSettings, budget: float) -> Choice | None:
+    """The choice within a budget; None where it is less than the smallest options cost."""
+    try:
+        return choose(measured, settings, budget)
+    except GateError:
+        return None
 
 
 def _latency(opened: Opened, settings: PruneSection, work: Work) -> LatencyGoal:
@@ -222,7 +266,7 @@ def _latency(opened: Opened, settings: PruneSection, work: Work) -> LatencyGoal:
 
 
 def _smallest(
-    attempt: Callable[[float], Attempt],
+    attempt: Callable[[float], Attempt | None],
     bounds: tuple[float, float],
     settings: PruneSection,
     work: Work,
@@ -237,12 +281,11 @@ def _smallest(
     best: Attempt | None = None
     while high - low > 1:
         middle = (low + high) // 2
-        try:
-            tried = attempt(whole * middle / SEARCH_STEPS)
-        except GateError:  # less than the smallest widths allowed
+        tried = attempt(whole * middle / SEARCH_STEPS)
+        if tried is None:  # less than the smallest widths allowed
             low = middle
             continue
-        _require_prediction(tried.predicted)
+        _require_prediction(tried.predicted, work)
         share = tried.plan.kept_fraction if least == 0 else middle / SEARCH_STEPS
         work.say(f"{share:.1%} kept: predicted drop {tried.drop:.2f} points")
         if tried.drop <= (settings.max_drop or 0):
@@ -250,35 +293,38 @@ def _smallest(
         else:
             low = middle
     if best is None:
-        raise GateError(
+        error = GateError(
             f"no smaller network is predicted to stay within {setting('prune.max_drop')} "
             f"{settings.max_drop:g} points of top-1",
             hint="allow a larger drop; nothing was written",
         )
+        raise work.team.first_says(error)
     return best
 
 
-def _gate(done: Attempt, settings: PruneSection) -> None:
+def _gate(done: Attempt, settings: PruneSection, work: Work) -> None:
     if settings.max_drop is None:
         return
-    _require_prediction(done.predicted)
+    _require_prediction(done.predicted, work)
     if done.drop > settings.max_drop:
-        raise GateError(
+        error = GateError(
             f"top-1 is predicted to fall by {done.drop:.1f} points "
             f"(from {done.predicted['images']:.0f} held-out calibration images), more than "
             f"{setting('prune.max_drop')} {settings.max_drop:g} allows",
             hint="keep more, or leave the budget out: then the smallest network within "
             "the drop is searched for; nothing was written",
         )
+        raise work.team.first_says(error)
 
 
-def _require_prediction(predicted: dict[str, float]) -> None:
+def _require_prediction(predicted: dict[str, float], work: Work) -> None:
     if not predicted:
-        raise UsageError(
+        error = UsageError(
             f"{setting('prune.max_drop')} needs at least {HELD_OUT} calibration images: one in "
             f"{HELD_OUT} is held out to predict the drop",
             hint=f"give more images with {setting('data.calibration')}",
         )
+        raise work.team.first_says(error)
 
 
 def _plan(opened: Opened, chosen: Chosen, settings: PruneSection, seed: int) -> Plan:

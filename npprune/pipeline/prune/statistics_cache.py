@@ -4,6 +4,9 @@ What is saved is read only by a command that would compute the same bits: the ke
 network, the decoded images batch by batch, the draws, and what computes. Where the sums of all
 blocks do not fit into memory, groups of blocks are collected in several passes with the same
 draws, and read from disk one block at a time afterwards: the numbers are the same.
+
+Several processes take a stretch of the batches each, with the draws that one process would make
+for them, and keep its sums by themselves; then these are added up.
 """
 
 from __future__ import annotations
@@ -12,8 +15,8 @@ import contextlib
 import hashlib
 import time
 import weakref
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ import torch
 from torch import Tensor
 
 from npprune.core.compression.statistics import (
+    GRADIENTS,
     BlockSums,
     Statistics,
     collect_statistics,
+    logits_of,
+    skip_draws,
 )
 from npprune.core.view import VitView
 from npprune.criteria import NEEDS, Need
@@ -31,6 +37,7 @@ from npprune.errors import plural
 from npprune.files import scratch
 from npprune.pipeline.common.inputs import Network
 from npprune.pipeline.common.memory import allowed_bytes
+from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.work import Work
 from npprune.records import to_dict
 from npprune.store.runs import RunFolder
@@ -106,7 +113,75 @@ def collect(
     The generator is left as after one whole pass, whatever was found.
     """
     ordered = tuple(n for n in NEEDS if n in set(needs))
+    if work.team.count > 1:
+        return _collect_together(view, batches, ordered, generator, cache, work)
     return _Collecting(view, batches, ordered, generator, cache, work).run()
+
+
+@contextlib.contextmanager
+def own_batches(
+    view: VitView,
+    batches: Sequence[Tensor],
+    generator: torch.Generator,
+    team: Processes,
+    *,
+    draws: bool = True,
+) -> Iterator[Sequence[Tensor]]:
+    """This process's stretch of the batches; the generator begins where one process would be, and
+    is left as after all of them."""
+    mine = team.stretch(len(batches))
+    before, after = batches[: mine.start], batches[mine.stop :]
+    outputs = 0
+    if draws and team.count > 1:
+        device = next(view.model.parameters()).device
+        with torch.no_grad():
+            outputs = logits_of(view, batches[0][:1].to(device), False).shape[1]
+        skip_draws(generator, before, outputs)
+    yield batches[mine.start : mine.stop]
+    if outputs:
+        skip_draws(generator, after, outputs)
+
+
+def _collect_together(
+    view: VitView,
+    batches: Sequence[Tensor],
+    needs: tuple[Need, ...],
+    generator: torch.Generator,
+    cache: StatisticsCache,
+    work: Work,
+) -> Collected:
+    """Each process the sums of its own batches, kept in a folder of its own; then all of them."""
+    team = work.team
+    home = cache.home and cache.home / f"{team.rank + 1}-of-{team.count}"
+    draws = bool(GRADIENTS & set(needs))
+    with own_batches(view, batches, generator, team, draws=draws) as mine:
+        own = _Collecting(view, mine, needs, generator, replace(cache, home=home, images=""), work)
+        found = own.run() if mine else Collected(Statistics(needs), 0.0, {})
+    images = sum(map(len, batches))
+    whole = Statistics(needs, images)
+    with contextlib.ExitStack() as held:
+        spilled = None
+        if not own.fits:
+            folder = held.enter_context(scratch())
+            spilled = StatisticsStore(folder, {}, images=images, batches=len(batches))
+        for l in own.blocks:
+            named: dict[str, Tensor] = {}
+            if mine:
+                named = Statistics(needs, 0, {l: found.statistics.block(l)}).to_tensors()
+                del named["header"]
+                found.statistics.blocks.pop(l, None)
+            named = team.total(named)
+            header = Statistics(needs, images).to_tensors()["header"]
+            if spilled is None:
+                whole.blocks[l] = _placed({"header": header, **named}, own.device)
+            else:
+                spilled.save([(l, {"header": header, **named})], images, len(batches))
+        if spilled is not None:
+            files = {l: spilled.file(l) for l in own.blocks}
+            whole = SavedStatistics(needs, images, files, own.device)
+            weakref.finalize(whole, held.pop_all().close)
+    record = {**found.record, "images": images, "processes": team.count}
+    return Collected(whole, found.seconds, record)
 
 
 class SavedStatistics(Statistics):
@@ -151,7 +226,7 @@ class _Collecting:
         self.images = sum(map(len, batches))
         self.device = next(view.model.parameters()).device
         self.sizes = [self._bytes(l) for l in self.blocks]
-        self.allowed = allowed_bytes(cache.memory, self.device)
+        self.allowed = allowed_bytes(cache.memory, self.device, processes=work.team.local_count)
         self.room = self.allowed - WORK * 8 * max(view.widths) ** 2
         self.fits = sum(self.sizes) <= self.room
         self.first_draw = generator.get_state()
@@ -343,10 +418,7 @@ class _Collecting:
 
     def _bytes(self, l: int) -> int:
         """What the sums of block l take."""
-        h, d = self.view.widths[l], self.view.fc2(l).out_features
-        matrices = h * h * (("moments" in self.needs) + ("salience" in self.needs))
-        sums = 8 * (matrices + d * d * ("curvature" in self.needs) + 6 * h)
-        return 2 * sums if "read" in self.needs else sums
+        return sums_bytes(self.view.widths[l], self.view.fc2(l).out_features, self.needs)
 
     def _say_found(self, store: StatisticsStore) -> None:
         there = sum(part.images for part in store.info.blocks.values())
@@ -358,6 +430,13 @@ class _Collecting:
 
     def _say_waiting(self) -> None:
         self.work.say("another process computes the same statistics: waiting for them")
+
+
+def sums_bytes(hidden: int, width: int, needs: Sequence[Need]) -> int:
+    """What the sums of a block of so many hidden units take, in a network of this width."""
+    matrices = hidden * hidden * (("moments" in needs) + ("salience" in needs))
+    sums = 8 * (matrices + width * width * ("curvature" in needs) + 6 * hidden)
+    return 2 * sums if "read" in needs else sums
 
 
 def images_sha256(batches: Sequence[Tensor]) -> str:
@@ -381,8 +460,13 @@ def _read(file: Any, device: torch.device, names: Sequence[str] | None = None) -
     wanted = [n for n in list(file.keys()) if n != _GENERATOR]
     if names is not None:
         wanted = [n for n in wanted if n == "header" or n.partition(".")[2] in names]
+    return _placed({n: file.get_tensor(n) for n in wanted}, device)
+
+
+def _placed(tensors: dict[str, Tensor], device: torch.device) -> BlockSums:
+    """The sums of one block from named tensors."""
     where = torch.device("cpu") if device.type == "mps" else device  # it has no float64
-    read = Statistics.from_tensors({n: file.get_tensor(n) for n in wanted})
+    read = Statistics.from_tensors(tensors)
     (sums,) = read.blocks.values()
     for name, value in vars(sums).items():
         if isinstance(value, Tensor):

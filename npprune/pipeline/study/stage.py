@@ -103,6 +103,12 @@ def study(
     """
     work = work.on(STAGE)
     work.seed = settings.seeds[0]
+    if work.team.count > 1:
+        error = UsageError(
+            f"a study runs in one process, and here are {work.team.count}",
+            hint="start it without `torchrun`",
+        )
+        raise work.team.first_says(error)
     _ = work.where  # a missing device is refused before all else
     check_run(out, reads_of(source), write=not dry_run)
     model, data, run = origin(source, data)

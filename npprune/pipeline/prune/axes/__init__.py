@@ -23,10 +23,12 @@ from npprune.budget import budget_of
 from npprune.core.compression.compensation import Mode
 from npprune.core.compression.cost import Sizes
 from npprune.core.compression.harm import Replacement
+from npprune.core.compression.statistics import Total
 from npprune.core.view import VitView
 from npprune.errors import ModelError
 from npprune.models.surgery import check_axes
 from npprune.models.view import classifiers
+from npprune.pipeline.common.processes import ALONE, Processes
 from npprune.recipe import PruneSection
 
 Option = Any
@@ -55,16 +57,22 @@ class Axis(ABC):
         batches: Sequence[Tensor],
         generator: torch.Generator,
         tell: Tell,
+        *,
+        total: Total | None = None,
     ) -> Axis:
-        """What the calibration images say. `tell` gets the number of images done."""
+        """What the calibration images say. `tell` gets the number of images done; `total` adds the
+        sums of other processes, which have other batches."""
 
     @abstractmethod
     def options(self, l: int) -> list[Option]:
         """What may stay of block l, ascending; the last one: all of it."""
 
     @abstractmethod
-    def harm(self, images: Sequence[Tensor], tell: Tell) -> list[dict[Option, float]]:
-        """Nats of each block's options, that block alone changed. `tell` gets blocks done."""
+    def harm(
+        self, images: Sequence[Tensor], tell: Tell, team: Processes = ALONE
+    ) -> list[dict[Option, float]]:
+        """Nats of each block's options, that block alone changed; the processes share the options
+        out. `tell` gets blocks done."""
 
     @abstractmethod
     def prices(self, l: int, sizes: Sizes, unit: str) -> dict[Option, float]:

@@ -27,9 +27,11 @@ from npprune.core.compression.compensation import Mode
 from npprune.core.compression.cost import Sizes, attention_price
 from npprune.core.compression.elimination import Elimination, eliminate_groups
 from npprune.core.compression.harm import Replacement, measure_harm
+from npprune.core.compression.statistics import Total
 from npprune.core.view import Projections, VitView
 from npprune.errors import plural, setting
 from npprune.models.surgery import set_qkv
+from npprune.pipeline.common.processes import ALONE, Processes
 from npprune.pipeline.prune.axes import Axis, Tell
 from npprune.words import ALL_AXES
 
@@ -62,9 +64,11 @@ class Attention(Axis):
         batches: Sequence[Tensor],
         generator: torch.Generator,
         tell: Tell,
+        *,
+        total: Total | None = None,
     ) -> Attention:
         parts = [view.attention(l) for l in range(len(view.widths))]
-        moments = collect_attention(view, batches, generator=generator, on_batch=tell)
+        moments = collect_attention(view, batches, generator=generator, on_batch=tell, total=total)
         orders = [
             eliminate_groups(m.inputs.covariance, p.proj.weight, p.heads, m.curvature)
             for p, m in zip(parts, moments, strict=True)
@@ -96,15 +100,24 @@ class Attention(Axis):
     def options(self, l: int) -> list[Pair]:
         return [(n, r) for n in self.heads(l) for r in self.query_dims(l)]
 
-    def harm(self, images: Sequence[Tensor], tell: Tell) -> list[dict[Pair, float]]:
+    def harm(
+        self, images: Sequence[Tensor], tell: Tell, team: Processes = ALONE
+    ) -> list[dict[Pair, float]]:
         """Less left is never less harm: what says otherwise is noise."""
-        singles: list[dict[Pair, dict[nn.Linear, Replacement]]] = []
+        singles: list[list[Pair]] = []
         for l, p in enumerate(self.parts):
             options = [(n, p.query_dims) for n in self.heads(l)[:-1]]
-            options += [(p.heads, r) for r in self.query_dims(l)[:-1]]
-            singles.append({o: stand_ins(p, self.kept(l, o, "least-squares")) for o in options})
+            singles.append(options + [(p.heads, r) for r in self.query_dims(l)[:-1]])
+
+        def measure(rows: list[list[Pair]]) -> list[dict[Pair, float]]:
+            made = (
+                {o: stand_ins(p, self.kept(l, o, "least-squares")) for o in row}
+                for l, (p, row) in enumerate(zip(self.parts, rows, strict=True))
+            )
+            return measure_harm(self.view, images, made, on_block=tell)
+
         table: list[dict[Pair, float]] = []
-        measured = measure_harm(self.view, images, singles, on_block=tell)
+        measured = team.shared_out(singles, measure)
         for l, (p, row) in enumerate(zip(self.parts, measured, strict=True)):
             by_heads = _never_rising({n: row.get((n, p.query_dims), 0.0) for n in self.heads(l)})
             by_dims = _never_rising({r: row.get((p.heads, r), 0.0) for r in self.query_dims(l)})

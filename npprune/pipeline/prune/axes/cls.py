@@ -8,7 +8,7 @@ its layers are shrunk towards the dense ones far more than the patches' are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from npprune.core.compression.harm import (
 )
 from npprune.core.compression.selection import Split, Table, nearest
 from npprune.core.compression.statistics import Statistics
+from npprune.pipeline.common.processes import ALONE, Processes
 from npprune.pipeline.prune.axes import Tell
 from npprune.pipeline.prune.axes.hidden import HiddenUnits
 
@@ -76,11 +77,13 @@ class OwnUnits:
             range(len(view.widths) - last_for_read),
         )
 
-    def harm(self, images: Sequence[Tensor], tell: Tell) -> tuple[Table, Table]:
+    def harm(
+        self, images: Sequence[Tensor], tell: Tell, team: Processes = ALONE
+    ) -> tuple[Table, Table]:
         """Nats per block and width of the patches' units and of the class token's, that side of
         that block alone changed."""
-        rest = self._harm(self.rest, REST_SHARES, SHRINKAGE, images, tell)
-        return rest, self._harm(self.own, OWN_SHARES, OWN_SHRINKAGE, images, tell)
+        rest = self._harm(self.rest, REST_SHARES, SHRINKAGE, images, tell, team)
+        return rest, self._harm(self.own, OWN_SHARES, OWN_SHRINKAGE, images, tell, team)
 
     def _harm(
         self,
@@ -89,22 +92,27 @@ class OwnUnits:
         shrinkage: float,
         images: Sequence[Tensor],
         tell: Tell,
+        team: Processes,
     ) -> Table:
         view, ranking = side.view, side.ranking
         grid = [
             sorted({nearest(allowed, h * s) for s in shares} - {h}) if l in self.blocks else []
             for l, (h, allowed) in enumerate(zip(view.widths, ranking.widths, strict=True))
         ]
-        made = candidates_for(view, side.moments, ranking.scores, grid, shrinkage=shrinkage)
-        candidates: list[Mapping[int, Mapping[nn.Linear, Replacement]]] = [
-            {
-                w: {fc2: self._beside(fc2, r, side)}
-                for w, row in found.items()
-                for fc2, r in row.items()
-            }
-            for found in made
-        ]
-        table = measure_harm(view, images, candidates, on_block=tell)
+
+        def measure(rows: list[list[int]]) -> list[dict[int, float]]:
+            made = candidates_for(view, side.moments, ranking.scores, rows, shrinkage=shrinkage)
+            candidates = (
+                {
+                    w: {fc2: self._beside(fc2, r, side)}
+                    for w, row in found.items()
+                    for fc2, r in row.items()
+                }
+                for found in made
+            )
+            return measure_harm(view, images, candidates, on_block=tell)
+
+        table = team.shared_out(grid, measure)
         for h, measured in zip(view.widths, table, strict=True):
             measured.setdefault(h, 0.0)
         return table

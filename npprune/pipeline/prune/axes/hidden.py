@@ -12,6 +12,7 @@ from npprune.core.compression.harm import candidates_for, measure_harm
 from npprune.core.compression.selection import Ranking, nearest
 from npprune.core.compression.statistics import Moments, Statistics
 from npprune.core.view import VitView
+from npprune.pipeline.common.processes import ALONE, Processes
 from npprune.pipeline.prune.axes import Tell
 
 HARM_STEPS = 8  # widths measured in a block: multiples of an eighth
@@ -33,7 +34,9 @@ class HiddenUnits:
         """Mean and covariance of block l's hidden units."""
         return self.statistics.moments(l, self.salience)
 
-    def harm(self, images: Sequence[Tensor], tell: Tell) -> list[dict[int, float]]:
+    def harm(
+        self, images: Sequence[Tensor], tell: Tell, team: Processes = ALONE
+    ) -> list[dict[int, float]]:
         """Nats of a few widths of each block, refitted by least squares, that block alone."""
         options = self.ranking.widths
         if all(len(row) == 1 for row in options):
@@ -42,10 +45,15 @@ class HiddenUnits:
         for h, allowed in zip(self.view.widths, options, strict=True):
             steps = {nearest(allowed, h * i / HARM_STEPS) for i in range(1, HARM_STEPS)}
             grid.append(sorted(steps))
-        candidates = candidates_for(
-            self.view, self.moments, self.ranking.scores, grid, protected=self.ranking.protected
-        )
-        table = measure_harm(self.view, images, candidates, on_block=tell)
+
+        def measure(rows: list[list[int]]) -> list[dict[int, float]]:
+            candidates = candidates_for(
+                self.view, self.moments, self.ranking.scores, rows,
+                protected=self.ranking.protected,
+            )  # fmt: skip
+            return measure_harm(self.view, images, candidates, on_block=tell)
+
+        table = team.shared_out(grid, measure)
         for h, row in zip(self.view.widths, table, strict=True):
             row.setdefault(h, 0.0)
         return table

@@ -21,6 +21,7 @@ from npprune.core.view import VitView
 from npprune.errors import ModelError
 from npprune.models.merging import check_tokens
 from npprune.models.tokens import patch_tokens, tokens_of
+from npprune.pipeline.common.processes import ALONE, Processes
 from npprune.pipeline.prune.axes import Tell
 
 WORD = "tokens"
@@ -91,16 +92,23 @@ def schedules(patches: int, depth: int) -> list[Schedule]:
     return sorted(found.values(), key=lambda s: s.merged)
 
 
-def measured_schedules(view: VitView, images: Sequence[Tensor], tell: Tell) -> list[Schedule]:
-    """Each schedule's nats, the network's own first. `tell` gets schedules done."""
-    out = [own(view)]
+def measured_schedules(
+    view: VitView, images: Sequence[Tensor], tell: Tell, team: Processes = ALONE
+) -> list[Schedule]:
+    """Each schedule's nats, the network's own first; the processes share them out. `tell` gets
+    schedules done."""
     reference = predict(view, images)
     tried = schedules(patch_tokens(view.model), len(view.widths))
-    for i, schedule in enumerate(tried, start=1):
-        nats = schedule_divergence(view, images, schedule.merged, reference=reference)
-        out.append(replace(schedule, nats=nats))
-        tell(i)
-    return sorted(out, key=lambda s: s.nats)
+
+    def measure(rows: list[list[Schedule]]) -> list[dict[Schedule, float]]:
+        found = {}
+        for i, s in enumerate(rows[0], start=1):
+            found[s] = schedule_divergence(view, images, s.merged, reference=reference)
+            tell(min(i * team.count, len(tried)))
+        return [found]
+
+    (nats,) = team.shared_out([tried], measure)
+    return sorted([own(view), *(replace(s, nats=nats[s]) for s in tried)], key=lambda s: s.nats)
 
 
 def between(view: VitView, measured: Sequence[Schedule], one: Schedule) -> list[Schedule]:
