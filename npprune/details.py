@@ -87,6 +87,7 @@ class PruneDetails(Open, total=False):
     attention: AttentionDetails
     paths: PathDetails
     axes: list[AxisDetails]
+    harm_unit: str
 
 
 class Candidate(Open, total=False):

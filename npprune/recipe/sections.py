@@ -77,7 +77,11 @@ class ModelSection(Section):
         shown="timm's own weights",
     )
     num_classes: int | None = setting(
-        None, "outputs of the classifier", panel=MODEL, metavar="N", ge=1
+        None,
+        "outputs of the classifier; 0: none, the features alone count",
+        panel=MODEL,
+        metavar="N",
+        ge=0,
     )
     img_size: Annotated[
         Count | Sides | None,

@@ -15,7 +15,16 @@ from npprune.records import (
     Result,
     Variant,
 )
-from npprune.report import figures, flipped, merging, numbers, provenance, reliability, text
+from npprune.report import (
+    features,
+    figures,
+    flipped,
+    merging,
+    numbers,
+    provenance,
+    reliability,
+    text,
+)
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
     Figure,
@@ -92,7 +101,7 @@ def _not_evaluated(result: Result) -> list[Item]:
             f"npprune eval {folder(v)} --data folder:VAL",
         )
         for v in result.variants
-        if v.evaluation is None
+        if v.measured is None
     ]
 
 
@@ -116,6 +125,8 @@ def _accuracy(result: Result) -> Section:
                 "the relative change of top-1."
             )
         )
+    if any(v.features for v in result.variants):
+        section.items.append(Paragraph(features.EXPLAINED))
     for variant, evaluation in done:
         if evaluation.dense_restricted and evaluation.pruned_restricted:
             section.items += _restricted(variant, evaluation)
@@ -356,7 +367,7 @@ def _widths(result: Result) -> Section:
                 ],
                 caption=f"Patch tokens merged in {name}, between attention and MLP.",
             )
-            images = v.evaluation.merged if v.evaluation is not None else []
+            images = v.measured.merged if v.measured is not None else []
             section.items.append(
                 Figure(
                     f"Merged patches in {name}",

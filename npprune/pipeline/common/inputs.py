@@ -19,6 +19,7 @@ from npprune.data.loading import Batch, batches
 from npprune.data.opening import open_source
 from npprune.data.sources import ImageSource, Sample
 from npprune.data.transforms import describe, make_transform, released, resolve
+from npprune.data.unlabelled import open_unlabelled
 from npprune.errors import DataError, ModelError, StoreError, UsageError, plural, setting
 from npprune.models.load import build, load
 from npprune.models.released_head import released_head
@@ -242,7 +243,8 @@ def open_images(
     """Open a data source for a network and say how labels and preprocessing were found.
 
     `asked`: the setting that names the source, such as `data.val`. `names`: what the network calls
-    its classes; they decide where there is no class map.
+    its classes; they decide where there is no class map. A network without a classifier needs no
+    labels: a folder is then read as it is arranged, where it says none.
 
     Raises:
         UsageError: no source was named; DataError: it cannot be read.
@@ -269,14 +271,21 @@ def open_images(
         from_files=held is None,
     )
     of: dict[str, Any] = {
-        "num_classes": network.num_classes,
+        "num_classes": network.num_classes or None,
         "class_map": section.class_map,
         "known": names,
         "classes": section.classes,
         "images_per_class": section.images_per_class,
         "max_pixels": section.max_pixels,
     }
-    source = open_source(spec, **of) if held is None else open_given(held, spec, Asked(**of))
+    try:
+        source = open_source(spec, **of) if held is None else open_given(held, spec, Asked(**of))
+    except DataError as err:
+        wanted = network.num_classes or section.classes is not None or section.class_map is not None
+        if wanted or not spec.startswith("folder:"):
+            raise
+        source = open_unlabelled(spec, section.max_pixels)  # raises where there are no images
+        work.say(f"labels are not used: {err.message}")
     count = "a stream" if source.length is None else plural(source.length, "image")
     work.say(f"{spec}: {count}, labels by {source.label_rule}")
     work.say(f"preprocessing: {describe(pre)}")

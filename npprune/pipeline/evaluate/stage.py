@@ -32,10 +32,18 @@ from npprune.pipeline.common.inputs import (
 from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.results import run_of, update_variant
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.evaluate.features import measured_features
 from npprune.pipeline.evaluate.flipped import Flipped
 from npprune.pipeline.evaluate.merging import merged_images
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
-from npprune.records import CheckpointConfig, ClassRow, Evaluation, Outcomes, Variant
+from npprune.records import (
+    CheckpointConfig,
+    ClassRow,
+    Evaluation,
+    FeatureEvaluation,
+    Outcomes,
+    Variant,
+)
 from npprune.store.checkpoints import PLAN, is_checkpoint
 from npprune.store.runs import read_plan
 
@@ -49,8 +57,9 @@ def evaluate(
     *,
     dense_checkpoint: str | None = None,
     work: Work | None = None,
-) -> Evaluation:
-    """Measure a pruned checkpoint against the dense network it came from.
+) -> Evaluation | FeatureEvaluation:
+    """Measure a pruned checkpoint against the dense network it came from: predictions, or features
+    where there is no classifier.
 
     Both see the same images in the same order in one run. The result goes into the run folder
     that the checkpoint belongs to; where that cannot be written, a warning says so beforehand.
@@ -74,16 +83,20 @@ def evaluate(
         preprocessing=config.preprocessing, names=dense_names(config),
     )  # fmt: skip
     started = time.perf_counter()
-    logits, labels, ids, sample, flipped = _predict(dense, pruned, images, config, work)
-    evaluation = _compare(*logits, labels, images, config, data)
-    evaluation.outcomes = _outcomes(*logits, labels, ids)
-    evaluation.flipped = flipped.shown(images.preprocessing, _namer(config, images))
+    evaluation: Evaluation | FeatureEvaluation
+    if dense.info.num_classes == 0:
+        evaluation, labels, sample = measured_features(dense, pruned, images, work)
+    else:
+        logits, labels, ids, sample, flipped = _predict(dense, pruned, images, config, work)
+        evaluation = _compare(*logits, labels, images, config, data)
+        evaluation.outcomes = _outcomes(*logits, labels, ids)
+        evaluation.flipped = flipped.shown(images.preprocessing, _namer(config, images))
+        evaluation.label_doubt = label_doubt(
+            logits[0].argmax(1), labels, dense.info.num_classes, images.source
+        )
+        _path_shares(evaluation, checkpoint, config)
     evaluation.device = str(work.where)
-    evaluation.label_doubt = label_doubt(
-        logits[0].argmax(1), labels, dense.info.num_classes, images.source
-    )
     evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
-    _path_shares(evaluation, checkpoint, config)
     evaluation.merged = merged_images(pruned, sample, labels, images)
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:
@@ -96,7 +109,11 @@ def evaluate(
         ]
 
     def update(variant: Variant) -> None:
-        variant.model, variant.evaluation = pruned.info, evaluation
+        variant.model = pruned.info
+        if isinstance(evaluation, FeatureEvaluation):
+            variant.features = evaluation
+        else:
+            variant.evaluation = evaluation
 
     if recorded:
         with keeping(evaluation):
