@@ -633,8 +633,9 @@ class ParityRow:
 
     batch: int
     images: int
-    max_relative_error: float  # max |its - torch's| / max |torch's| over all logits
-    top1_agreement: float
+    max_relative_error: float  # max |its - torch's| / max |torch's| over all logits or features
+    top1_agreement: float  # same top-1; of features: nearest to torch's of the same image
+    cosine: float | None = None  # of features, the least of all images
 
 
 @dataclass

@@ -289,15 +289,16 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
     """The file, and how well it agrees."""
     output.document("export", to_dict(record))
     runs = f"ONNX Runtime ({record.provider})" if record.format == "onnx" else record.provider
+    features = "features" in record.details
     output.table(
         f"{runs} against PyTorch",
-        ("batch", "images", "relative logit error", "same top-1"),
+        ("batch", "images", *text.PARITY[features]),
         [
             (
                 str(row.batch),
                 str(row.images),
                 f"{row.max_relative_error:.1e}",
-                text.percent(row.top1_agreement),
+                text.agrees(row),
             )
             for row in record.parity
         ],
@@ -312,7 +313,7 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
         output.line()
         output.table(
             "Ways of quantising, on held-out images",
-            ("", "size", "top-1", "kept"),
+            ("", "size", "cosine" if features else "top-1", "kept"),
             [
                 (c["name"], text.size(c["bytes"]), text.percent(c["score"]), "*" * c["chosen"])
                 for c in candidates
@@ -321,6 +322,8 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
     facts = [("parity", _verdict(record))]
     opset = f" opset {record.opset}" if record.opset else ""
     facts.append(("file", f"{record.format}{opset}, {record.precision}"))
+    if "features" in record.details:
+        facts.append(("gives", f"features: {record.details['features']}"))
     if "provider_asked" in record.details:
         asked, why = record.details["provider_asked"], record.details.get("provider_reason", "")
         facts.append(("provider", f"{record.provider}, asked for {asked}: {why}"))

@@ -63,7 +63,7 @@ def outputs(
             f"the classifier of {name} is a sequence of layers, where one linear layer is read: "
             + ", ".join(f"`{k}` {list(tensors[k].shape)}" for k in parts[:4]),
             hint=f"if all but one do nothing at inference (dropout), save that one's tensors as "
-            f"`{first}.weight` and `{first}.bias`",
+            f"`{first}.weight` and `{first}.bias`; {setting('model.num_classes', 0)} leaves it out",
         )
     if found == 0 and asked is not None:
         raise ModelError(
@@ -127,7 +127,8 @@ def _check_beside(head: Tensor | None, width: int, beside: dict[str, Tensor]) ->
                 f"besides the network, the file has the layer `{name}` {list(tensor.shape)}, which "
                 f"can take the network's {size} outputs: without it, the classes may be others",
                 hint="save the network's own state dict; if the layer is its classifier, under "
-                "the names `head.weight` and `head.bias`",
+                "the names `head.weight` and `head.bias`; "
+                f"{setting('model.num_classes', 0)} takes the network for its features",
             )
 
 

@@ -71,7 +71,7 @@ class TimmView:
             return slice(None)
         if scope == "patch":
             return slice(self.num_prefix_tokens, None)
-        if not _has_class_token(self.model):
+        if not has_class_token(self.model):
             raise ModelError(
                 f"scope 'cls' needs a class token, and {type(self.model).__name__} has none",
                 hint="use scope 'patch' or 'all'",
@@ -470,7 +470,7 @@ def _inside(model: nn.Module) -> str:
     return f"it is {known[0]}; use timm's network, such as `vit_small_patch16_224`"
 
 
-def _has_class_token(model: Any) -> bool:
+def has_class_token(model: Any) -> bool:
     """Whether token 0 is a class token; registers may stand there in models without one."""
     embedding = getattr(model, "embeds", model)  # where NaFlex models keep it
     return getattr(embedding, "cls_token", None) is not None
@@ -488,6 +488,6 @@ def _pooled_scope(model: Any) -> Scope:
     if getattr(model, "attn_pool", None) is not None:
         # Eva-type models pool all tokens; ViT-type ones say whether they do.
         return "all" if getattr(model, "pool_include_prefix", True) else "patch"
-    if pool == "token" and _has_class_token(model):
+    if pool == "token" and has_class_token(model):
         return "cls"
     return "all" if getattr(model, "pool_include_prefix", False) else "patch"

@@ -604,6 +604,13 @@ class ExportSection(Section):
         ge=0,
         le=100,
     )
+    features: words.FeatureOutput | None = setting(
+        None,
+        "what a network without a classifier gives: the pooled vector [b, d], the class token, or "
+        "the patches as a map [b, d, h, w]",
+        panel=FILE,
+        shown="pooled",
+    )
     latency: bool = setting(True, "time it against the dense network", panel=FILE)
 
 

@@ -244,19 +244,20 @@ def _parity(name: str, x: ExportRecord) -> Table:
     words += " against PyTorch on real images, "
     if x.tolerance >= 0:
         words += f"tolerance {text.scientific(x.tolerance, 0)}: "
+    error, agrees = text.PARITY["features" in x.details]
     before, after = x.details.get("torch_top1"), x.details.get("onnx_top1")
     if before is not None and after is not None:
         allowed = x.details.get("max_drop")
         limit = f", at most {text.fixed(allowed)} points lower allowed" if allowed else ""
         words += f"top-1 {text.percent(after)}, PyTorch {text.percent(before)}{limit}: "
     return Table(
-        ["batch", "images", "largest relative logit error", "same top-1"],
+        ["batch", "images", f"largest {error}", agrees],
         [
             cells(
                 str(p.batch),
                 text.count(p.images),
                 text.scientific(p.max_relative_error),
-                text.percent(p.top1_agreement),
+                text.agrees(p),
             )
             for p in x.parity
         ],
@@ -267,7 +268,7 @@ def _parity(name: str, x: ExportRecord) -> Table:
 def _candidates(name: str, x: ExportRecord, candidates: list[dict[str, Any]]) -> Table:
     """The ways of quantising that were tried."""
     return Table(
-        ["way", "size", "top-1", "kept"],
+        ["way", "size", "cosine" if "features" in x.details else "top-1", "kept"],
         [
             cells(
                 str(c["name"]),

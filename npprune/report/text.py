@@ -18,6 +18,7 @@ from npprune.records import (
     HealSummary,
     Latency,
     Mean,
+    ParityRow,
     Preprocessing,
     PruneSummary,
     Rate,
@@ -144,6 +145,18 @@ def agreement(summary: HealSummary) -> tuple[str, str, str, str]:
     if summary.unit == "nats":
         return "same top-1 as dense", "", percent(before), percent(after)
     return "cosine to dense", "1", fixed(before, 4), fixed(after, 4)
+
+
+PARITY = {
+    False: ("relative logit error", "same top-1"),
+    True: ("relative error", "least cosine"),
+}
+"""Columns of a file's comparison: of logits, of features."""
+
+
+def agrees(row: ParityRow) -> str:
+    """The second of them."""
+    return percent(row.top1_agreement) if row.cosine is None else fixed(row.cosine, 6)
 
 
 def rate_detail(rate: Rate) -> str:
