@@ -115,7 +115,7 @@ def export_onnx(
     if form.with_preprocessing:
         frozen = pixel_input(frozen, preprocessing)
     sample = sample_input(preprocessing, form.batch, form.with_preprocessing)
-    proto = _trace(frozen, sample, form)
+    proto = _trace(frozen, sample, form.opset, form.batch, form.output)
     outputs = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
     if classes and outputs != len(classes):
         raise ExportError(
@@ -195,10 +195,11 @@ def sample_input(preprocessing: Preprocessing, batch: str | int, pixels: bool = 
     return torch.randn(b, channels, height, width, generator=generator)
 
 
-def _trace(model: nn.Module, sample: Tensor, form: OnnxForm) -> onnx.ModelProto:
+def _trace(
+    model: nn.Module, sample: Tensor, opset: int, batch: str | int, output: str
+) -> onnx.ModelProto:
     import torch
 
-    opset, batch = form.opset, form.batch
     shapes = ({0: torch.export.Dim("batch", min=1)},) if batch == "dynamic" else None
     try:
         with torch.no_grad(), quiet():
@@ -208,7 +209,7 @@ def _trace(model: nn.Module, sample: Tensor, form: OnnxForm) -> onnx.ModelProto:
                 dynamo=True,
                 opset_version=opset,
                 input_names=["pixels" if sample.dtype == torch.uint8 else "images"],
-                output_names=[form.output],
+                output_names=[output],
                 dynamic_shapes=shapes,
                 verbose=False,
             )

@@ -72,6 +72,17 @@ def check_weights(network: Network, paths_of: str, run: Path) -> None:
         )
 
 
+def require_classifier(network: Network, what: str) -> None:
+    """ModelError where a network has no classifier, and `what` reads predictions."""
+    if network.info.num_classes == 0:
+        raise ModelError(
+            f"{what} a class's probability, and {network.info.source.architecture} was loaded "
+            "without a classifier",
+            hint="prune it by its features, without paths: `npprune prune MODEL --calibration "
+            "SOURCE`; or give weights with a classifier",
+        )
+
+
 def remembered(section: type[S], said: Mapping[str, Any], checkpoint: str | Path) -> S:
     """Settings that a checkpoint remembers, as a section of a recipe.
 

@@ -34,6 +34,7 @@ from npprune.pipeline.common.inputs import (
     network_names,
     open_images,
     open_network,
+    require_classifier,
 )
 from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.pipeline.common.outputs import check_run, reads_of
@@ -76,6 +77,7 @@ def discover(
 
     def open_all() -> tuple[Network, Images, _Search, Manifest]:
         network = open_network(model, work)
+        require_classifier(network, "paths are of neurons that raise")
         images = open_images(
             data.train, data, network.info, work, asked="data.train", on_bad="skip",
             names=network_names(network, names),
