@@ -87,7 +87,7 @@ def discover_paths(
             raise ModelError(
                 f"paths are of neurons that raise a class's probability, and "
                 f"{type(model).__name__} has no classifier",
-                hint="give it one, such as a linear layer trained on its features, as `model.head`",
+                hint="`npprune.discover` fits one on its features; or set `model.head`",
             )
         y = _labels(labels, len(x), outputs)
         find = partial(

@@ -16,18 +16,21 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from npprune.core.linear import check_finite
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 PENALTIES = tuple(10.0**e for e in range(-6, 2))
 """Of the mean eigenvalue."""
+SCALES = tuple(2.0 ** (e / 2) for e in range(13))
+"""From 1 to 64."""
 ROWS = 1024  # images at a time
 
 
 def nearest_neighbours(features: Tensor, labels: Tensor, k: int = NEIGHBOURS) -> Tensor:
     """The label [n] that the k nearest other images vote for; labels [n] are 0 or more."""
-    x = torch.nn.functional.normalize(features.double(), dim=1)
+    x = functional.normalize(features.double(), dim=1)
     classes, y = labels.unique(return_inverse=True)
     found = []
     for start in range(0, len(x), ROWS):
@@ -54,7 +57,7 @@ class Ridge:
         x = features.double()
         check_finite(x)
         self.classes, place = labels.unique(return_inverse=True)
-        y = torch.nn.functional.one_hot(place, len(self.classes)).double()
+        y = functional.one_hot(place, len(self.classes)).double()
         self.mean, self.share = x.mean(0), y.mean(0)
         self.x, self.y = x - self.mean, y - self.share
         values, self.vectors = torch.linalg.eigh(self.x.T @ self.x)
@@ -72,10 +75,21 @@ class Ridge:
         return self.y + self.share - (self.y - fit) / (1 - own)[:, None]
 
     def layer(self) -> tuple[Tensor, Tensor]:
-        """The classifier of all images: weight [c, d] and bias [c], float64."""
-        scale = 1 / (self.values + self._ridge(self.best))
-        weight = (self.vectors @ (scale[:, None] * self.target)).T
-        return weight, self.share - weight @ self.mean
+        """The classifier of all images: weight [c, d] and bias [c], float64, of logits.
+
+        What regression gives is near 0 and 1: it is scaled by that of `SCALES` with the least
+        cross-entropy of images left out. A label that no image has gets zeros.
+        """
+        shrunk = 1 / (self.values + self._ridge(self.best))
+        weight = (self.vectors @ (shrunk[:, None] * self.target)).T
+        bias = self.share - weight @ self.mean
+        found, labels = self.left_out(self.best), self.y.argmax(1)
+        losses = {s: float(functional.cross_entropy(s * found, labels)) for s in SCALES}
+        scale = min(losses, key=lambda s: losses[s])
+        count = int(self.classes.max()) + 1
+        every = weight.new_zeros(count, weight.shape[1]), bias.new_zeros(count)
+        every[0][self.classes], every[1][self.classes] = scale * weight, scale * bias
+        return every
 
     def _ridge(self, penalty: float) -> float:
         return penalty * float(self.values.mean().clamp_min(torch.finfo(self.values.dtype).tiny))

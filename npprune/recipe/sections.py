@@ -104,6 +104,14 @@ class ModelSection(Section):
         "says",
         panel=MODEL,
     )
+    probe: str | None = setting(
+        None,
+        "of a network without a classifier: a linear one on its features, .safetensors with "
+        "`weight` and `bias`",
+        panel=MODEL,
+        metavar="FILE",
+        shown="fitted on the images",
+    )
     released_head: bool = setting(
         False, "normalise MAE's pooled tokens twice, as the paper's released program", panel=MODEL
     )

@@ -14,7 +14,7 @@ _traced: dict[str, Any] = {}
 
 
 def once(trace: Trace) -> Trace:
-    """`trace(model, sample, opset, batch, output)`, anew only for a network or form not seen yet."""
+    """`trace(model, sample, opset, batch, output)`, anew only for what was not seen yet."""
 
     def traced(model: nn.Module, sample: Tensor, opset: int, batch: str | int, output: str) -> Any:
         key = _digest(model, [tuple(sample.shape), sample.dtype, opset, batch, output])

@@ -1,4 +1,4 @@
-"""The line for a network without a classifier: pruned, measured, healed, exported by its features."""
+"""The line for a network without a classifier: pruned, measured, healed, exported by features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import npprune
 from npprune.cli.app import run_app
 from npprune.core import metrics, probes
-from npprune.errors import NpPruneError
+from npprune.errors import DataError, ModelError, NpPruneError
+from npprune.models.probe import read_probe, with_probe
 from npprune.models.surgery import mask_plan
 from npprune.models.view import outputs_of
 from npprune.pipeline.verify import verify
@@ -196,6 +197,33 @@ def test_what_needs_a_classifier_is_refused(
     assert code == 2
     assert said in shown
     assert hint.replace("_", "-") in shown
+
+
+def test_paths_are_those_of_a_probe_that_stays_with_the_run(
+    backbone: nn.Module, tmp_path: Path
+) -> None:
+    images = patterns(24, 7)
+    labels = (images.mean((1, 2, 3)) > 0).long()
+    run = tmp_path / "run"
+    found = npprune.discover(backbone, (images, labels), out=run, topk=2, progress=False)
+    weight, bias = read_probe(run / "probe.safetensors")
+    network = with_probe(backbone, weight, bias)
+    with torch.no_grad():
+        right = (network(images).argmax(1) == labels).double().mean()
+    assert right > 0.8
+    order = [int(name) for name in found.ids]
+    expected = npprune.discover_paths(network, images[order], labels[order], topk=2)
+    assert torch.equal(found.neurons, expected.neurons)
+    again = npprune.discover(backbone, (images, labels), out=run, topk=2, progress=False)
+    assert torch.equal(again.neurons, found.neurons)
+    pruned = npprune.prune(backbone, paths=run, keep=0.5, images=images, progress=False, **SMALL)
+    assert pruned.plan.how["paths"]
+    assert outputs_of(pruned.model, images[:1]).shape == (1, 17, 24)
+    with pytest.raises(DataError, match="they need images with labels") as err:
+        npprune.discover(backbone, images, progress=False)
+    assert "one folder a class" in str(err.value.hint)
+    with pytest.raises(ModelError, match="has no classifier"):
+        npprune.discover_paths(backbone, images, labels)
 
 
 def test_features_of_a_classifier_are_refused(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from npprune.data.transforms import describe, make_transform, released, resolve
 from npprune.data.unlabelled import open_unlabelled
 from npprune.errors import DataError, ModelError, StoreError, UsageError, plural, setting
 from npprune.models.load import build, load
+from npprune.models.probe import read_probe, with_probe
 from npprune.models.released_head import released_head
 from npprune.pipeline.common.work import MEMORY, Work
 from npprune.recipe import DataSection, ModelSection
@@ -51,6 +52,7 @@ class Network:
     info: ModelInfo
     config: CheckpointConfig | None = None  # where it came from a checkpoint folder
     classes: list[ClassInfo] = field(default_factory=list)  # as another library's folder names them
+    probed: bool = False  # its classifier is a probe on its features, not its own
     held: bool = False  # by a caller, in memory: its weights alone do not say what it computes
 
     @property
@@ -141,9 +143,9 @@ def _own_names(config: CheckpointConfig) -> KnownNames:
 def open_network(section: ModelSection, work: Work) -> Network:
     """Load the network that a recipe names: see `ModelSection`."""
     if (held := _held(section.name, work)) is not None:
-        return held
+        return _probed(held, section)
     if is_checkpoint(section.name):
-        return open_checkpoint(Path(section.name), work)
+        return _probed(open_checkpoint(Path(section.name), work), section)
     loaded = load(
         section.name,
         checkpoint=section.checkpoint,
@@ -158,7 +160,22 @@ def open_network(section: ModelSection, work: Work) -> Network:
     if section.released_head:
         work.say("head: pooled tokens are normalised twice, as the released program does")
         return Network(released_head(loaded.model).to(work.where), loaded.info)
-    return Network(loaded.model.to(work.where), loaded.info, classes=loaded.classes)
+    network = Network(loaded.model.to(work.where), loaded.info, classes=loaded.classes)
+    return _probed(network, section)
+
+
+def _probed(network: Network, section: ModelSection) -> Network:
+    """The network with the classifier that the section names."""
+    if section.probe is None:
+        return network
+    return with_classifier(network, *read_probe(Path(section.probe)))
+
+
+def with_classifier(network: Network, weight: Tensor, bias: Tensor) -> Network:
+    """A network with a linear classifier on its features; the weights' hash is the backbone's."""
+    model = with_probe(network.model, weight, bias)
+    info = replace(network.info, num_classes=len(weight))
+    return replace(network, model=model, info=info, probed=True)
 
 
 def open_checkpoint(folder: Path, work: Work) -> Network:

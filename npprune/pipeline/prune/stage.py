@@ -296,7 +296,7 @@ def _plan(opened: Opened, chosen: Chosen, settings: PruneSection, seed: int) -> 
         source_sha256=source.sha256,
         architecture=source.architecture,
         how=how,
-        classes=classes if classes is not None and not settings.keep_head else None,
+        classes=opened.outputs,
         notes=chosen.warnings,
         **chosen.fields(),
     )
