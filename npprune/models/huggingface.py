@@ -12,7 +12,7 @@ Without a classifier, a network is read for its features: pooled as `transformer
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -176,7 +176,7 @@ def _unsupported(kind: str, family: str) -> ModelError:
 
 
 def _renamed(
-    tensors: Mapping[str, Tensor], outside: Sequence[tuple[str, str]]
+    tensors: Mapping[str, Tensor], outside: tuple[tuple[str, str], ...]
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under timm's names, queries, keys and values still apart; and the unread ones.
 

@@ -43,6 +43,8 @@ class Teacher:
         self.view = make_view(model)
         self.objective = self.view.objective
         self.classifies = has_classifier(model)
+        if not self.classifies:  # features are of no class
+            columns = allowed = None
         self.chosen = columns if columns is not None else allowed
         self.expands = columns is None and allowed is not None
         self.precision = precision
