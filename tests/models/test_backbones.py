@@ -12,7 +12,7 @@ from torch import Tensor
 
 from npprune.core.objective import Features
 from npprune.errors import ModelError
-from npprune.models.load import load
+from npprune.models.load import create, load
 from npprune.models.view import make_view, outputs_of
 from tests.helpers.tiny import tiny_batch, tiny_vit
 
@@ -92,6 +92,16 @@ def test_the_cotangent_is_a_root_of_the_curvature() -> None:
     found = draws.T @ draws / len(draws)
     torch.testing.assert_close(found.diagonal(), hessian.diagonal())
     torch.testing.assert_close(found, hessian, rtol=0, atol=0.06 * float(hessian.max()))
+
+
+def test_timm_weights_without_a_classifier_load_by_name(tmp_path: Path) -> None:
+    model = create("vit_small_patch14_dinov2", {"img_size": 28, "num_classes": 0})
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    file = tmp_path / "w.safetensors"
+    loaded = load("vit_small_patch14_dinov2.lvd142m", checkpoint=file, img_size=28)
+    assert loaded.info.num_classes == 0
+    assert loaded.info.preprocessing.input_size == (3, 28, 28)
+    assert loaded.notes[-1].startswith("no classifier: what counts are its features")
 
 
 def test_a_file_with_a_head_is_a_backbone_on_request(tmp_path: Path) -> None:
