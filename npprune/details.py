@@ -87,6 +87,7 @@ class PruneDetails(Open, total=False):
     attention: AttentionDetails
     paths: PathDetails
     axes: list[AxisDetails]
+    harm_unit: str
 
 
 class Candidate(Open, total=False):
@@ -103,6 +104,7 @@ class ExportDetails(Open, total=False):
 
     candidates: list[Candidate]
     provider_asked: str
+    features: str
     provider_reason: str
     torch_top1: float | None
     onnx_top1: float | None

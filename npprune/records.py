@@ -463,8 +463,8 @@ class HealPoint:
 
     step: int
     seconds: float
-    divergence_nats: float  # mean KL(dense || healed) of the predictions
-    agreement: float  # share with the dense network's top-1
+    divergence_nats: float  # mean KL(dense || healed) of the predictions; see HealSummary.unit
+    agreement: float  # share with the dense network's top-1; of features, their mean cosine
     loss: float | None = None  # mean since the last measurement; None: before training
     top1: float | None = None  # None: no labels
 
@@ -493,6 +493,7 @@ class HealSummary:
     images_per_second: float  # while training
     curve: list[HealPoint] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unit: str = "nats"  # of the divergence; "relative error" of features without a classifier
 
 
 @dataclass
@@ -587,13 +588,54 @@ class Evaluation:
 
 
 @dataclass
+class FeatureAgreement:
+    """A pruned network's features beside the dense one's, per image.
+
+    The pooled vector: the class token, or what the network pools its tokens to. Relative error:
+    |dense - pruned|^2 / |dense|^2. Of patch tokens, the mean over an image's.
+    """
+
+    cosine: Mean
+    relative_error: Mean
+    patch_cosine: Mean | None = None
+    patch_relative_error: Mean | None = None
+
+
+@dataclass
+class Probe:
+    """A simple classifier on the pooled features, each image judged without itself."""
+
+    name: str  # k-NN | ridge probe
+    dense: Rate
+    pruned: Rate
+    change: Mean  # paired, pruned minus dense, in [-1, 1]
+
+
+@dataclass
+class FeatureEvaluation:
+    """Dense and pruned on the same images in one run, where there is no classifier."""
+
+    data: DataInfo
+    preprocessing: Preprocessing
+    device: str
+    agreement: FeatureAgreement
+    probes: list[Probe] = field(default_factory=list)  # empty without labels
+    latency: list[Latency] = field(default_factory=list)
+    dense_model: ModelInfo | None = None
+    pruned_model: ModelInfo | None = None
+    seconds: float = 0.0
+    merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
+
+
+@dataclass
 class ParityRow:
     """A runtime against PyTorch at one batch size."""
 
     batch: int
     images: int
-    max_relative_error: float  # max |its - torch's| / max |torch's| over all logits
-    top1_agreement: float
+    max_relative_error: float  # max |its - torch's| / max |torch's| over all logits or features
+    top1_agreement: float  # same top-1; of features: nearest to torch's of the same image
+    cosine: float | None = None  # of features, the least of all images
 
 
 @dataclass
@@ -717,6 +759,12 @@ class Variant:
     export: ExportRecord | None = None  # the latest
     more_exports: list[ExportRecord] = field(default_factory=list)  # other files, latest first
     heal: HealSummary | None = None  # where it was trained after pruning
+    features: FeatureEvaluation | None = None  # in place of `evaluation`, without a classifier
+
+    @property
+    def measured(self) -> Evaluation | FeatureEvaluation | None:
+        """What was measured beside the dense network: predictions, or features."""
+        return self.features if self.evaluation is None else self.evaluation
 
 
 @dataclass

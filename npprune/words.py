@@ -49,6 +49,10 @@ ALL_AXES: tuple[Axis, ...] = tuple(axis for axis in AXES if axis not in ("cls", 
 """What `all` stands for: `head-dim` takes what `qk` takes, and more; `cls` has not paid yet (see
 docs/measurements.md)."""
 
+FeatureOutput = Literal["pooled", "cls", "patches"]
+"""What a file of a network without a classifier gives: the pooled vector, the class token, or the
+patch tokens as a map."""
+
 PathUse = Literal["auto", "protect", "prior", "off"]
 """What path neurons are to pruning: kept as far as that costs nothing; kept first; votes that raise
 the criterion's scores as far as that costs nothing; nothing."""

@@ -197,7 +197,7 @@ def held_images(
         return images
     if isinstance(images, Path):
         return f"folder:{images}"
-    predict = None if section is None else _predicting(section, work)
+    predict = None if section is None or _headless(section, work) else _predicting(section, work)
     held = f"{MEMORY}{name}"
     work.held.images[held] = Given(images, predict, labelled)
     return held
@@ -233,6 +233,12 @@ def _float32(model: nn.Module) -> nn.Module:
         )
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model) if any(t.is_inference() for t in tensors) else model
+
+
+def _headless(section: ModelSection, work: Work) -> bool:
+    """Whether a network that is held has no classifier."""
+    network = work.held.networks.get(section.name)
+    return network is not None and network.info.num_classes == 0
 
 
 def _predicting(section: ModelSection, work: Work) -> Callable[[Tensor], Tensor]:

@@ -48,8 +48,14 @@ from npprune.recipe import (
     PruneSection,
     section_of,
 )
-from npprune.records import Evaluation, ExportRecord, HealSummary
-from npprune.store.checkpoints import is_checkpoint, read_checkpoint
+from npprune.records import (
+    CheckpointConfig,
+    Evaluation,
+    ExportRecord,
+    FeatureEvaluation,
+    HealSummary,
+)
+from npprune.store.checkpoints import is_checkpoint, read_checkpoint, read_config
 from npprune.store.runs import read_plan
 from npprune.words import PROVIDERS, PathUse, Provider, check_word
 
@@ -200,12 +206,12 @@ def evaluate(
     device: str | None = None,
     progress: Progress = None,
     **settings: Any,
-) -> Evaluation:
+) -> Evaluation | FeatureEvaluation:
     """Dense and pruned network on the same images: `npprune eval`.
 
     Args:
         pruned: what `npprune.prune` gave, or a checkpoint folder.
-        images: as for `npprune.discover`, with labels.
+        images: as for `npprune.discover`, with labels; features need none.
         dense: the network it was pruned from, where `pruned` does not have it: a network, or a
             file or folder of its weights.
         device: as for `npprune.discover`.
@@ -215,7 +221,9 @@ def evaluate(
     Returns:
         `.dense` and `.pruned` accuracy with 95 % intervals (`.top1.value` in [0, 1]),
         `.top1_change`, `.agreement`, `.probability_deviation`, `.classes`, and `.latency` in
-        milliseconds. It also goes into the report of the run that a folder belongs to.
+        milliseconds. Of a network without a classifier: `.agreement` of the features (`.cosine`,
+        `.relative_error`, and those of patch tokens), and `.probes` where images have labels. It
+        also goes into the report of the run that a folder belongs to.
 
     Raises:
         DataError: images without labels, or that the network cannot take.
@@ -227,7 +235,8 @@ def evaluate(
     wish = section_of(EvaluateSection, asked)
     with working(progress, device, 0, pruned) as work:
         folder, named = checkpoint_of(pruned, dense, work)
-        data = data_section(of_images, val=held_images(images, work, labelled=True))
+        labelled = _config_of(pruned).num_classes > 0
+        data = data_section(of_images, val=held_images(images, work, labelled=labelled))
         return _evaluate(folder, data, wish, dense_checkpoint=named, work=work)
 
 
@@ -339,6 +348,10 @@ def export(
         section, _ = opened(model, of_model, work)
         data = data_section(of_images, val=held_images(images, work, section))
         return export_model(section, data, wish, out=target, provider=provider, work=work)
+
+
+def _config_of(pruned: Pruned | str | Path) -> CheckpointConfig:
+    return pruned.config if isinstance(pruned, Pruned) else read_config(pruned)
 
 
 def _dense_of(work: Any) -> ModelSection | None:

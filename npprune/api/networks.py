@@ -44,7 +44,8 @@ def load_model(
             off `checkpoint`.
         checkpoint: a safetensors, PyTorch or JAX `.npz` file, or such a folder; None takes timm's
             published weights from the hub.
-        num_classes: outputs of the head, by default the checkpoint's.
+        num_classes: outputs of the head, by default the checkpoint's; 0: none, the features alone
+            count.
         img_size: input side in pixels, or (height, width); position embeddings are resampled,
             unless the file has just as many as it needs.
         num_heads: attention heads, where neither name nor file says.
@@ -57,7 +58,7 @@ def load_model(
         ModelError: an unknown or unsupported network, or weights that do not fit it.
         StoreError: a checkpoint folder that is incomplete or was changed.
     """
-    num_classes = number("num_classes", num_classes, 1)
+    num_classes = number("num_classes", num_classes, 0)
     num_heads = number("num_heads", num_heads, 1)
     if activation is not None:
         check_word("activation", activation, ACTIVATIONS)

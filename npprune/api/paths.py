@@ -17,8 +17,8 @@ from npprune.core.attribution.methods import find_paths
 from npprune.core.attribution.quadrature import Integral
 from npprune.core.attribution.search import PathBatch
 from npprune.core.view import VitView, frozen
-from npprune.errors import DataError, UsageError
-from npprune.models.view import classifiers, make_view
+from npprune.errors import DataError, ModelError, UsageError
+from npprune.models.view import make_view, outputs_count
 from npprune.pipeline.common.memory import halving, images_that_fit
 from npprune.words import METHODS, Accumulation, Method, RuleOrAuto, ScopeOrAuto, check_word
 
@@ -82,7 +82,14 @@ def discover_paths(
         view = make_view(model)
         integral = Integral.of(view.scope, scope, quadrature, points, accumulation)
         x = _images(images)
-        y = _labels(labels, len(x), classifiers(model)[0].out_features)
+        outputs = outputs_count(model)
+        if outputs == 0:
+            raise ModelError(
+                f"paths are of neurons that raise a class's probability, and "
+                f"{type(model).__name__} has no classifier",
+                hint="`npprune.discover` fits one on its features; or set `model.head`",
+            )
+        y = _labels(labels, len(x), outputs)
         find = partial(
             find_paths, view, topk=topk, method=method, integral=integral, generator=generator
         )

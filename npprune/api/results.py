@@ -61,7 +61,9 @@ class Pruned:
 
         `dense_top1` and `pruned_top1` in [0, 1], the expected `drop` with its 95 % interval
         (`drop_low`, `drop_high`), `divergence_nats` of the predictions, and how many `images` say
-        so; empty where there were too few.
+        so; empty where there were too few. Of a network without a classifier: `cosine` and
+        `relative_error` of its features, and of its patch tokens `patch_cosine` and
+        `patch_relative_error`, each with `_low` and `_high`.
         """
         return dict(self.config.prune.predicted) if self.config.prune is not None else {}
 
@@ -82,7 +84,10 @@ class Pruned:
             f"MACs an image: {beside(c.macs, c.dense_macs)}",
             f"hidden units: {self.plan.kept_widths}",
         ]
-        if p := self.predicted:
+        if "cosine" in (p := self.predicted):
+            images = plural(int(p["images"]), "held-out image")
+            lines.append(f"predicted cosine of features: {p['cosine']:.4f} on {images}")
+        elif p:
             lines.append(
                 f"predicted top-1: {100 * p['dense_top1']:.1f} -> {100 * p['pruned_top1']:.1f} % "
                 f"on {plural(int(p['images']), 'held-out image')}"

@@ -28,7 +28,7 @@ An interrupted run resumes where it stopped: give the same command again.
     preprocessing=of(DataSection, "preprocessing"),
     batch_size=of(DataSection, "batch_size", help="images searched at once", shown="16"),
 )
-@options.model("released_head")
+@options.model("probe", "released_head")
 @options.run("device", "seed", "dry_run")
 def command(
     model: options.Model,

@@ -13,7 +13,7 @@ from npprune.errors import UsageError
 from npprune.recipe.sections import MEASURE, DataSection, EvaluateSection
 
 if TYPE_CHECKING:
-    from npprune.records import Evaluation, Result
+    from npprune.records import Evaluation, FeatureEvaluation, Result
 
 EXAMPLES = """\
 Example
@@ -76,7 +76,7 @@ def command(
     output.finish()
 
 
-def _run_result(checkpoint: Path, evaluation: Evaluation) -> Result | None:
+def _run_result(checkpoint: Path, evaluation: Evaluation | FeatureEvaluation) -> Result | None:
     """The result of the checkpoint's run, with this checkpoint as its only variant; None where
     the evaluation is not the one that was recorded there."""
     from npprune.pipeline.common.results import run_of
@@ -88,5 +88,5 @@ def _run_result(checkpoint: Path, evaluation: Evaluation) -> Result | None:
         return None
     result = run.read_result()
     result.variants = [v for v in result.variants if v.name == checkpoint.resolve().name]
-    recorded = [v.evaluation for v in result.variants if v.evaluation is not None]
+    recorded = [v.measured for v in result.variants if v.measured is not None]
     return result if list(map(to_json, recorded)) == [to_json(evaluation)] else None

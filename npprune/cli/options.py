@@ -221,9 +221,9 @@ def images(*, omit: Iterable[str] = (), **chosen: Option) -> Callable[[Command],
 def model(*more: str) -> Callable[[Command], Command]:
     """How a network is built: the command gets `network`, the fields that were given.
 
-    `more` names fields that only some commands have: `released_head`.
+    `more` names fields that only some commands have: `probe`, `released_head`.
     """
-    left_out = {"name", "released_head"} - set(more)
+    left_out = {"name", "probe", "released_head"} - set(more)
     made = {n: of(ModelSection, n) for n in ModelSection.model_fields if n not in left_out}
 
     def build(given: dict[str, Any]) -> dict[str, Any]:

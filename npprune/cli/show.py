@@ -13,6 +13,7 @@ from npprune.records import (
     DataInfo,
     Evaluation,
     ExportRecord,
+    FeatureEvaluation,
     Latency,
     ModelInfo,
     ParityRow,
@@ -129,12 +130,12 @@ def healed(output: Output, variant: Variant, folder: Path) -> None:
     before, after = summary.before, summary.after
     rows = [
         (
-            "divergence from dense, nats",
+            text.divergence(summary),
             "0",
             text.significant(before.divergence_nats),
             text.significant(after.divergence_nats),
         ),
-        ("same top-1 as dense", "", text.percent(before.agreement), text.percent(after.agreement)),
+        text.agreement(summary),
     ]
     if summary.dense_top1 is not None and before.top1 is not None and after.top1 is not None:
         dense, pruned = text.percent(summary.dense_top1), text.percent(before.top1)
@@ -167,6 +168,8 @@ def predicted(found: dict[str, float]) -> list[tuple[str, str]]:
     """What the held-out calibration images say of the smaller network."""
     if not found:
         return []
+    if "cosine" in found:
+        return _predicted_features(found)
     before, after = text.percent(found["dense_top1"]), text.percent(found["pruned_top1"])
     low, high = (100 * found[key] for key in ("drop_low", "drop_high"))
     where = text.plural(int(found["images"]), "held-out calibration image")
@@ -185,19 +188,36 @@ def predicted(found: dict[str, float]) -> list[tuple[str, str]]:
     ]
 
 
-def evaluated(output: Output, evaluation: Evaluation, folder: Path, run: Result | None) -> None:
+def _predicted_features(found: dict[str, float]) -> list[tuple[str, str]]:
+    where = text.plural(int(found["images"]), "held-out calibration image")
+    rows = []
+    for label, kind in (("pooled", ""), ("patch tokens", "patch_")):
+        if f"{kind}cosine" in found:
+            low, high = (text.fixed(found[f"{kind}cosine_{end}"], 4) for end in ("low", "high"))
+            cosine = text.fixed(found[f"{kind}cosine"], 4)
+            error = text.fixed(found[f"{kind}relative_error"], 4)
+            said = f"cosine to dense {cosine} (95 % {low}–{high}), relative error {error}"
+            rows.append((f"features, {label}", said))
+    return [*rows, ("predicted on", where)]
+
+
+def evaluated(
+    output: Output, evaluation: Evaluation | FeatureEvaluation, folder: Path, run: Result | None
+) -> None:
     """Dense and pruned side by side; with what they cost where the run is still there."""
     from npprune.report.numbers import summary, warnings
 
     output.document("evaluation", to_dict(evaluation))
-    _doubts(output, [evaluation.label_doubt])
+    if isinstance(evaluation, Evaluation):
+        _doubts(output, [evaluation.label_doubt])
     output.warn(warnings(run) if run is not None else [])
     output.table(
         f"Dense and pruned on {text.plural(evaluation.data.images, 'image')}, with 95 % intervals",
         ("", "dense", "pruned", "change"),
         summary(run).rows if run is not None else evaluation_rows(evaluation),
     )
-    lost = [row for row in evaluation.classes if row.deviation < 0]
+    classes = evaluation.classes if isinstance(evaluation, Evaluation) else []
+    lost = [row for row in classes if row.deviation < 0]
     worst = sorted(lost, key=lambda row: row.deviation)[:5]
     if worst:
         output.line()
@@ -227,8 +247,14 @@ def evaluated(output: Output, evaluation: Evaluation, folder: Path, run: Result 
     _end(output, [], f"npprune export {folder}")
 
 
-def evaluation_rows(evaluation: Evaluation) -> list[tuple[str, str, str, str]]:
+def evaluation_rows(
+    evaluation: Evaluation | FeatureEvaluation,
+) -> list[tuple[str, str, str, str]]:
     """Rows of (label, dense, pruned, change)."""
+    if isinstance(evaluation, FeatureEvaluation):
+        from npprune.report import features
+
+        return features.table(evaluation) + [latency_row(row) for row in evaluation.latency]
     rows = _accuracy("", evaluation.dense, evaluation.pruned)
     if evaluation.dense_restricted is not None and evaluation.pruned_restricted is not None:
         among = f", among the {len(evaluation.restricted_to or [])} chosen classes"
@@ -263,15 +289,16 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
     """The file, and how well it agrees."""
     output.document("export", to_dict(record))
     runs = f"ONNX Runtime ({record.provider})" if record.format == "onnx" else record.provider
+    features = "features" in record.details
     output.table(
         f"{runs} against PyTorch",
-        ("batch", "images", "relative logit error", "same top-1"),
+        ("batch", "images", *text.PARITY[features]),
         [
             (
                 str(row.batch),
                 str(row.images),
                 f"{row.max_relative_error:.1e}",
-                text.percent(row.top1_agreement),
+                text.agrees(row),
             )
             for row in record.parity
         ],
@@ -286,7 +313,7 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
         output.line()
         output.table(
             "Ways of quantising, on held-out images",
-            ("", "size", "top-1", "kept"),
+            ("", "size", "cosine" if features else "top-1", "kept"),
             [
                 (c["name"], text.size(c["bytes"]), text.percent(c["score"]), "*" * c["chosen"])
                 for c in candidates
@@ -295,6 +322,8 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
     facts = [("parity", _verdict(record))]
     opset = f" opset {record.opset}" if record.opset else ""
     facts.append(("file", f"{record.format}{opset}, {record.precision}"))
+    if "features" in record.details:
+        facts.append(("gives", f"features: {record.details['features']}"))
     if "provider_asked" in record.details:
         asked, why = record.details["provider_asked"], record.details.get("provider_reason", "")
         facts.append(("provider", f"{record.provider}, asked for {asked}: {why}"))
@@ -375,7 +404,7 @@ def _agreement(row: ParityRow | None) -> str:
 
 def result(
     output: Output,
-    found: Result | Variant | Evaluation | ExportRecord,
+    found: Result | Variant | Evaluation | FeatureEvaluation | ExportRecord,
     root: Path,
     *,
     also: Sequence[tuple[str, Path]] = (),
@@ -385,7 +414,7 @@ def result(
     from npprune.report import summary
     from npprune.report.numbers import doubts
 
-    if isinstance(found, Evaluation):
+    if isinstance(found, Evaluation | FeatureEvaluation):
         return evaluated(output, found, root, None)
     if isinstance(found, ExportRecord):
         return exported(output, found, root)

@@ -12,13 +12,13 @@ from npprune.core.view import VitView
 from npprune.errors import DataError, ModelError, NpPruneError
 
 
-def check_logits(
-    view: VitView, images: Tensor, logits: Tensor, *, first: int | None = None
+def check_outputs(
+    view: VitView, images: Tensor, outputs: Tensor, *, first: int | None = None
 ) -> None:
-    """The usual case costs one reduction of the logits.
+    """The usual case costs one reduction of the outputs.
 
     Args:
-        images: [b, 3, H, W]; logits: [b, c], what the network gave on them.
+        images: [b, 3, H, W]; outputs: logits or features [b, ...], what the network gave on them.
         first: the number of the first image, for the message; None: images are counted within
             their batch.
 
@@ -26,7 +26,7 @@ def check_logits(
         DataError: an image holds values that are not finite.
         ModelError: the weights do, or the network gives none on finite images.
     """
-    good = torch.isfinite(logits.detach().logsumexp(dim=1))
+    good = torch.isfinite(outputs.detach().flatten(1).logsumexp(dim=1))
     if not bool(good.all()):
         row = int((~good).nonzero()[0])
         name = f"image {row} of its batch" if first is None else f"image {first + row}"
@@ -65,7 +65,7 @@ def explained(view: VitView, image: Tensor, name: str) -> NpPruneError:
             break
         x, where = view.block(l, x), f"block {l}"
     if bool(torch.isfinite(x).all()):
-        where = "the classifier"
+        where = "the classifier" if view.classifiers() else "the last norm"
     return ModelError(
         f"the network gives no finite numbers after {where} for {name}: it overflows in "
         f"{_name(x.dtype)}",

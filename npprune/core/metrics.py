@@ -15,7 +15,15 @@ from torch import Tensor
 
 from npprune.core.paired import Z95
 from npprune.errors import UsageError, plural
-from npprune.records import Accuracy, ConfidenceBin, Histogram, Mean, Rate, Reliability
+from npprune.records import (
+    Accuracy,
+    ConfidenceBin,
+    FeatureAgreement,
+    Histogram,
+    Mean,
+    Rate,
+    Reliability,
+)
 
 BINS = 15  # of confidence
 DEVIATIONS = [step / 10 for step in range(-10, 11)]  # edges of the deviation's histogram
@@ -203,6 +211,25 @@ def divergence(dense: Tensor, pruned: Tensor) -> Tensor:
     log_p = dense.to(torch.float64).log_softmax(dim=1)
     log_q = pruned.to(torch.float64).log_softmax(dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+
+
+def feature_distances(dense: Tensor, pruned: Tensor) -> Tensor:
+    """Of two networks' features [n, s, d]: cosine and relative squared error of the pooled vectors,
+    and of the patch tokens, the mean over an image's patches: [n, 2 or 4] float64."""
+    a, b = dense.to(torch.float64), pruned.to(torch.float64)
+    tiny = torch.finfo(torch.float64).tiny
+    norms = a.square().sum(-1).clamp_min(tiny), b.square().sum(-1).clamp_min(tiny)
+    cosine = (a * b).sum(-1) / (norms[0] * norms[1]).sqrt()
+    error = (a - b).square().sum(-1) / norms[0]
+    columns = [cosine[:, 0], error[:, 0]]
+    if dense.shape[1] > 1:
+        columns += [cosine[:, 1:].mean(1), error[:, 1:].mean(1)]
+    return torch.stack(columns, 1)
+
+
+def feature_agreement(distances: Tensor) -> FeatureAgreement:
+    """The means of `feature_distances` over the images, with their intervals."""
+    return FeatureAgreement(*map(mean_interval, distances.unbind(1)))
 
 
 def expected_drop(dense: Tensor, pruned: Tensor) -> Tensor:

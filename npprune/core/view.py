@@ -14,6 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from npprune.core.objective import Objective
 from npprune.core.tokens import Merge, Tokens
 from npprune.words import Scope
 
@@ -68,6 +69,8 @@ class VitView(Protocol):
     """
 
     model: nn.Module
+    objective: Objective
+    """How its outputs are compared."""
     widths: tuple[int, ...]
     """Hidden units per block, in forward order."""
     num_prefix_tokens: int
@@ -76,7 +79,7 @@ class VitView(Protocol):
     """The tokens that the classifier pools: "cls", "patch", or "all"."""
     tokens_read: int | None
     """How many tokens, the first ones, the classifier reads: 1 under class-token pooling, 2 in
-    distilled networks; None: it pools more."""
+    distilled networks; None: it pools more, or there is none and every token is a feature."""
     merges: bool
     """Whether the network itself merges tokens."""
     own_units: bool
@@ -145,7 +148,8 @@ class VitView(Protocol):
         ...
 
     def head(self, x: Tensor | Tokens) -> Tensor:
-        """Final norm, pooling and classifier: [b, t, d] -> logits [b, c]."""
+        """Final norm, pooling and classifier: [b, t, d] -> logits [b, c]; without a classifier the
+        features [b, s, d], the pooled vector and the patch tokens."""
         ...
 
     def fc2(self, l: int) -> nn.Linear:
@@ -162,8 +166,8 @@ class VitView(Protocol):
         ...
 
     def classifiers(self) -> list[nn.Linear]:
-        """The layers that give the logits, in the order in which `head` runs them: one, or two
-        in distilled models."""
+        """The layers that give the logits, in the order in which `head` runs them: one, two in
+        distilled models, none in a network without a classifier."""
         ...
 
 

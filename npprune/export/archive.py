@@ -30,6 +30,7 @@ def to_torch_archive(
     batch: Dynamic | int = "dynamic",
     batch_sizes: Sequence[int] = (1, 3, 17),
     producer: Producer | None = None,
+    features: bool = False,
 ) -> ExportRecord:
     """Write a `torch.export` archive (.pt2), which `torch.export.load(path).module()` runs without
     npprune and without timm. Labels and preprocessing ride along as its extra files.
@@ -45,7 +46,10 @@ def to_torch_archive(
         loaded = _write_archive(frozen, sample_input(preprocessing, batch), batch, path, extra)
         expected = torch_logits(frozen, images)
         sizes = batch_sizes if batch == "dynamic" else (int(batch),)
-        rows = [compare_logits(b, _in_batches(loaded, images, b), expected) for b in sizes]
+        rows = [
+            compare_logits(b, _in_batches(loaded, images, b), expected, features=features)
+            for b in sizes
+        ]
         gate = Gate()
         said = failures_of(rows, gate)
         require(Parity(rows, not said, gate, "torch.export", "", said), final_path.name)

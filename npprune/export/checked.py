@@ -17,7 +17,7 @@ from npprune.export.onnx import (
     pixel_input,
     to_pixels,
 )
-from npprune.export.parity import GATES, Gate, Parity, check_parity, require
+from npprune.export.parity import Gate, Parity, check_parity, gates, require
 from npprune.files import publish, sha256_file, staging
 from npprune.records import ClassInfo, ExportRecord, Preprocessing
 
@@ -74,8 +74,9 @@ def export_checked(
             batch_sizes=comparison.batch_sizes,
             provider=comparison.provider,
             threads=comparison.threads,
-            gate=comparison.gate or GATES[form.precision],
+            gate=comparison.gate or gates(form.output)[form.precision],
             labels=comparison.labels,
+            features=form.output == "features",
         )
         require(parity, final_path.name)
         record = _record(path, parity, form)

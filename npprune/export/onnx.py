@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from npprune._version import __version__
 from npprune.errors import ExportError
@@ -46,7 +46,7 @@ class OnnxForm:
     """How a file is to be.
 
     batch: its size, or `dynamic`. with_preprocessing: it takes pixels as they are. Weights above
-    `external_above` bytes go into a file of their own.
+    `external_above` bytes go into a file of their own. output: what the output is called.
     """
 
     opset: int = 20
@@ -54,6 +54,7 @@ class OnnxForm:
     precision: FilePrecision = "fp32"
     with_preprocessing: bool = False
     external_above: int = EXTERNAL_ABOVE
+    output: Literal["logits", "features"] = "logits"
 
 
 ONNX_FORM = OnnxForm()
@@ -99,8 +100,8 @@ def export_onnx(
 
     Input `images` float32 [batch, 3, H, W], normalised; with `with_preprocessing` instead `pixels`
     uint8 [batch, H, W, 3], as read from an image of the right size. Output `logits`
-    [batch, classes]. Large weights go to `path` + `.data`, which must stay beside it under that
-    name.
+    [batch, classes], or `features` [batch, ...]. Large weights go to `path` + `.data`, which must
+    stay beside it under that name.
 
     Precision fp16 keeps float32 at input and output. int8 makes several candidates
     (`precision.to_int8`) from the calibration images, keeps the one that the score prefers, and
@@ -114,7 +115,7 @@ def export_onnx(
     if form.with_preprocessing:
         frozen = pixel_input(frozen, preprocessing)
     sample = sample_input(preprocessing, form.batch, form.with_preprocessing)
-    proto = _trace(frozen, sample, form.opset, form.batch)
+    proto = _trace(frozen, sample, form.opset, form.batch, form.output)
     outputs = proto.graph.output[0].type.tensor_type.shape.dim[-1].dim_value
     if classes and outputs != len(classes):
         raise ExportError(
@@ -194,7 +195,9 @@ def sample_input(preprocessing: Preprocessing, batch: str | int, pixels: bool = 
     return torch.randn(b, channels, height, width, generator=generator)
 
 
-def _trace(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> onnx.ModelProto:
+def _trace(
+    model: nn.Module, sample: Tensor, opset: int, batch: str | int, output: str
+) -> onnx.ModelProto:
     import torch
 
     shapes = ({0: torch.export.Dim("batch", min=1)},) if batch == "dynamic" else None
@@ -206,7 +209,7 @@ def _trace(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> on
                 dynamo=True,
                 opset_version=opset,
                 input_names=["pixels" if sample.dtype == torch.uint8 else "images"],
-                output_names=["logits"],
+                output_names=[output],
                 dynamic_shapes=shapes,
                 verbose=False,
             )
@@ -227,7 +230,7 @@ def _trace(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> on
         )
     if len(proto.graph.output) != 1:
         raise ExportError(
-            f"a classifier has one output, the traced network has {len(proto.graph.output)}"
+            f"a network has one output, the traced network has {len(proto.graph.output)}"
         )
     first = proto.graph.output[0].type.tensor_type.shape.dim[0]
     if batch == "dynamic" and not first.dim_param:

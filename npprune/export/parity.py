@@ -23,12 +23,13 @@ class Gate:
 
     `tolerance`: largest relative logit error, None for no limit; `min_agreement`: share of images
     with the same top-1 as PyTorch; `max_drop`: percentage points of top-1 accuracy, where labels
-    are known.
+    are known. `min_cosine`: of features, the least of all images.
     """
 
     tolerance: float | None = 1e-4
     min_agreement: float = 1.0
     max_drop: float | None = None
+    min_cosine: float | None = None
 
 
 GATES = {
@@ -38,6 +39,19 @@ GATES = {
     "fp16": Gate(tolerance=5e-2, min_agreement=0.98, max_drop=0.5),
     "int8": Gate(tolerance=None, min_agreement=0.8, max_drop=1.0),
 }
+
+
+FEATURE_GATES = {
+    "fp32": Gate(),
+    "fp16": Gate(tolerance=5e-2, min_agreement=0.98, min_cosine=0.999),
+    "int8": Gate(tolerance=None, min_agreement=0.8, min_cosine=0.9),
+}
+SAME = 1e-6  # cosines that differ by less are equal, as of two files with one picture
+
+
+def gates(output: str) -> dict[str, Gate]:
+    """By precision, of files that give logits or features."""
+    return FEATURE_GATES if output == "features" else GATES
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,7 @@ def check_parity(
     threads: int | None = None,
     gate: Gate = GATES["fp32"],
     labels: Tensor | None = None,
+    features: bool = False,
 ) -> Parity:
     """Run `onnx_path` on `images` [n, 3, H, W] at each batch size and compare with `model`.
 
@@ -89,7 +104,7 @@ def check_parity(
     rows, top1 = [], None
     for batch in batch_sizes:
         logits = batched_logits(session.run, pixels, batch)
-        rows.append(compare_logits(batch, logits, expected))
+        rows.append(compare_logits(batch, logits, expected, features=features))
         if labels is not None:
             share = float((logits.argmax(1) == labels.cpu().numpy()).mean())
             top1 = share if top1 is None else min(top1, share)
@@ -162,8 +177,11 @@ def batched_logits(
     return np.concatenate(parts)[:n]
 
 
-def compare_logits(batch: int, logits: np.ndarray, expected: np.ndarray) -> ParityRow:
-    """One row of the comparison: logits [n, c] got at batch size `batch`, and those expected."""
+def compare_logits(
+    batch: int, logits: np.ndarray, expected: np.ndarray, *, features: bool = False
+) -> ParityRow:
+    """One row of the comparison: logits [n, c] (or features [n, ...]) got at batch size `batch`,
+    and those expected."""
     import numpy as np
 
     if logits.shape != expected.shape:
@@ -175,8 +193,41 @@ def compare_logits(batch: int, logits: np.ndarray, expected: np.ndarray) -> Pari
         error = float(np.finfo(np.float32).max)
     else:
         error = float(np.abs(logits - expected).max() / max(np.abs(expected).max(), 1e-30))
+    if features:
+        cosines = _cosines(logits, expected)
+        own = cosines.diagonal()
+        nearest = float((own >= cosines.max(1) - SAME).mean())
+        return ParityRow(batch, len(logits), error, nearest, float(own.min()))
     agreement = float((logits.argmax(1) == expected.argmax(1)).mean())
     return ParityRow(batch, len(logits), error, agreement)
+
+
+def cosine_score(
+    model: nn.Module, images: Tensor, preprocessing: Preprocessing
+) -> Callable[[Session], float]:
+    """A score to choose between files of features by: the mean cosine to PyTorch's on the
+    normalised `images` [n, 3, H, W]. It feeds pixels where the file asks for them."""
+    expected = torch_logits(model, images)
+
+    def score(session: Session) -> float:
+        return float(
+            _cosines(logits_of(session, images, preprocessing), expected).diagonal().mean()
+        )
+
+    return score
+
+
+def _cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Of features [n, ...] with features [n, ...]: [n, n], 0 where one is not finite."""
+    import numpy as np
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        x = np.nan_to_num(x.reshape(len(x), -1).astype(np.float64), posinf=0.0, neginf=0.0)
+        out: np.ndarray = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30)
+        return out
+
+    found: np.ndarray = unit(a) @ unit(b).T
+    return found
 
 
 def failures_of(rows: list[ParityRow], gate: Gate) -> list[str]:
@@ -185,13 +236,20 @@ def failures_of(rows: list[ParityRow], gate: Gate) -> list[str]:
     for row in rows:
         if gate.tolerance is not None and row.max_relative_error > gate.tolerance:
             said.append(
-                f"relative logit error {row.max_relative_error:.2e} at batch {row.batch}, "
+                f"relative {'logit ' if row.cosine is None else ''}error "
+                f"{row.max_relative_error:.2e} at batch {row.batch}, "
                 f"at most {gate.tolerance:.0e} is allowed"
+            )
+        if gate.min_cosine is not None and (row.cosine or 0.0) < gate.min_cosine:
+            said.append(
+                f"a cosine of {row.cosine:.4f} at batch {row.batch}, at least "
+                f"{gate.min_cosine:g} is required"
             )
         if row.top1_agreement < gate.min_agreement:
             same = round(row.top1_agreement * row.images)
+            what = "the same top-1" if row.cosine is None else "features nearest to their own"
             said.append(
-                f"the same top-1 on {same} of {plural(row.images, 'image')} at batch {row.batch}, "
+                f"{what} on {same} of {plural(row.images, 'image')} at batch {row.batch}, "
                 f"at least {100 * gate.min_agreement:g} % is required"
             )
     return said

@@ -280,6 +280,11 @@ def _open(classifier: Classifier, path: Path, on_bad: str, limit: int) -> Image.
 
 
 def _read_metadata(known: dict[str, str], path: Path) -> tuple[list[ClassInfo], Preprocessing]:
+    if "features" in known:
+        raise ExportError(
+            f"{path} gives features ({known['features']}) and no classes to choose among",
+            hint="run it in ONNX Runtime: its output is `features`",
+        )
     missing = [key for key in ("labels", "preprocessing") if key not in known]
     if missing:
         raise ExportError(

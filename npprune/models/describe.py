@@ -22,7 +22,7 @@ from npprune.models.info import model_preprocessing, state, weights_sha256
 from npprune.models.load import build
 from npprune.models.tokens import tokens_of
 from npprune.models.uneven import resize_linear
-from npprune.models.view import classifiers, make_view
+from npprune.models.view import make_view, outputs_count
 from npprune.records import CheckpointConfig, ModelSource
 
 SAME = 1e-9  # of the logits, relative, in float64
@@ -68,7 +68,7 @@ def builds(source: ModelSource, model: nn.Module) -> bool:
         source=source,
         widths=list(make_view(model).widths),
         heads=[int(block.attn.num_heads) for block in make_view(model).blocks],
-        num_classes=classifiers(model)[0].out_features,
+        num_classes=outputs_count(model),
         preprocessing=preprocessing,
         classes=[],
         weights_sha256="",
@@ -146,7 +146,7 @@ def _arguments(model: Any) -> dict[str, Any]:
     heads = projections(block.attn)
     width = view.fc2(0).out_features
     found: dict[str, Any] = {
-        "num_classes": classifiers(model)[0].out_features,
+        "num_classes": outputs_count(model),
         "embed_dim": width,
         "depth": len(view.blocks),
         "num_heads": width // heads.value_dims if heads is not None else block.attn.num_heads,

@@ -43,11 +43,13 @@ def outputs(
         name: the network, for messages.
         tensors: the network's weights.
         cfg: timm's `pretrained_cfg`: what the classifier is called.
-        asked: the wish.
+        asked: the wish; 0: a backbone, whatever the checkpoint has.
         beside: the file's other tensors, among which there must be no classifier.
     """
     named = cfg.get("classifier") or "head"
     first = named if isinstance(named, str) else named[0]
+    if asked == 0:
+        return 0
     keys = (f"{first}.weight", "head.weight", "head.fc.weight")
     head = next((tensors[k] for k in keys if k in tensors), None)
     found = int(head.shape[0]) if head is not None else int(cfg.get("num_classes") or 0)
@@ -61,10 +63,14 @@ def outputs(
             f"the classifier of {name} is a sequence of layers, where one linear layer is read: "
             + ", ".join(f"`{k}` {list(tensors[k].shape)}" for k in parts[:4]),
             hint=f"if all but one do nothing at inference (dropout), save that one's tensors as "
-            f"`{first}.weight` and `{first}.bias`",
+            f"`{first}.weight` and `{first}.bias`; {setting('model.num_classes', 0)} leaves it out",
         )
-    if found == 0:
-        raise no_classifier(name)
+    if found == 0 and asked is not None:
+        raise ModelError(
+            f"`num_classes` is {asked}, and the weights of {name} have no classifier",
+            hint=f"leave {setting('model.num_classes')} out: what counts are its features; or "
+            "fine-tune first",
+        )
     if asked is not None and asked != found:
         raise ModelError(
             f"`num_classes` is {asked}, and the classifier of {name} has {found} outputs",
@@ -100,11 +106,15 @@ def refuse_projection(name: str, cfg: dict[str, Any], tensors: dict[str, Tensor]
         raise projection("the file's `head`, which has no bias,")
 
 
-def no_classifier(name: str) -> ModelError:
-    return ModelError(
-        f"the weights of {name} have no classifier, and neurons are found by a class's probability",
-        hint="use weights fine-tuned for classification",
-    )
+def without_head(tensors: dict[str, Tensor], cfg: dict[str, Any]) -> dict[str, Tensor]:
+    """A backbone's tensors: those of a file without classifier and projection."""
+    named = cfg.get("classifier") or "head"
+    heads = tuple(f"{h}." for h in ([named] if isinstance(named, str) else named))
+    return {
+        k: v
+        for k, v in tensors.items()
+        if not k.startswith((*heads, "head.", "head_dist.")) and not _PROJECTIONS.match(k)
+    }
 
 
 def _check_beside(head: Tensor | None, width: int, beside: dict[str, Tensor]) -> None:
@@ -117,7 +127,8 @@ def _check_beside(head: Tensor | None, width: int, beside: dict[str, Tensor]) ->
                 f"besides the network, the file has the layer `{name}` {list(tensor.shape)}, which "
                 f"can take the network's {size} outputs: without it, the classes may be others",
                 hint="save the network's own state dict; if the layer is its classifier, under "
-                "the names `head.weight` and `head.bias`",
+                "the names `head.weight` and `head.bias`; "
+                f"{setting('model.num_classes', 0)} takes the network for its features",
             )
 
 

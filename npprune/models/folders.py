@@ -111,7 +111,7 @@ def open_folder(path: Path) -> Folder:
     return folder
 
 
-def translate(folder: Folder, img_size: Size | None) -> Translated:
+def translate(folder: Folder, img_size: Size | None, *, headless: bool = False) -> Translated:
     """The network of a `transformers` folder as timm's, with its preprocessing in `folder.cfg`.
 
     Raises:
@@ -119,7 +119,9 @@ def translate(folder: Folder, img_size: Size | None) -> Translated:
     """
     processor = _processor(folder.path)
     shown = _shown(processor) if processor is not None else None
-    made = from_transformers(folder.config, read_tensors(folder), img_size, shown)
+    made = from_transformers(
+        folder.config, read_tensors(folder), img_size, shown, headless=headless
+    )
     size: Size = tuple(made.args["img_size"])  # type: ignore[assignment]
     if processor is None:
         folder.cfg = {

@@ -249,7 +249,7 @@ def _refuse_ambiguous(tensors: dict[str, Tensor]) -> None:
             hint="give its timm name instead of `auto`, such as `vit_base_patch16_rpn_224`",
         )
     bias = tensors.get("head.bias")
-    if "norm_pre.weight" in names and (bias is None or not bias.any()):
+    if {"norm_pre.weight", "head.weight"} <= names and (bias is None or not bias.any()):
         raise projection("the file's `head`, which has no bias,")
 
 
@@ -257,9 +257,15 @@ def projection(what: str) -> ModelError:
     """For image towers of CLIP, whose last layer leads to a space shared with text."""
     return ModelError(
         f"{what} is a projection onto embeddings of images and texts: its outputs are no classes",
-        hint="use weights fine-tuned for classification, such as those with `_ft_in1k` in timm's "
-        "names",
+        hint=f"{setting('model.num_classes', 0)} takes the network without it, for its features; "
+        "weights fine-tuned for classification have `_ft_in1k` in timm's names",
     )
+
+
+def about_features(outputs: int) -> list[str]:
+    """A note where there is no classifier."""
+    said = "no classifier: what counts are its features, the pooled vector and the patch tokens"
+    return [] if outputs else [said]
 
 
 def _assumed(

@@ -5,6 +5,8 @@ configuration says only what tensors cannot: heads, activation, the norms' epsil
 What differs from timm's usual networks: DeiT without a teacher reads the class token alone beside
 an unread distillation token; DINOv2's classifier reads the class token and the mean patch token
 side by side; CLIP's classifier pools before the last norm, SigLIP's and I-JEPA's after it.
+Without a classifier, a network is read for its features: pooled as `transformers` pools it
+(`pooler_output`, else the class token or the mean patch token), patch tokens after the last norm.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from npprune.errors import ModelError, setting
-from npprune.models.foreign import Size, by
+from npprune.models.foreign import Size, about_features, by
 from npprune.models.translations import renamed
 
 ACTIVATIONS = {
@@ -69,9 +71,17 @@ _OUTSIDE = (
     (r"(?:classifier|cls_classifier)\.", "head."),
     (r"distillation_classifier\.", "head_dist."),
 )
+_POOLING = (
+    (r"head\.probe$", "attn_pool.latent"),
+    (r"head\.attention\.in_proj_", "attn_pool.in_proj_"),
+    (r"head\.attention\.out_proj\.", "attn_pool.proj."),
+    (r"head\.layernorm\.", "attn_pool.norm."),
+    (r"head\.mlp\.", "attn_pool.mlp."),
+)
+"""SigLIP's, which its features are pooled by, and its classifier is not."""
 _UNREAD = re.compile(  # plays no part in the classifier's output
     r"embeddings\.(?:mask_token|position_ids)$|pooler\.dense\.|head\."
-    r"|text_model\.|text_projection|visual_projection|logit_(?:scale|bias)"
+    r"|text_model\.|text_projection|visual_projection|logit_(?:scale|bias)|decoder\."
     r"|.*relative_position_index$"
 )
 
@@ -79,8 +89,7 @@ _WHY_NOT = {
     "npprune_vit": "a network that npprune wrote; give the checkpoint folder that it was made from",
     "swin": "a hierarchical network, and npprune needs a plain vision transformer",
     "swinv2": "a hierarchical network, and npprune needs a plain vision transformer",
-    "vit_mae": "a network of MAE's pretraining, with a decoder and without a classifier",
-    "dinov3_vit": "a backbone without a classifier",
+    "dinov3_vit": "a network with rotary positions, which are not read from such a folder",
 }
 
 
@@ -99,8 +108,10 @@ def from_transformers(
     tensors: Mapping[str, Tensor],
     img_size: Size | None = None,
     shown: Size | None = None,
+    *,
+    headless: bool = False,
 ) -> Translated:
-    """A network for image classification of `transformers`.
+    """A network of `transformers`: for image classification, or a backbone.
 
     Args:
         config: what its `config.json` says.
@@ -108,10 +119,11 @@ def from_transformers(
         img_size: height and width that were asked for; positions are resampled as `transformers`
             does it.
         shown: height and width that its preprocessor makes; DINOv2 takes images of any size.
+        headless: its classifier is left out.
 
     Raises:
-        ModelError: no classifier, an architecture that is not supported (by name, with the
-            reason), or configuration and tensors that do not agree.
+        ModelError: an architecture that is not supported (by name, with the reason), or
+            configuration and tensors that do not agree.
     """
     kind = _kind(config)
     build = _BUILDERS.get(kind)
@@ -125,11 +137,20 @@ def from_transformers(
         )
     vision = config.get("vision_config")
     inner = dict(vision) if isinstance(vision, Mapping) else dict(config)
-    renamed, unread = _renamed(tensors)
-    if not any(name.startswith("head.") for name in renamed):
-        raise _headless(kind)
+    backbone = headless or not kind.removesuffix("WithTeacher").endswith("ForImageClassification")
+    pooling = _POOLING if backbone and kind.startswith("Siglip") else ()
+    renamed, unread = _renamed(tensors, (*pooling, *_OUTSIDE))
+    if not backbone and not any(name.startswith("head.") for name in renamed):
+        raise ModelError(
+            f"the weights of {kind} have no classifier",
+            hint="they are cut short, or a backbone's: save it from the network itself",
+        )
+    if backbone:
+        for name in [n for n in renamed if n.startswith(("head.", "head_dist."))]:
+            del renamed[name]
     made = build(_Source(kind, inner, renamed, img_size, shown))
     _join(made)
+    made.notes += about_features(made.args["num_classes"])
     if unread:
         names = ", ".join(f"`{name}`" for name in unread[:4])
         more = f" and {len(unread) - 4} more" if len(unread) > 4 else ""
@@ -149,26 +170,18 @@ def _kind(config: Mapping[str, Any]) -> str:
 
 
 def _unsupported(kind: str, family: str) -> ModelError:
-    if kind.endswith("ForImageClassification"):
-        return ModelError(
-            f"{kind} is {_WHY_NOT.get(family, 'not among the networks that npprune reads')}",
-            hint=f"of `transformers` are read: {', '.join(_BUILDERS)}",
-        )
-    return _headless(kind, _WHY_NOT.get(family))
-
-
-def _headless(kind: str, why: str | None = None) -> ModelError:
     return ModelError(
-        f"{kind} is {why or 'a network of `transformers` without a classifier of images'}, and "
-        "neurons are found by a class's probability",
-        hint=f"use weights fine-tuned for classification; read are {', '.join(_BUILDERS)}",
+        f"{kind} is {_WHY_NOT.get(family, 'not among the networks that npprune reads')}",
+        hint=f"of `transformers` are read: {', '.join(_BUILDERS)}",
     )
 
 
-def _renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def _renamed(
+    tensors: Mapping[str, Tensor], outside: tuple[tuple[str, str], ...]
+) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors under timm's names, queries, keys and values still apart; and the unread ones.
 
-    ModelError where a name is not known.
+    outside: names beside the blocks. ModelError where a name is not known.
     """
     out: dict[str, Tensor] = {}
     unread: list[str] = []
@@ -176,7 +189,7 @@ def _renamed(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
     for name, tensor in tensors.items():
         bare = re.sub(f"^{_FAMILIES}", "", name)
         inside = _LAYER.fullmatch(bare)
-        table, rest = (_IN_LAYER, inside[2]) if inside else (_OUTSIDE, bare)
+        table, rest = (_IN_LAYER, inside[2]) if inside else (outside, bare)
         new = renamed(rest, table)
         if new is None:
             (unread if _UNREAD.match(bare) else unknown).append(name)
@@ -228,6 +241,19 @@ class _Source:
             f"the weights of {self.kind} lack `{names[0]}`", hint="the file is cut short"
         )
 
+    @property
+    def classifies(self) -> bool:
+        return "head.weight" in self.tensors
+
+    def attention_pool(self) -> None:
+        """SigLIP's queries, keys and values of its pooling as timm has them, in place."""
+        for part in ("weight", "bias"):
+            joined = self.get(f"attn_pool.in_proj_{part}")
+            width = len(joined) // 3
+            self.tensors[f"attn_pool.q.{part}"] = joined[:width]
+            self.tensors[f"attn_pool.kv.{part}"] = joined[width:]
+            del self.tensors[f"attn_pool.in_proj_{part}"]
+
     def number(self, key: str, default: float | None = None) -> float:
         """A number of the configuration, above 0."""
         value = self.config.get(key, default)
@@ -266,7 +292,7 @@ class _Source:
                 f"{self.kind} has {heads} heads over queries of {q.shape[0]} at width {width}; "
                 "heads that fill the width are read",
             )
-        classes = int(self.get("head.weight").shape[0])
+        head = self.tensors.get("head.weight")
         self.check("hidden_size", width)
         self.check("num_hidden_layers", max(found) + 1)
         side = tuple(patch.shape[2:])
@@ -274,7 +300,7 @@ class _Source:
             "img_size": list(self.size("image_size")),
             "patch_size": side[0] if side[0] == side[1] else list(side),
             "in_chans": int(patch.shape[1]),
-            "num_classes": classes,
+            "num_classes": 0 if head is None else int(head.shape[0]),
             "embed_dim": int(width),
             "depth": max(found) + 1,
             "num_heads": heads,
@@ -350,7 +376,7 @@ _PATCHES_ALONE = {"class_token": False, "global_pool": "avg", "fc_norm": False}
 def _deit(s: _Source) -> Translated:
     args = s.common() | {"act_layer": s.activation()}
     s.positions(args, 2)
-    if "head_dist.weight" in s.tensors:
+    if "head_dist.weight" in s.tensors and s.classifies:
         return Translated("deit_base_distilled_patch16_224", args, s.tensors, s.notes)
     s.tensors["reg_token"] = s.tensors.pop("dist_token")  # attended to, not read
     return Translated("vit_base_patch16_224", args | {"reg_tokens": 1}, s.tensors, s.notes)
@@ -360,7 +386,9 @@ def _dinov2(s: _Source) -> Translated:
     args = s.common(1e-6)
     registers = s.tensors.get("reg_token")
     s.positions(args, 1, antialias=registers is not None)
-    args |= {"init_values": 1e-5, "head_reads": "class+patches"}
+    args |= {"init_values": 1e-5}
+    if s.classifies:
+        args |= {"head_reads": "class+patches"}
     if registers is not None:  # which have no positions
         args |= {"reg_tokens": int(registers.shape[1]), "no_embed_class": True}
         pos = s.tensors["pos_embed"]
@@ -403,8 +431,10 @@ def _clip(s: _Source) -> Translated:
     s.tensors["cls_token"] = s.get("cls_token").reshape(1, 1, -1)
     args = s.common(1e-5)
     args |= {"act_layer": s.activation(default="quick_gelu"), "pre_norm": True}
-    args |= {"global_pool": "avg", "fc_norm": False, "final_norm": False}
     s.positions(args, 1)
+    if not s.classifies:
+        return Translated("vit_base_patch16_224", args, s.tensors, s.notes)
+    args |= {"global_pool": "avg", "fc_norm": False, "final_norm": False}
     tensors = {k: v for k, v in s.tensors.items() if not k.startswith("norm.")}
     s.notes.append("its last norm is left out: the classifier reads the tokens before it")
     return Translated("vit_base_patch16_224", args, tensors, s.notes)
@@ -414,6 +444,9 @@ def _siglip(s: _Source) -> Translated:
     args = s.common(1e-6)
     args |= {"act_layer": s.activation(default="gelu_pytorch_tanh"), **_PATCHES_ALONE}
     s.positions(args, 0)
+    if "attn_pool.latent" in s.tensors:
+        args["global_pool"] = "map"
+        s.attention_pool()
     return Translated("vit_base_patch16_224", args, s.tensors, s.notes)
 
 
@@ -429,4 +462,19 @@ _BUILDERS: dict[str, Callable[[_Source], Translated]] = {
     "CLIPForImageClassification": _clip,
     "SiglipForImageClassification": _siglip,
     "IJepaForImageClassification": _ijepa,
+    "ViTModel": _vit,
+    "ViTMSNModel": _vit,
+    "ViTMAEModel": _vit,
+    "ViTMAEForPreTraining": _vit,
+    "DeiTModel": _deit,
+    "Dinov2Model": _dinov2,
+    "Dinov2WithRegistersModel": _dinov2,
+    "BeitModel": _beit,
+    "Data2VecVisionModel": _beit,
+    "CLIPModel": _clip,
+    "CLIPVisionModel": _clip,
+    "CLIPVisionModelWithProjection": _clip,
+    "SiglipModel": _siglip,
+    "SiglipVisionModel": _siglip,
+    "IJepaModel": _ijepa,
 }

@@ -19,7 +19,7 @@ from npprune.errors import ModelError
 from npprune.models.attention import projections
 from npprune.models.own_units import kind_of, own_widths
 from npprune.models.tokens import tokens_of
-from npprune.models.view import classifiers, make_view
+from npprune.models.view import make_view, outputs_count
 from npprune.records import ModelInfo, ModelSource, Preprocessing
 
 
@@ -50,7 +50,7 @@ def model_info(model: nn.Module, source: ModelSource) -> ModelInfo:
         heads=[int(block.attn.num_heads) for block in view.blocks],  # type: ignore[union-attr,arg-type]
         query_dims=[p.query_dims for p in attentions if p is not None] if narrow else None,
         embed_dim=view.fc2(0).out_features,
-        num_classes=classifiers(model)[0].out_features,
+        num_classes=outputs_count(model),
         scope=view.scope,
         preprocessing=preprocessing,
         merged=merged if any(merged) else None,
@@ -135,7 +135,7 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         tokens=patch.num_patches + view.num_prefix_tokens,
         width=width,
         hidden=view.widths,
-        classes=classifiers(model)[0].out_features,
+        classes=outputs_count(model),
         patches=patch.num_patches,
         patch_inputs=proj.weight[0].numel(),
         queries=None if set(queries) == {width} else queries,

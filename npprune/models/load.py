@@ -20,7 +20,6 @@ from npprune.models.fit import (
     check_patches,
     cut_short,
     mismatch,
-    no_classifier,
     other_architecture,
     outputs,
     own_grid,
@@ -29,9 +28,11 @@ from npprune.models.fit import (
     unknown_layers,
     unknown_to,
     unused,
+    without_head,
 )
 from npprune.models.folders import Folder, open_folder, translate
 from npprune.models.foreign import (
+    about_features,
     by,
     infer,
     jax_to_timm,
@@ -103,7 +104,7 @@ def load(
             checkpoint.
         checkpoint: a safetensors, PyTorch or JAX `.npz` file, or such a folder; None takes timm's
             published weights from the hub.
-        num_classes: outputs of the head; by default as many as the checkpoint has.
+        num_classes: outputs of the head; by default as many as the checkpoint has; 0: no head.
         img_size: input side in pixels (or height and width); position embeddings are resampled.
         num_heads: attention heads, where neither name nor file says.
         activation: of the hidden units, likewise.
@@ -229,7 +230,10 @@ def _load_folder(name: str, described: Described, wishes: Wishes) -> Loaded:
                 hint="give `auto`, or the folder itself as the model",
             )
         args = folder.model_args | wishes.args
-        loaded = _load_named(base, folder.weights, wishes.num_classes, args, folder.cfg)
+        asked = wishes.num_classes
+        if asked is None and folder.config.get("num_classes") == 0:
+            asked = 0
+        loaded = _load_named(base, folder.weights, asked, args, folder.cfg)
         loaded.info.source.checkpoint = described.given
     else:
         loaded = _load_transformers(name, folder, wishes, described.given)
@@ -239,7 +243,7 @@ def _load_folder(name: str, described: Described, wishes: Wishes) -> Loaded:
 
 
 def _load_transformers(name: str, folder: Folder, wishes: Wishes, given: str) -> Loaded:
-    found = translate(folder, wishes.img_size)
+    found = translate(folder, wishes.img_size, headless=wishes.num_classes == 0)
     own = {k: found.args[k] for k in ("num_classes", "num_heads")}
     own |= {"activation": found.args.get("act_layer", "").replace("_", "-"), "pooling": None}
     for what, said in own.items():
@@ -284,9 +288,8 @@ def _load_named(
     name, notes = current_name(name)
     cfg = published(name)
     if checkpoint is None:
-        if cfg.get("hf_hub_id") and cfg.get("num_classes") == 0:
-            raise no_classifier(name)
-        refuse_projection(name, cfg, None)
+        if num_classes != 0:
+            refuse_projection(name, cfg, None)
         make_view(create(name, args))  # an unsupported network is refused before a download
         path = fetch(name, cfg)
     else:
@@ -298,6 +301,8 @@ def _load_named(
         tensors, heads = jax_to_timm(tensors)
     tensors, said_of_names = translated(tensors)
     refuse_representation_layer(tensors)
+    if num_classes == 0:
+        tensors = without_head(tensors, cfg)
     refuse_projection(name, cfg, tensors)
     args["num_classes"] = outputs(name, tensors, cfg, num_classes, weights.beside)
     if args.keys() - {"num_classes"}:
@@ -317,6 +322,7 @@ def _load_named(
             hint=f"use the model name `auto`, or {setting('model.num_heads', heads)}",
         )
     source = ModelSource(name, args, str(checkpoint) if checkpoint is not None else None)
+    notes += about_features(args["num_classes"])
     notes += weights.notes + said_of_names + unused(model, tensors)
     return Loaded(model, model_info(model, source), notes)
 
@@ -334,6 +340,8 @@ def _load_auto(path: Path, wishes: Wishes) -> Loaded:
             )
     tensors, said_of_names = translated(tensors)
     refuse_representation_layer(tensors)
+    if wishes.num_classes == 0:
+        tensors = without_head(tensors, {})
     refuse_projection("", {}, tensors)
     torchvision = any("torchvision" in note for note in said_of_names)
     if is_beit(tensors):
@@ -368,7 +376,8 @@ def _load_auto(path: Path, wishes: Wishes) -> Loaded:
         raise unknown_layers(path, tensors, unknown)
     model = _with_weights(bare, found.name, args, tensors, cfg, path, cut_short)
     source = ModelSource(found.name, args, str(path))
-    notes = weights.notes + said_of_names + found.notes + unused(model, tensors)
+    notes = weights.notes + said_of_names + found.notes
+    notes += about_features(args["num_classes"]) + unused(model, tensors)
     there, here = tensors.get("pos_embed"), getattr(model, "pos_embed", None)
     if there is not None and here is not None and there.shape != here.shape:
         notes.append(

@@ -17,14 +17,14 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from npprune.core.compression.attention import shrink_by_weights, smaller_qkv, stand_ins
-from npprune.errors import ModelError
+from npprune.errors import ModelError, setting
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
 from npprune.models.own_units import check_own, give_own, own_mlp
 from npprune.models.tokens import apply_tokens, patch_tokens, tokens_of
 from npprune.models.uneven import set_head_dim, set_heads, set_query_dim
-from npprune.models.view import TimmView, classifiers, make_view
+from npprune.models.view import TimmView, classifiers, make_view, outputs_count
 from npprune.records import Plan
 
 
@@ -402,7 +402,12 @@ def _apply_mask(layer: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _check_classes(model: nn.Module, classes: Sequence[int]) -> None:
-    outputs = classifiers(model)[0].out_features
+    outputs = outputs_count(model)
+    if outputs == 0:
+        raise ModelError(
+            f"{type(model).__name__} has no classifier to cut to some classes",
+            hint=f"leave {setting('data.classes')} out",
+        )
     if not classes:
         raise ModelError("`classes` must name at least one class, got none")
     bad = [c for c in classes if not 0 <= c < outputs]

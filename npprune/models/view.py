@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from npprune.core.objective import Features, Objective, Predictions
 from npprune.core.tokens import Merge, Tokens, expanded, match
 from npprune.core.view import Given, HiddenEdit, Projections, Scope, Stream
 from npprune.errors import ModelError
@@ -53,9 +54,12 @@ class TimmView:
         self.widths: tuple[int, ...] = tuple(block.mlp.fc2.in_features for block in self.blocks)
         self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))  # type: ignore[arg-type]
         self.scope: Scope = _pooled_scope(model)
+        self.objective: Objective = Predictions() if classifiers(model) else Features()
         self.tokens_read: int | None = 1 if self.scope == "cls" else None
         if getattr(model, "head_dist", None) is not None:
             self.tokens_read = 2
+        if not has_classifier(model):
+            self.tokens_read = None
         options = [getattr(block, "token_options", None) for block in self.blocks]
         self.own_units = any(isinstance(block.mlp, OwnUnits) for block in self.blocks)
         self.merges: bool = any(o is not None and o.merged for o in options)
@@ -67,7 +71,7 @@ class TimmView:
             return slice(None)
         if scope == "patch":
             return slice(self.num_prefix_tokens, None)
-        if not _has_class_token(self.model):
+        if not has_class_token(self.model):
             raise ModelError(
                 f"scope 'cls' needs a class token, and {type(self.model).__name__} has none",
                 hint="use scope 'patch' or 'all'",
@@ -250,8 +254,8 @@ class TimmView:
         if isinstance(x, Tokens):
             x = expanded(x) if self.tokens_read is None else x.x
         with self._products(x):
-            logits: Tensor = self.model.forward_head(self.model.norm(x))
-        return logits.to(x.dtype)
+            outputs: Tensor = outputs_from(self.model, self.model.norm(x))
+        return outputs.to(x.dtype)
 
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
@@ -349,14 +353,47 @@ def make_view(
     return TimmView(model, precision=precision, compiled=compiled)
 
 
+def has_classifier(model: nn.Module) -> bool:
+    """Whether the network gives logits; else its features are what it is for."""
+    return bool(classifiers(model))
+
+
+def outputs_count(model: nn.Module) -> int:
+    """Outputs of the classifier; 0 without one."""
+    heads = classifiers(model)
+    return heads[0].out_features if heads else 0
+
+
+def outputs_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Images [b, 3, H, W] -> logits [b, c], or features [b, s, d]: what `VitView.head` ends in."""
+    if has_classifier(model):
+        return model(images)  # type: ignore[no-any-return]
+    return outputs_from(model, model.forward_features(images))  # type: ignore[operator]
+
+
+def outputs_from(model: Any, tokens: Tensor) -> Tensor:
+    """The same from the tokens [b, t, d] after the last norm: logits; or the pooled vector and
+    after it the patch tokens."""
+    pooled: Tensor = model.forward_head(tokens)
+    if has_classifier(model):
+        return pooled
+    if pooled.shape[-1] != tokens.shape[-1]:
+        return pooled[:, None]
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    return torch.cat([pooled[:, None], tokens[:, prefix:]], 1)
+
+
 def classifiers(model: nn.Module) -> list[nn.Linear]:
-    """The linear layers that give the logits: one, or two in distilled models.
+    """The linear layers that give the logits: one, two in distilled models, none in a network
+    without a classifier.
 
     Raises:
         ModelError: the network ends in something else.
     """
     head: Any = model.get_classifier()  # type: ignore[operator]
     heads = [_without_dropout(h) for h in (head if isinstance(head, tuple) else [head])]
+    if all(isinstance(h, nn.Identity) for h in heads):
+        return []
     if not all(isinstance(h, nn.Linear) for h in heads):
         kinds = ", ".join(type(h).__name__ for h in heads)
         raise ModelError(
@@ -433,7 +470,7 @@ def _inside(model: nn.Module) -> str:
     return f"it is {known[0]}; use timm's network, such as `vit_small_patch16_224`"
 
 
-def _has_class_token(model: Any) -> bool:
+def has_class_token(model: Any) -> bool:
     """Whether token 0 is a class token; registers may stand there in models without one."""
     embedding = getattr(model, "embeds", model)  # where NaFlex models keep it
     return getattr(embedding, "cls_token", None) is not None
@@ -443,7 +480,7 @@ def _pooled_scope(model: Any) -> Scope:
     pool = getattr(model, "global_pool", "token")
     if pool == "":
         raise ModelError(
-            f"{type(model).__name__} is built without pooling, so it gives no class probabilities",
+            f"{type(model).__name__} is built without pooling: it gives no one vector of an image",
             hint="use global_pool token, avg or map",
         )
     if getattr(model, "head_dist", None) is not None:
@@ -451,6 +488,6 @@ def _pooled_scope(model: Any) -> Scope:
     if getattr(model, "attn_pool", None) is not None:
         # Eva-type models pool all tokens; ViT-type ones say whether they do.
         return "all" if getattr(model, "pool_include_prefix", True) else "patch"
-    if pool == "token" and _has_class_token(model):
+    if pool == "token" and has_class_token(model):
         return "cls"
     return "all" if getattr(model, "pool_include_prefix", False) else "patch"

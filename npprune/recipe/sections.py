@@ -77,7 +77,11 @@ class ModelSection(Section):
         shown="timm's own weights",
     )
     num_classes: int | None = setting(
-        None, "outputs of the classifier", panel=MODEL, metavar="N", ge=1
+        None,
+        "outputs of the classifier; 0: none, the features alone count",
+        panel=MODEL,
+        metavar="N",
+        ge=0,
     )
     img_size: Annotated[
         Count | Sides | None,
@@ -99,6 +103,14 @@ class ModelSection(Section):
         "the classifier reads the class token or the mean patch token, where neither name nor file "
         "says",
         panel=MODEL,
+    )
+    probe: str | None = setting(
+        None,
+        "of a network without a classifier: a linear one on its features, .safetensors with "
+        "`weight` and `bias`",
+        panel=MODEL,
+        metavar="FILE",
+        shown="fitted on the images",
     )
     released_head: bool = setting(
         False, "normalise MAE's pooled tokens twice, as the paper's released program", panel=MODEL
@@ -599,6 +611,13 @@ class ExportSection(Section):
         shown="1.0 for int8, 0.5 for fp16",
         ge=0,
         le=100,
+    )
+    features: words.FeatureOutput | None = setting(
+        None,
+        "what a network without a classifier gives: the pooled vector [b, d], the class token, or "
+        "the patches as a map [b, d, h, w]",
+        panel=FILE,
+        shown="pooled",
     )
     latency: bool = setting(True, "time it against the dense network", panel=FILE)
 

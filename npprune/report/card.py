@@ -6,8 +6,8 @@ from pathlib import PurePath
 from typing import Any
 
 from npprune.files import CARD_MARK
-from npprune.records import CheckpointConfig, Evaluation, Variant
-from npprune.report import text
+from npprune.records import CheckpointConfig, Evaluation, FeatureEvaluation, Variant
+from npprune.report import features, text
 from npprune.report.markdown import code, escape
 
 
@@ -29,6 +29,8 @@ def render_card(variant: Variant, config: CheckpointConfig) -> str:
     ]
     if variant.evaluation is not None:
         parts += ["## What was measured", _measured(variant.evaluation)]
+    elif variant.features is not None:
+        parts += ["## What was measured", _measured_features(variant.features)]
     how = [
         f"criterion {code(variant.prune.criterion)}, selection {code(variant.prune.selection)}, "
         f"compensation {code(variant.prune.compensation)}",
@@ -61,7 +63,9 @@ def _metadata(variant: Variant, config: CheckpointConfig) -> str:
     data: dict[str, Any] = {
         "library_name": "timm",
         "license": "unknown",
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": "image-classification"
+        if config.num_classes
+        else "image-feature-extraction",
         "tags": ["npprune", "pruned"],
     }
     dense = config.details.get("dense", {})
@@ -98,7 +102,13 @@ def _measured(e: Evaluation) -> str:
     return f"| | dense | pruned |\n| --- | --- | --- |\n{table}\n\n{said}{doubt}"
 
 
-def _dataset(e: Evaluation) -> str:
+def _measured_features(e: FeatureEvaluation) -> str:
+    rows = "\n".join(f"| {' | '.join(row[:3])} |" for row in features.table(e))
+    said = f"On {text.plural(e.data.images, 'image')} of {code(_dataset(e))}; 95 % intervals."
+    return f"| | dense | pruned |\n| --- | --- | --- |\n{rows}\n\n{said} {features.EXPLAINED}"
+
+
+def _dataset(e: Evaluation | FeatureEvaluation) -> str:
     """The source without folders of the machine that measured."""
     kind, colon, path = e.data.spec.partition(":")
     return f"{kind}:{PurePath(path).name}" if colon and kind == "folder" else e.data.spec

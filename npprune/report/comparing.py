@@ -242,7 +242,7 @@ def _untested(networks: Sequence[Network]) -> list[Item]:
                     f"npprune eval {folder(n.variant)} --data {n.evaluation.data.spec}",
                 )
             )
-        elif n.evaluation is None:
+        elif n.variant.measured is None:
             items.append(
                 Missing(
                     f"The accuracy of {n.label} has not been measured.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from npprune.records import Accuracy, ExportRecord, Latency, Result, Variant
-from npprune.report import text
+from npprune.report import features, text
 from npprune.report.document import Card, Cell, Table
 
 
@@ -63,7 +63,7 @@ def latencies(variant: Variant) -> list[Latency]:
     """All timings of a variant, ONNX Runtime first, float32 first, by batch size; the export's own
     before the evaluation's where both timed the same."""
     timed: dict[tuple[str, str, str, int], Latency] = {}
-    for part in (variant.export, *variant.more_exports, variant.evaluation):
+    for part in (variant.export, *variant.more_exports, variant.measured):
         for row in part.latency if part else []:
             timed.setdefault((row.runtime, row.provider, row.precision, row.batch), row)
     return sorted(
@@ -139,6 +139,8 @@ def _rates(label: str, dense: Accuracy, pruned: Accuracy, top: str, change: str 
 
 def _accuracy(variant: Variant) -> list[Measure]:
     done = variant.evaluation
+    if variant.features is not None:
+        return [Measure(*row) for row in features.rows(variant.features)]
     if done is None:
         return []
     dense, pruned, none = done.dense, done.pruned, Cell(text.DASH)
@@ -309,6 +311,8 @@ def _sentence(result: Result, variant: Variant) -> str:
     if timed := key_latencies(variant):
         costs += f" and {text.times(timed[0].ratio)} the latency ({text.where(timed[0])})"
     done = variant.evaluation
+    if variant.features is not None:
+        return f"{what}. {features.sentence(variant.features)}, at {costs}."
     if done is None:
         return f"{what}, at {costs}. Its accuracy has not been measured yet."
     a, b = done.dense.top1, done.pruned.top1
@@ -339,9 +343,9 @@ def warnings(result: Result) -> list[str]:
             if not x.passed:
                 lines.append(f"{name}: {x.file} does not agree with PyTorch (parity failed).")
         lines += [f"{name}: {w}" for w in v.prune.warnings]
-        if v.evaluation is None:
+        if v.measured is None:
             continue
-        used, seen = v.prune.calibration, v.evaluation.data
+        used, seen = v.prune.calibration, v.measured.data
         if used and used.sha256 and used.sha256 == seen.sha256:
             lines.append(
                 f"{name}: calibrated and evaluated on the same images; the accuracy is flattered."
@@ -350,12 +354,12 @@ def warnings(result: Result) -> list[str]:
             lines.append(
                 f"{name}: evaluated on {text.plural(seen.images, 'image')} only; mind the interval."
             )
-        if v.evaluation.preprocessing != v.model.preprocessing:
+        if v.measured.preprocessing != v.model.preprocessing:
             lines.append(f"{name}: evaluated with another preprocessing than the model's own.")
     sources = {
         "discovery": result.discovery.data if result.discovery else None,
         **{f"calibration of {v.name}": v.prune.calibration for v in result.variants},
-        **{f"evaluation of {v.name}": v.evaluation.data for v in result.variants if v.evaluation},
+        **{f"evaluation of {v.name}": v.measured.data for v in result.variants if v.measured},
     }
     for role, info in sources.items():
         if info and info.skipped:
@@ -363,7 +367,7 @@ def warnings(result: Result) -> list[str]:
                 f"{text.plural(len(info.skipped), 'unreadable image')} skipped in the {role} "
                 f"(listed under Images)."
             )
-    seen_hashes = {v.evaluation.data.sha256 for v in result.variants if v.evaluation}
+    seen_hashes = {v.measured.data.sha256 for v in result.variants if v.measured}
     if len(seen_hashes) > 1:
         lines.append(
             "The pruned networks were not all evaluated on the same images: compare each with "
@@ -386,6 +390,8 @@ def cards(result: Result) -> list[Card]:
             label, interval = "Top-1 among chosen classes", ""
         note = f"{text.points(b.value - a.value)}{interval}"
         shown.append(Card(label, text.percent(b.value), text.percent(a.value), note))
+    elif v.features is not None:
+        shown += features.cards(v.features)
     for m in _cost(result, v):
         if m.label in ("Parameters", "MACs per image"):
             shown.append(Card(m.label, m.pruned.value, m.dense.value, m.change.value))

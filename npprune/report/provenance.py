@@ -104,10 +104,10 @@ def images(result: Result) -> Section:
         name = text.clean(v.name)
         if v.prune.calibration:
             used.append((f"calibration, {name}", v.prune.calibration))
-        if v.evaluation:
-            used.append((f"evaluation, {name}", v.evaluation.data))
-            if v.evaluation.preprocessing != result.model.preprocessing:
-                other = text.preprocessing(v.evaluation.preprocessing)
+        if v.measured:
+            used.append((f"evaluation, {name}", v.measured.data))
+            if v.measured.preprocessing != result.model.preprocessing:
+                other = text.preprocessing(v.measured.preprocessing)
                 prepared.append((f"evaluation, {name}", other))
     if used:
         rows = [
@@ -158,8 +158,8 @@ def environment(result: Result) -> Section:
         name = text.clean(v.name)
         if v.model.source.sha256 and v.model.source.sha256 != source.sha256:
             pairs.append((f"weights sha256, {name}", v.model.source.sha256))
-        if v.evaluation:
-            pairs.append((f"evaluated on, {name}", v.evaluation.device))
+        if v.measured:
+            pairs.append((f"evaluated on, {name}", v.measured.device))
         for x in numbers.exports(v):
             pairs.append((f"{x.file} sha256, {name}", x.sha256))
     return Section("environment", "Environment and hashes", [Facts(pairs)])

@@ -15,7 +15,16 @@ from npprune.records import (
     Result,
     Variant,
 )
-from npprune.report import figures, flipped, merging, numbers, provenance, reliability, text
+from npprune.report import (
+    features,
+    figures,
+    flipped,
+    merging,
+    numbers,
+    provenance,
+    reliability,
+    text,
+)
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
     Figure,
@@ -92,7 +101,7 @@ def _not_evaluated(result: Result) -> list[Item]:
             f"npprune eval {folder(v)} --data folder:VAL",
         )
         for v in result.variants
-        if v.evaluation is None
+        if v.measured is None
     ]
 
 
@@ -116,6 +125,8 @@ def _accuracy(result: Result) -> Section:
                 "the relative change of top-1."
             )
         )
+    if any(v.features for v in result.variants):
+        section.items.append(Paragraph(features.EXPLAINED))
     for variant, evaluation in done:
         if evaluation.dense_restricted and evaluation.pruned_restricted:
             section.items += _restricted(variant, evaluation)
@@ -233,19 +244,20 @@ def _parity(name: str, x: ExportRecord) -> Table:
     words += " against PyTorch on real images, "
     if x.tolerance >= 0:
         words += f"tolerance {text.scientific(x.tolerance, 0)}: "
+    error, agrees = text.PARITY["features" in x.details]
     before, after = x.details.get("torch_top1"), x.details.get("onnx_top1")
     if before is not None and after is not None:
         allowed = x.details.get("max_drop")
         limit = f", at most {text.fixed(allowed)} points lower allowed" if allowed else ""
         words += f"top-1 {text.percent(after)}, PyTorch {text.percent(before)}{limit}: "
     return Table(
-        ["batch", "images", "largest relative logit error", "same top-1"],
+        ["batch", "images", f"largest {error}", agrees],
         [
             cells(
                 str(p.batch),
                 text.count(p.images),
                 text.scientific(p.max_relative_error),
-                text.percent(p.top1_agreement),
+                text.agrees(p),
             )
             for p in x.parity
         ],
@@ -256,7 +268,7 @@ def _parity(name: str, x: ExportRecord) -> Table:
 def _candidates(name: str, x: ExportRecord, candidates: list[dict[str, Any]]) -> Table:
     """The ways of quantising that were tried."""
     return Table(
-        ["way", "size", "top-1", "kept"],
+        ["way", "size", "cosine" if "features" in x.details else "top-1", "kept"],
         [
             cells(
                 str(c["name"]),
@@ -356,7 +368,7 @@ def _widths(result: Result) -> Section:
                 ],
                 caption=f"Patch tokens merged in {name}, between attention and MLP.",
             )
-            images = v.evaluation.merged if v.evaluation is not None else []
+            images = v.measured.merged if v.measured is not None else []
             section.items.append(
                 Figure(
                     f"Merged patches in {name}",

@@ -15,8 +15,10 @@ from npprune.records import (
     DataInfo,
     DiscoverySummary,
     ExportRecord,
+    HealSummary,
     Latency,
     Mean,
+    ParityRow,
     Preprocessing,
     PruneSummary,
     Rate,
@@ -118,11 +120,43 @@ def axes(summary: PruneSummary) -> list[tuple[str, str, str]]:
         (
             AXES.get(row["axis"], row["axis"]),
             percent(-row["macs"], sign=True),
-            f"{fixed(row['nats'], 3)} nats",
+            f"{fixed(row['nats'], 3)} {harm_unit(summary)}",
         )
         for row in found
         if row["macs"] or row["nats"]
     ]
+
+
+def harm_unit(summary: PruneSummary) -> str:
+    """What harm is counted in: `nats`, or `relative error` of features."""
+    return str(summary.details.get("harm_unit", "nats"))
+
+
+def divergence(summary: HealSummary) -> str:
+    """What healing lowered, and in what."""
+    if summary.unit == "nats":
+        return "divergence from dense, nats"
+    return "relative error of the features"
+
+
+def agreement(summary: HealSummary) -> tuple[str, str, str, str]:
+    """A row: what agrees with the dense network, before and after healing."""
+    before, after = summary.before.agreement, summary.after.agreement
+    if summary.unit == "nats":
+        return "same top-1 as dense", "", percent(before), percent(after)
+    return "cosine to dense", "1", fixed(before, 4), fixed(after, 4)
+
+
+PARITY = {
+    False: ("relative logit error", "same top-1"),
+    True: ("relative error", "least cosine"),
+}
+"""Columns of a file's comparison: of logits, of features."""
+
+
+def agrees(row: ParityRow) -> str:
+    """The second of them."""
+    return percent(row.top1_agreement) if row.cosine is None else fixed(row.cosine, 6)
 
 
 def rate_detail(rate: Rate) -> str:
@@ -277,4 +311,6 @@ def integral(found: DiscoverySummary) -> str:
 def data(info: DataInfo) -> str:
     """`800 images of 100 classes, folder:val`."""
     images = plural(info.images, "image")
+    if info.classes == 0:
+        return f"{images}, {info.spec}"
     return f"{images} of {plural(info.classes, 'class', 'classes')}, {info.spec}"

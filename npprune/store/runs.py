@@ -38,6 +38,7 @@ class RunFolder:
         self.plan_path = self.path / "plan.json"
         self.result_path = self.path / "result.json"
         self.paths_folder = self.path / "paths"
+        self.probe_path = self.path / "probe.safetensors"
 
     @property
     def exists(self) -> bool:
@@ -149,7 +150,10 @@ class RunFolder:
                 "remove its first line",
             )
         try:
-            return load_recipe(self.recipe_path)
+            recipe = load_recipe(self.recipe_path)
+            if recipe.model.probe is not None:  # it lies beside, wherever the folder is
+                recipe.model.probe = str(self.probe_path)
+            return recipe
         except RecipeError as err:
             err.hint = err.hint or f"{self.how_to_finish()}, and writes it again"
             raise

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from npprune.core import metrics
+from npprune.core import metrics, objective
 from npprune.core.compression import healing
 from npprune.models.surgery import apply_plan
 from npprune.models.view import make_view
@@ -21,28 +21,28 @@ def logits(n: int = 5, c: int = 7, seed: int = 0) -> torch.Tensor:
 
 def test_the_loss_is_the_divergence_that_evaluation_measures() -> None:
     student, teacher = logits(seed=1), logits(seed=2)
-    found = healing.divergence_at(student, teacher)
+    found = objective.divergence_at(student, teacher)
     torch.testing.assert_close(
         found.double(), metrics.divergence(teacher, student), rtol=1e-5, atol=0
     )
     assert torch.all(found > 0)
-    torch.testing.assert_close(healing.divergence_at(teacher, teacher), torch.zeros(5))
+    torch.testing.assert_close(objective.divergence_at(teacher, teacher), torch.zeros(5))
 
 
 def test_a_temperature_softens_both_and_keeps_the_gradients_size() -> None:
     student, teacher = logits(seed=1), logits(seed=2)
-    soft = healing.divergence_at(student, teacher, 4.0)
-    torch.testing.assert_close(soft, 16 * healing.divergence_at(student / 4, teacher / 4))
+    soft = objective.divergence_at(student, teacher, 4.0)
+    torch.testing.assert_close(soft, 16 * objective.divergence_at(student / 4, teacher / 4))
     # for a high temperature, T^2 KL tends to half the variance of the logits' difference
     gap = (student - teacher) - (student - teacher).mean(dim=1, keepdim=True)
-    high = healing.divergence_at(student.double(), teacher.double(), 300.0)
+    high = objective.divergence_at(student.double(), teacher.double(), 300.0)
     torch.testing.assert_close(high, gap.square().mean(dim=1) / 2, rtol=0.05, atol=1e-3)
 
 
 def test_classes_the_teacher_leaves_out_are_unlearnt_without_nan() -> None:
     student = logits(2, 3).requires_grad_()
     teacher = torch.tensor([[1.0, -math.inf, 0.5], [0.0, -math.inf, 2.0]])
-    loss = healing.divergence_at(student, teacher).sum()
+    loss = objective.divergence_at(student, teacher).sum()
     (gradient,) = torch.autograd.grad(loss, student)
     assert math.isfinite(float(loss))
     assert torch.isfinite(gradient).all()
@@ -71,7 +71,7 @@ def test_streams_end_in_the_models_own_logits() -> None:
     model = tiny_vit()
     images, _ = tiny_batch()
     with torch.no_grad():
-        streams, out = healing.streams_and_logits(make_view(model), images)
+        streams, out = healing.streams_and_outputs(make_view(model), images)
         torch.testing.assert_close(out, model(images))
     assert [tuple(s.shape) for s in streams] == [(4, 17, 24)] * 3
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from npprune.core.compression.statistics import (
     Statistics,
     collect_statistics,
-    cotangent,
-    logits_of,
+    outputs_of,
 )
 from npprune.core.recording import recorded
 from npprune.errors import UsageError
@@ -229,9 +228,9 @@ def hidden_and_gradients(view: TimmView, batches: Any, l: int) -> tuple[Tensor, 
     hs, gs, generator = [], [], seeded()
     for images in batches:
         with recorded([view.fc2(l)]) as seen:
-            logits = logits_of(view, images, True)
+            logits = outputs_of(view, images, True)
         h, y = seen[view.fc2(l)]
-        (g,) = torch.autograd.grad(logits, y, cotangent(logits.detach(), generator))
+        (g,) = torch.autograd.grad(logits, y, view.objective.cotangent(logits.detach(), generator))
         hs.append(h.detach())
         gs.append(g)
     return torch.cat(hs), torch.cat(gs)

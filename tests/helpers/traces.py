@@ -14,12 +14,12 @@ _traced: dict[str, Any] = {}
 
 
 def once(trace: Trace) -> Trace:
-    """`trace(model, sample, opset, batch)`, run anew only for a network or a form not seen yet."""
+    """`trace(model, sample, opset, batch, output)`, anew only for what was not seen yet."""
 
-    def traced(model: nn.Module, sample: Tensor, opset: int, batch: str | int) -> Any:
-        key = _digest(model, [tuple(sample.shape), sample.dtype, opset, batch])
+    def traced(model: nn.Module, sample: Tensor, opset: int, batch: str | int, output: str) -> Any:
+        key = _digest(model, [tuple(sample.shape), sample.dtype, opset, batch, output])
         if key not in _traced:
-            _traced[key] = trace(model, sample, opset, batch)
+            _traced[key] = trace(model, sample, opset, batch, output)
         return copy.deepcopy(_traced[key])
 
     return traced

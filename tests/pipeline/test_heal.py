@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from npprune.cli.app import run_app
-from npprune.core.compression import healing
+from npprune.core import objective
 from npprune.data.opening import open_source
 from npprune.data.transforms import make_transform
 from npprune.errors import DataError, GateError, ModelError, StoreError, UsageError
@@ -640,14 +640,14 @@ def test_the_folder_of_the_result_is_checked_first(half_network: Path) -> None:
 def test_a_loss_that_is_no_number_ends_with_a_reason(
     half_network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss = healing.divergence_at
+    loss = objective.divergence_at
     calls = []
 
     def broken(*args: object) -> torch.Tensor:
         calls.append(1)
         return loss(*args) * (float("nan") if len(calls) > 4 else 1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(healing, "divergence_at", broken)
+    monkeypatch.setattr(objective, "divergence_at", broken)
     out = half_network.with_name("healed")
     with pytest.raises(GateError, match="the loss became nan at step 4 of 48") as err:
         heal(half_network, DATA, short(), out)
@@ -661,7 +661,7 @@ def test_a_loss_that_is_no_number_ends_with_a_reason(
 def test_a_network_without_numbers_is_named_before_the_first_step(
     half_network: Path, monkeypatch: pytest.MonkeyPatch, layerwise: bool
 ) -> None:
-    monkeypatch.setattr(healing, "divergence_at", lambda a, *more: a.sum(1) * float("nan"))
+    monkeypatch.setattr(objective, "divergence_at", lambda a, *more: a.sum(1) * float("nan"))
     with pytest.raises(ModelError, match=r"the pruned network gives NaN .* before the first step"):
         heal(half_network, DATA, short(layerwise=layerwise), half_network.with_name("healed"))
 

@@ -50,7 +50,7 @@ from torch.nn.functional import linear
 
 from npprune.core.attribution.quadrature import END_AT_ONE, Integral, quadrature
 from npprune.core.attribution.tangent import value_and_tangent
-from npprune.core.finite import check_logits, check_scores
+from npprune.core.finite import check_outputs, check_scores
 from npprune.core.view import VitView, frozen
 from npprune.errors import ModelError
 from npprune.words import Scope
@@ -119,7 +119,7 @@ def _check_outputs(view: VitView, images: Tensor, logits: Tensor) -> None:
             "paths need a network of at least two outputs, got one: its probability is 1 whatever "
             "the neurons do"
         )
-    check_logits(view, images, logits)
+    check_outputs(view, images, logits)
 
 
 def joint_attribution(

@@ -41,15 +41,8 @@ from torch import Tensor, nn
 
 from npprune.core.compression.compensation import Mode, compensate
 from npprune.core.compression.harm import Replacement
-from npprune.core.compression.statistics import (
-    Moments,
-    Sums,
-    Total,
-    cotangent,
-    double,
-    logits_of,
-)
-from npprune.core.finite import check_logits
+from npprune.core.compression.statistics import Moments, Sums, Total, double, outputs_of
+from npprune.core.finite import check_outputs
 from npprune.core.linear import check_finite
 from npprune.core.recording import recorded
 from npprune.core.view import Projections, VitView
@@ -119,10 +112,10 @@ def collect_attention(
     count = 0
     for images in batches:
         with recorded(m for p in layers for m in (p.qkv, p.proj)) as seen, torch.enable_grad():
-            logits = logits_of(view, images, True)
-        check_logits(view, images, logits, first=count)
-        v = cotangent(logits.detach(), generator)
-        grads = torch.autograd.grad(logits, [seen[p.proj][1] for p in layers], v)
+            outputs = outputs_of(view, images, True)
+        check_outputs(view, images, outputs, first=count)
+        v = view.objective.cotangent(outputs.detach(), generator)
+        grads = torch.autograd.grad(outputs, [seen[p.proj][1] for p in layers], v)
         for p, s, g in zip(layers, sums, grads, strict=True):
             s.add_batch(p, seen[p.qkv][1].detach(), seen[p.proj][0].detach(), g)
         count += len(images)

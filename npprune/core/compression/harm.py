@@ -1,7 +1,8 @@
-"""The harm of pruning, measured: nats of KL divergence from the dense network's predictions.
+"""The harm of pruning, measured: nats of KL divergence from the dense network's predictions, or
+the relative error of its features (`objective`).
 
-For each block and a few options, that block alone is changed, with its compensation, and
-KL(dense || pruned) of the predictions is averaged over a few hundred calibration images. Blocks
+For each block and a few options, that block alone is changed, with its compensation, and the
+divergence from the dense network is averaged over a few hundred calibration images. Blocks
 are independent to first order, so the table adds up; `solver.solve` spends a budget on it.
 
 A pruned block is computed on the dense modules by a hook on `fc2` (its own output is replaced by
@@ -22,7 +23,6 @@ from npprune.core.compression.compensation import compensate
 from npprune.core.compression.elimination import SHRINKAGE
 from npprune.core.compression.selection import keep_sets
 from npprune.core.compression.statistics import Moments
-from npprune.core.metrics import divergence
 from npprune.core.view import VitView
 from npprune.errors import UsageError
 
@@ -116,7 +116,7 @@ def predict(
     batches: Iterable[Tensor],
     replacements: Mapping[int, Replacement] | None = None,
 ) -> Tensor:
-    """Logits [n, c] of images in batches [b, 3, H, W], with some blocks replaced."""
+    """Logits or features of images in batches [b, 3, H, W], with some blocks replaced."""
     out = []
     with replaced(view, replacements or {}):
         for images in batches:
@@ -135,7 +135,7 @@ def measure_harm(
     *,
     on_block: Callable[[int], None] | None = None,
 ) -> list[dict[Option, float]]:
-    """KL(dense || changed) in nats for each block and option, that block alone changed.
+    """The divergence from dense for each block and option, that block alone changed.
 
     Args:
         batches: images, held in memory; a hundred or two are enough.
@@ -143,7 +143,7 @@ def measure_harm(
             are taken when its turn comes.
         on_block: called with the number of blocks done.
 
-    Returns: per block, option -> mean KL over the images.
+    Returns: per block, option -> its mean over the images.
     """
     depth = len(view.widths)
     if isinstance(candidates, Sequence) and len(candidates) != depth:
@@ -155,15 +155,16 @@ def measure_harm(
         attention = [view.attention_output(l, x) for x in streams]
         row = {}
         for option, layers in options.items():
-            logits = []
+            outputs = []
             for x, a in zip(streams, attention, strict=True):
                 with layers_replaced(layers):
                     changed = a if set(layers) == {view.fc2(l)} else view.attention_output(l, x)
                     y = view.tail(l, x, changed)
                 for later in range(l + 1, depth):
                     y = view.block(later, y)
-                logits.append(view.head(y))
-            row[option] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
+                outputs.append(view.head(y))
+            divergence = view.objective.divergence(dense, torch.cat(outputs))
+            row[option] = float(divergence.mean().clamp_min(0))
         table.append(row)
         if on_block is not None:
             on_block(l + 1)

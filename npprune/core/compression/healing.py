@@ -30,17 +30,6 @@ NO_LABEL = -1
 # ---------------------------------------------------------------- losses
 
 
-def divergence_at(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """T^2 KL(teacher || student) of the predictions softened by T: logits [b, c] -> nats [b].
-
-    T^2 keeps the gradient's size independent of T. A teacher's logit of -inf leaves that class
-    out: its probability is 0, and the student learns to give it none.
-    """
-    p = (teacher.float() / temperature).softmax(dim=1)
-    log_q = (student.float() / temperature).log_softmax(dim=1)
-    return functional.kl_div(log_q, p, reduction="none").sum(dim=1) * temperature**2
-
-
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
     """Mean squared difference of the streams after each block, every token normalised: [b].
 
@@ -63,8 +52,8 @@ def label_loss(student: Tensor, labels: Tensor) -> Tensor:
     )
 
 
-def streams_and_logits(view: VitView, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The stream after each block [b, t, d], and the logits [b, c].
+def streams_and_outputs(view: VitView, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The stream after each block [b, t, d], and the logits or features.
 
     Where tokens merge, every patch has the value of the token that holds it.
     """

@@ -11,10 +11,9 @@ gradient of the loss at y, one row a token):
     read        all of these once more, over the tokens that the classifier reads alone (see
                 `Statistics.side`)
 
-The loss gradient at the logits is sqrt(p) e - p (sqrt(p) . e) with random signs e: its outer
-product is diag(p) - p p^T on average, the exact curvature of KL(dense || changed) (the Fisher
-matrix), with far less noise than drawn labels where the network is sure of itself. It needs no
-labels.
+The loss gradient at the outputs is drawn at random so that its outer product is, on average, the
+exact curvature of what counts as a change of them (`objective`): for logits the Fisher matrix,
+diag(p) - p p^T. It needs no labels.
 
 A state saved half-way resumes where it stopped. A pass over some of the blocks gives the same bits
 as one over all of them, if its draws are the same.
@@ -29,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from npprune.core.finite import check_logits, check_scores
+from npprune.core.finite import check_outputs, check_scores
 from npprune.core.recording import recorded
 from npprune.core.view import VitView
 from npprune.criteria import NEEDS, Need
@@ -338,17 +337,17 @@ def collect_statistics(
         raise UsageError("the classifier of this network reads every token: no sums of some alone")
     for images in batches:
         with recorded(layers.values()) as seen, torch.set_grad_enabled(gradients):
-            logits = logits_of(view, images, gradients)
-        check_logits(view, images, logits, first=stats.images)
+            outputs = outputs_of(view, images, gradients)
+        check_outputs(view, images, outputs, first=stats.images)
         for l, fc2 in layers.items():  # one at a time: a batch's own sums are as large as all
             sums = stats.blocks.setdefault(l, BlockSums())
             sums.add(_moments(seen[fc2][0].detach(), stats.needs, read))
         for draw in range(draws if gradients else 0):
             if generator is None:
                 raise UsageError("the loss gradient is drawn at random and needs a generator")
-            v = cotangent(logits.detach(), generator)
+            v = view.objective.cotangent(outputs.detach(), generator)
             ys = [seen[fc2][1] for fc2 in layers.values()]
-            gs = torch.autograd.grad(logits, ys, v, retain_graph=draw + 1 < draws)
+            gs = torch.autograd.grad(outputs, ys, v, retain_graph=draw + 1 < draws)
             sizes = [g.flatten(1).sum(1, dtype=torch.float32) for g in gs]
             check_scores(torch.stack(sizes, 1), what="gradients", dtype=images.dtype)
             for (l, fc2), g in zip(layers.items(), gs, strict=True):
@@ -368,8 +367,8 @@ def _checked(needs: Iterable[Need]) -> tuple[Need, ...]:
     return tuple(need for need in NEEDS if need in asked)
 
 
-def logits_of(view: VitView, images: Tensor, gradients: bool) -> Tensor:
-    """Logits [b, c] of images, with a graph from the first block on if gradients are wanted."""
+def outputs_of(view: VitView, images: Tensor, gradients: bool) -> Tensor:
+    """Logits or features of images, with a graph from the first block on for `gradients`."""
     with torch.no_grad():
         x = view.embed(images)
     if gradients:
@@ -379,18 +378,15 @@ def logits_of(view: VitView, images: Tensor, gradients: bool) -> Tensor:
     return view.head(x)
 
 
-def cotangent(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """The loss gradient at the logits, [b, c]; see the module's text."""
-    p = logits.softmax(dim=1)
-    signs = torch.randint(0, 2, p.shape, generator=generator).to(p) * 2 - 1
-    root = p.sqrt()
-    return root * signs - p * (root * signs).sum(dim=1, keepdim=True)
+def skip_draws(
+    generator: torch.Generator, batches: Iterable[Tensor], outputs: Sequence[int]
+) -> None:
+    """Leave the generator as after the cotangents of batches that another process computes.
 
-
-def skip_draws(generator: torch.Generator, batches: Iterable[Tensor], outputs: int) -> None:
-    """Leave the generator as after the `cotangent`s of batches that another process computes."""
+    outputs: the shape of one image's.
+    """
     for images in batches:
-        torch.randint(0, 2, (len(images), outputs), generator=generator)
+        torch.randint(0, 2, (len(images), *outputs), generator=generator)
 
 
 def double(x: Tensor) -> Tensor:

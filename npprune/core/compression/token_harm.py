@@ -1,4 +1,5 @@
-"""The harm of merging tokens, measured: nats of KL divergence from the network's own predictions.
+"""The harm of merging tokens, measured: the divergence from the network's own outputs
+(`objective`): nats for predictions.
 
 Merging early changes what merging late costs, so that the table of single blocks is only a guide;
 `schedule_divergence` measures what tokens merged in all blocks at once do.
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor
 
 from npprune.core.compression.harm import predict
-from npprune.core.metrics import divergence
 from npprune.core.tokens import Tokens, followed
 from npprune.core.view import VitView
 from npprune.errors import UsageError
@@ -27,13 +27,13 @@ def measure_token_harm(
     reference: Tensor | None = None,
     on_block: Callable[[int, dict[int, float]], None] | None = None,
 ) -> list[dict[int, float]]:
-    """KL(dense || merged) in nats for each block and number of tokens, merged in that block alone.
+    """The divergence from dense for each block and number of tokens, merged in that block alone.
 
     Args:
         view: of a network that merges none itself.
         batches: images [b, 3, H, W], held in memory.
-        options: per block, numbers of tokens to merge; 0 needs none and is 0 nats.
-        reference: dense logits [n, c] of the batches, if they are known already.
+        options: per block, numbers of tokens to merge; 0 needs none and is 0.
+        reference: dense outputs of the batches, if they are known already.
         on_block: called with each finished row.
     """
     depth = len(view.widths)
@@ -45,14 +45,15 @@ def measure_token_harm(
         attention = [view.attention_output(l, x) for x in streams]
         row = {0: 0.0}
         for r in counts:
-            logits = []
+            outputs = []
             for x, a in zip(streams, attention, strict=True):
                 y = view.tail(l, x, a, merge=r)
                 for later in range(l + 1, depth):
                     y = view.block(later, y)
-                logits.append(view.head(y))
+                outputs.append(view.head(y))
             if r:
-                row[r] = float(divergence(dense, torch.cat(logits)).mean().clamp_min(0))
+                divergence = view.objective.divergence(dense, torch.cat(outputs))
+                row[r] = float(divergence.mean().clamp_min(0))
         table.append(row)
         if on_block is not None:
             on_block(l, row)
@@ -62,7 +63,7 @@ def measure_token_harm(
 
 @torch.no_grad()
 def predict_merged(view: VitView, batches: Iterable[Tensor], merged: Sequence[int]) -> Tensor:
-    """Logits [n, c] of images in batches [b, 3, H, W], with so many tokens merged in each block."""
+    """Logits or features of images [b, 3, H, W], with so many tokens merged in each block."""
     _check(len(view.widths), merged)
     out = []
     for images in batches:
@@ -80,9 +81,10 @@ def schedule_divergence(
     *,
     reference: Tensor | None = None,
 ) -> float:
-    """KL(dense || merged) in nats, with so many tokens merged in each block."""
+    """The divergence from dense, with so many tokens merged in each block."""
     dense = predict(view, batches) if reference is None else reference
-    return float(divergence(dense, predict_merged(view, batches, merged)).mean().clamp_min(0))
+    changed = predict_merged(view, batches, merged)
+    return float(view.objective.divergence(dense, changed).mean().clamp_min(0))
 
 
 @torch.no_grad()

@@ -19,8 +19,10 @@ from npprune.data.loading import Batch, batches
 from npprune.data.opening import open_source
 from npprune.data.sources import ImageSource, Sample
 from npprune.data.transforms import describe, make_transform, released, resolve
+from npprune.data.unlabelled import open_unlabelled
 from npprune.errors import DataError, ModelError, StoreError, UsageError, plural, setting
 from npprune.models.load import build, load
+from npprune.models.probe import read_probe, with_probe
 from npprune.models.released_head import released_head
 from npprune.pipeline.common.work import MEMORY, Work
 from npprune.recipe import DataSection, ModelSection
@@ -50,6 +52,7 @@ class Network:
     info: ModelInfo
     config: CheckpointConfig | None = None  # where it came from a checkpoint folder
     classes: list[ClassInfo] = field(default_factory=list)  # as another library's folder names them
+    probed: bool = False  # its classifier is a probe on its features, not its own
     held: bool = False  # by a caller, in memory: its weights alone do not say what it computes
 
     @property
@@ -68,6 +71,17 @@ def check_weights(network: Network, paths_of: str, run: Path) -> None:
             f"the paths of `{run}` are of weights {paths_of[:12]}..., and the network has "
             f"{sha256[:12]}...",
             hint="discover again, or restore the weights",
+        )
+
+
+def require_classifier(network: Network, what: str) -> None:
+    """ModelError where a network has no classifier, and `what` reads predictions."""
+    if network.info.num_classes == 0:
+        raise ModelError(
+            f"{what} a class's probability, and {network.info.source.architecture} was loaded "
+            "without a classifier",
+            hint="prune it by its features, without paths: `npprune prune MODEL --calibration "
+            "SOURCE`; or give weights with a classifier",
         )
 
 
@@ -129,9 +143,9 @@ def _own_names(config: CheckpointConfig) -> KnownNames:
 def open_network(section: ModelSection, work: Work) -> Network:
     """Load the network that a recipe names: see `ModelSection`."""
     if (held := _held(section.name, work)) is not None:
-        return held
+        return _probed(held, section)
     if is_checkpoint(section.name):
-        return open_checkpoint(Path(section.name), work)
+        return _probed(open_checkpoint(Path(section.name), work), section)
     loaded = load(
         section.name,
         checkpoint=section.checkpoint,
@@ -146,7 +160,22 @@ def open_network(section: ModelSection, work: Work) -> Network:
     if section.released_head:
         work.say("head: pooled tokens are normalised twice, as the released program does")
         return Network(released_head(loaded.model).to(work.where), loaded.info)
-    return Network(loaded.model.to(work.where), loaded.info, classes=loaded.classes)
+    network = Network(loaded.model.to(work.where), loaded.info, classes=loaded.classes)
+    return _probed(network, section)
+
+
+def _probed(network: Network, section: ModelSection) -> Network:
+    """The network with the classifier that the section names."""
+    if section.probe is None:
+        return network
+    return with_classifier(network, *read_probe(Path(section.probe)))
+
+
+def with_classifier(network: Network, weight: Tensor, bias: Tensor) -> Network:
+    """A network with a linear classifier on its features; the weights' hash is the backbone's."""
+    model = with_probe(network.model, weight, bias)
+    info = replace(network.info, num_classes=len(weight))
+    return replace(network, model=model, info=info, probed=True)
 
 
 def open_checkpoint(folder: Path, work: Work) -> Network:
@@ -242,7 +271,8 @@ def open_images(
     """Open a data source for a network and say how labels and preprocessing were found.
 
     `asked`: the setting that names the source, such as `data.val`. `names`: what the network calls
-    its classes; they decide where there is no class map.
+    its classes; they decide where there is no class map. A network without a classifier needs no
+    labels: a folder is then read as it is arranged, where it says none.
 
     Raises:
         UsageError: no source was named; DataError: it cannot be read.
@@ -269,14 +299,21 @@ def open_images(
         from_files=held is None,
     )
     of: dict[str, Any] = {
-        "num_classes": network.num_classes,
+        "num_classes": network.num_classes or None,
         "class_map": section.class_map,
         "known": names,
         "classes": section.classes,
         "images_per_class": section.images_per_class,
         "max_pixels": section.max_pixels,
     }
-    source = open_source(spec, **of) if held is None else open_given(held, spec, Asked(**of))
+    try:
+        source = open_source(spec, **of) if held is None else open_given(held, spec, Asked(**of))
+    except DataError as err:
+        wanted = network.num_classes or section.classes is not None or section.class_map is not None
+        if wanted or not spec.startswith("folder:"):
+            raise
+        source = open_unlabelled(spec, section.max_pixels)  # raises where there are no images
+        work.say(f"labels are not used: {err.message}")
     count = "a stream" if source.length is None else plural(source.length, "image")
     work.say(f"{spec}: {count}, labels by {source.label_rule}")
     work.say(f"preprocessing: {describe(pre)}")

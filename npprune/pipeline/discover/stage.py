@@ -40,9 +40,11 @@ from npprune.pipeline.common.outputs import check_run, reads_of
 from npprune.pipeline.common.results import add_command
 from npprune.pipeline.common.threads import same_on_any_threads
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.discover.probing import probe_arrays, probe_sha256, probed
 from npprune.pipeline.discover.shards import PARTS, Share, shards_of
 from npprune.recipe import DataSection, DiscoverSection, ModelSection, Recipe, recipe_yaml
 from npprune.records import DiscoverySummary, Manifest, Result, digest, to_dict
+from npprune.store import atomic
 from npprune.store.path_store import PathStore, PathTable
 from npprune.store.runs import RunFolder
 
@@ -80,6 +82,8 @@ def discover(
             data.train, data, network.info, work, asked="data.train", on_bad="skip",
             names=network_names(network, names),
         )  # fmt: skip
+        if network.info.num_classes == 0:
+            network = probed(network, images, RunFolder(out).probe_path, work)
         search = _search(network, settings, work)
         manifest = _manifest(out.name, network, images, search)
         return network, images, search, manifest
@@ -88,13 +92,18 @@ def discover(
     work.say(f"{network.info.source.architecture} on {where} ({work.reason})")
     if dry_run:
         return _result(manifest, network, images, None)
-    recipe = Recipe(name=out.name, model=model, data=data, discover=settings, seed=work.seed)
     folder = RunFolder(out)
+    probe = probe_arrays(network) if network.probed else None
+    if probe is not None:
+        model = model.model_copy(update={"probe": str(folder.probe_path)})
+    recipe = Recipe(name=out.name, model=model, data=data, discover=settings, seed=work.seed)
     with contextlib.ExitStack() as held:
         team.on_first(lambda: held.enter_context(folder.lock()))
         team.on_first(
             lambda: folder.create_or_resume(manifest, recipe_yaml(recipe), warn=work.warn)
         )
+        if probe is not None:
+            team.on_first(lambda: atomic.write_safetensors(folder.probe_path, probe))
         kept = team.together(folder.read_manifest)  # on another machine: is the folder shared?
         store = PathStore(folder.paths_folder, kept.settings_sha256)
         share = Share(store, images, search, _per_shard(settings), work)
@@ -207,6 +216,8 @@ def _manifest(name: str, network: Network, images: Images, search: _Search) -> M
     }
     if settings.method == "random":
         deciding["seed"] = work.seed
+    if network.probed:
+        deciding["probe"] = probe_sha256(probe_arrays(network))
     if network.held:
         deciding["arguments"] = to_dict(network.info.source)["model_args"]
     if images.source.content is not None:

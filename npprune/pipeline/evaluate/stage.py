@@ -35,10 +35,18 @@ from npprune.pipeline.common.outputs import recordable
 from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.results import run_of, update_variant
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.evaluate.features import measured_features
 from npprune.pipeline.evaluate.flipped import Flipped
 from npprune.pipeline.evaluate.merging import merged_images
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
-from npprune.records import CheckpointConfig, ClassRow, Evaluation, Outcomes, Variant
+from npprune.records import (
+    CheckpointConfig,
+    ClassRow,
+    Evaluation,
+    FeatureEvaluation,
+    Outcomes,
+    Variant,
+)
 from npprune.store.checkpoints import PLAN, is_checkpoint
 from npprune.store.runs import read_plan
 
@@ -52,8 +60,9 @@ def evaluate(
     *,
     dense_checkpoint: str | None = None,
     work: Work | None = None,
-) -> Evaluation:
-    """Measure a pruned checkpoint against the dense network it came from.
+) -> Evaluation | FeatureEvaluation:
+    """Measure a pruned checkpoint against the dense network it came from: predictions, or features
+    where there is no classifier.
 
     Both see the same images in the same order in one run. The result goes into the run folder
     that the checkpoint belongs to; where that cannot be written, a warning says so beforehand.
@@ -84,34 +93,44 @@ def evaluate(
     pruned, config, dense, images = team.together(open_all)
     recorded = team.on_first(lambda: recordable(run_of(checkpoint, config, work), work))
     started = time.perf_counter()
-    seen = _predict(dense, pruned, images, config, work)
+    # the first process alone measures features
+    seen = None if dense.info.num_classes == 0 else _predict(dense, pruned, images, config, work)
 
-    def finish() -> Evaluation:
-        if seen.sample is None:
+    def finish() -> Evaluation | FeatureEvaluation:
+        evaluation: Evaluation | FeatureEvaluation
+        if seen is None:
+            evaluation, labels, sample = measured_features(dense, pruned, images, work)
+        elif seen.sample is None:
             raise DataError(f"no image of `{images.source.spec}` could be read")
-        logits, labels = (torch.cat(seen.dense), torch.cat(seen.pruned)), torch.cat(seen.labels)
-        evaluation = _compare(*logits, labels, images, config, data)
-        evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
-        evaluation.flipped = seen.flipped.shown(images.preprocessing, _namer(config, images))
+        else:
+            sample, labels = seen.sample, torch.cat(seen.labels)
+            logits = torch.cat(seen.dense), torch.cat(seen.pruned)
+            evaluation = _compare(*logits, labels, images, config, data)
+            evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
+            evaluation.flipped = seen.flipped.shown(images.preprocessing, _namer(config, images))
+            evaluation.label_doubt = label_doubt(
+                logits[0].argmax(1), labels, dense.info.num_classes, images.source
+            )
+            _path_shares(evaluation, checkpoint, config)
         evaluation.device = str(work.where)
-        evaluation.label_doubt = label_doubt(
-            logits[0].argmax(1), labels, dense.info.num_classes, images.source
-        )
         evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
-        _path_shares(evaluation, checkpoint, config)
-        evaluation.merged = merged_images(pruned, seen.sample, labels, images)
+        evaluation.merged = merged_images(pruned, sample, labels, images)
         evaluation.seconds = time.perf_counter() - started
         if settings.latency:
             evaluation.latency = [
                 bench_pair(
-                    torch_runner(dense.model, b, images=seen.sample, device=str(work.where)),
-                    torch_runner(pruned.model, b, images=seen.sample, device=str(work.where)),
+                    torch_runner(dense.model, b, images=sample, device=str(work.where)),
+                    torch_runner(pruned.model, b, images=sample, device=str(work.where)),
                 )
                 for b in settings.batches
             ]
 
         def update(variant: Variant) -> None:
-            variant.model, variant.evaluation = pruned.info, evaluation
+            variant.model = pruned.info
+            if isinstance(evaluation, FeatureEvaluation):
+                variant.features = evaluation
+            else:
+                variant.evaluation = evaluation
 
         if recorded:
             with keeping(evaluation):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from npprune.errors import GateError, ModelError, StoreError, UsageError, setting
 from npprune.export.archive import to_timm, to_torch_archive
@@ -19,11 +20,12 @@ from npprune.export.checked import Comparison, export_checked
 from npprune.export.hugging import bring, load_transformers, to_transformers
 from npprune.export.onnx import Int8Needs, OnnxForm, Producer, export_onnx, to_pixels
 from npprune.export.parity import (
-    GATES,
     Gate,
     Parity,
     compare_logits,
+    cosine_score,
     failures_of,
+    gates,
     require,
     top1_score,
     torch_logits,
@@ -39,6 +41,7 @@ from npprune.files import (
     sha256_file,
     staging,
 )
+from npprune.models.features import giving
 from npprune.models.info import model_info
 from npprune.models.load import load_timm_folder, timm_code
 from npprune.models.tokens import apply_tokens, tokens_of
@@ -154,6 +157,25 @@ def _for_file(network: Network, settings: ExportSection) -> Network:
     Raises:
         ModelError: its last block has to compute every token.
     """
+    if settings.features is not None and settings.format in ("timm", "transformers"):
+        raise UsageError(
+            f"{setting('export.features')} does not go with "
+            f"{setting('export.format', settings.format)}: the folder is the whole network",
+            hint=f"leave it out, or use {setting('export.format', 'onnx')}",
+        )
+    if settings.format == "transformers" and network.info.num_classes == 0:
+        raise ModelError(
+            f"{setting('export.format', 'transformers')} writes a network for image "
+            "classification, and this one has no classifier",
+            hint=f"use {setting('export.format', 'onnx')} or {setting('export.format', 'timm')}",
+        )
+    if settings.max_drop is not None and network.info.num_classes == 0:
+        raise UsageError(
+            f"{setting('export.max_drop')} is in points of top-1, and there is no classifier",
+            hint="leave it out: features are compared by error and cosine",
+        )
+    if settings.features is not None:
+        giving(network.model, settings.features)  # refused before any image is read
     if settings.last_for_read:
         apply_tokens(network.model, tokens_of(network.model)[0], last=True)
         network.info = model_info(network.model, network.info.source)
@@ -185,6 +207,10 @@ class _Subject:
     @property
     def preprocessing(self) -> Preprocessing:
         return self.read.opened.preprocessing
+
+    @property
+    def gives_features(self) -> bool:
+        return self.network.info.num_classes == 0
 
 
 def _check(
@@ -261,16 +287,22 @@ def _write(
 ) -> ExportRecord:
     """The file in the format asked for, compared before it gets its name."""
     read = subject.read
+    if subject.gives_features:
+        said = {**subject.producer.extra, "features": settings.features or "pooled"}
+        subject.producer = replace(subject.producer, extra=said)
     if settings.format in ("timm", "transformers"):
         record = _write_folder(subject, target, settings.format)
     elif settings.format == "torch":
         record = to_torch_archive(
-            subject.network.model, subject.preprocessing, subject.classes, read.images, target,
-            batch=settings.batch, producer=subject.producer,
+            _giving(subject.network, settings), subject.preprocessing, subject.classes,
+            read.images, target, batch=settings.batch, producer=subject.producer,
+            features=subject.gives_features,
         )  # fmt: skip
     else:
         record = _write_onnx(subject, settings, target, provider, work)
         record.details["provider_asked"] = provider
+    if subject.gives_features and settings.format in ("onnx", "torch"):
+        record.details["features"] = settings.features or "pooled"
     record.details["images"] = read.details()
     with keeping(record):  # before anything that may be interrupted: the file has its name
         atomic.write_json(record_path(target, settings.format), record)
@@ -280,17 +312,19 @@ def _write(
 def _write_onnx(
     subject: _Subject, settings: ExportSection, target: Path, provider: str, work: Work
 ) -> ExportRecord:
-    read, gate = subject.read, GATES[settings.precision]
+    read, form = subject.read, _form(settings, subject.network)
+    gate = gates(form.output)[settings.precision]
     if settings.max_drop is not None:
         gate = replace(gate, max_drop=settings.max_drop)
     try:
+        labels = None if subject.gives_features else read.labels
         return export_checked(
-            subject.network.model,
+            _giving(subject.network, settings),
             subject.preprocessing,
             subject.classes,
             target,
-            Comparison(read.images, read.labels, provider=provider, gate=gate),
-            _form(settings),
+            Comparison(read.images, labels, provider=provider, gate=gate),
+            form,
             int8=_int8_needs(subject, settings, read.labels, work),
             producer=subject.producer,
         )
@@ -305,9 +339,19 @@ def _write_onnx(
         ) from err
 
 
-def _form(settings: ExportSection) -> OnnxForm:
+def _form(settings: ExportSection, network: Network) -> OnnxForm:
     """How the file is to be."""
-    return OnnxForm(settings.opset, settings.batch, settings.precision, settings.with_preprocessing)
+    return OnnxForm(
+        settings.opset, settings.batch, settings.precision, settings.with_preprocessing,
+        output="logits" if network.info.num_classes else "features",
+    )  # fmt: skip
+
+
+def _giving(network: Network, settings: ExportSection) -> nn.Module:
+    """What the file computes: the network, or one that gives the features asked for."""
+    if network.info.num_classes:
+        return network.model
+    return giving(network.model, settings.features or "pooled")
 
 
 def _int8_needs(
@@ -317,6 +361,10 @@ def _int8_needs(
     read = subject.read
     if settings.precision != "int8" or read.calibration is None:
         return None
+    if subject.gives_features:
+        model = _giving(subject.network, settings)
+        cosine = cosine_score(model, read.images, subject.preprocessing)
+        return Int8Needs(whole_batches(read.calibration, settings.batch), cosine)
     top1 = top1_score(read.images, labels, subject.preprocessing)
 
     def score(session: Session) -> float:
@@ -344,7 +392,7 @@ def _write_folder(subject: _Subject, target: Path, format: str) -> ExportRecord:
             own = to_transformers(network.model, info, subject.classes, made, _origin(network))
             loaded = load_transformers(made, own)
         expected, found = (torch_logits(m, images) for m in (network.model, loaded))
-        rows = [compare_logits(len(images), found, expected)]
+        rows = [compare_logits(len(images), found, expected, features=subject.gives_features)]
         said = failures_of(rows, gate)
         require(Parity(rows, not said, gate, format, "", said), target.name)
         weights = made / "model.safetensors"
@@ -399,11 +447,11 @@ def _time(
     with scratch() as folder:
         beside = folder / "dense.onnx"
         export_onnx(
-            dense.model,
+            _giving(dense, settings),
             subject.preprocessing,
             [],
             beside,
-            _form(settings),
+            _form(settings, dense),
             int8=_int8_needs(subject, settings, read.source_labels, Work()),  # in silence
         )
         record.dense_bytes = sum(f.stat().st_size for f in folder.iterdir())

@@ -67,6 +67,7 @@ class Subject:
 
     served: Served
     expected: np.ndarray | None = None  # [n, c], of the images that are compared
+    features: bool = False  # `expected` are features
     int8: list[str] = field(default_factory=list)
 
 
@@ -91,11 +92,11 @@ def network_subject(
     """A network: its files are exported when a runtime asks for them. int8 is the version of
     `to_int8` that most often has the network's own top-1 on `images`."""
     tensor = torch.from_numpy(images)
-    expected = torch_logits(network.model, tensor)
+    expected, features = torch_logits(network.model, tensor), network.info.num_classes == 0
 
     def score(session: Session) -> float:
         found = batched_logits(session.run, images, 16)
-        return float((found.argmax(1) == expected.argmax(1)).mean())
+        return compare_logits(16, found, expected, features=features).top1_agreement
 
     def file(precision: str) -> Path:
         path = folder / f"{name}-{precision}.onnx"
@@ -103,14 +104,19 @@ def network_subject(
             needs = None
             if calibration is not None:
                 needs = Int8Needs(torch.from_numpy(calibration), score)
-            form = OnnxForm(precision=cast(FilePrecision, precision))  # the runtimes' own words
+            form = OnnxForm(  # the runtimes' own words
+                precision=cast(FilePrecision, precision),
+                output="features" if features else "logits",
+            )
             made = export_onnx(
                 network.model, network.info.preprocessing, [], path, form, int8=needs
             )
             subject.int8.extend(c.name for c in made if c.chosen)
         return path
 
-    subject = Subject(Served(network.model, file), expected[:COMPARED])  # `file` adds to it
+    subject = Subject(
+        Served(network.model, file), expected[:COMPARED], features
+    )  # `file` adds to it
     return subject
 
 
@@ -246,7 +252,7 @@ def _ready(place: Place, threads: int, batch: int, subject: Subject, images: np.
     agreement = None
     if subject.expected is not None:
         found = batched_logits(opened.run, images[: len(subject.expected)], batch)
-        agreement = compare_logits(batch, found, subject.expected)
+        agreement = compare_logits(batch, found, subject.expected, features=subject.features)
     return _Ready(runner(place.runtime.name, opened, feed, place.precision), start_ms, agreement)
 
 

@@ -81,7 +81,7 @@ class _Trained(nn.Module):
         self.view = view
 
     def forward(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
-        return healing.streams_and_logits(self.view, images)
+        return healing.streams_and_outputs(self.view, images)
 
 
 class Distillation:
@@ -199,7 +199,7 @@ class Distillation:
             left = 60 * self.settings.minutes - self._clock()
             expected, steps = max(1, int(left / self.processes.on_first(self._step_seconds))), None
         interval = min(self.steps_per_epoch, -(-expected // MEASURED_AT_LEAST), MEASURED_EVERY)
-        size = 2 * 4 * self.images.count * self.held.chosen.shape[1]
+        size = 2 * 4 * self.images.count * self.held.chosen[0].numel()
         table = (
             isinstance(self.images, ImagesInMemory)
             and not self.feature_weight
@@ -224,7 +224,7 @@ class Distillation:
         return spent / self.processes.count
 
     def _prepare_table(self, kept: Mapping[str, Tensor] | None = None) -> None:
-        """The teacher's logits of every image, as it is and mirrored: [n, 2, c]."""
+        """The teacher's outputs of every image, as it is and mirrored: [n, 2, c]."""
         if not self.course.table:
             return
         assert isinstance(self.images, ImagesInMemory)
@@ -232,7 +232,7 @@ class Distillation:
             self.table = kept["logits"]
             return
         n = self.images.count
-        table = torch.zeros(n, 2, self.held.chosen.shape[1])
+        table = torch.zeros(n, 2, *self.held.chosen.shape[1:])
         for turn, start in enumerate(range(0, n, MEASURE_BATCH)):
             if turn % self.processes.count != self.processes.rank:
                 continue
@@ -297,11 +297,11 @@ class Distillation:
         if self.table is not None:
             chosen = self.table[chunk.rows, chunk.flipped.long()].to(self.work.where)
         elif with_features:
-            theirs, chosen = self.teacher.streams_and_logits(images)
+            theirs, chosen = self.teacher.streams_and_outputs(images)
         else:
             chosen = self.teacher.chosen_logits(images)
         target = self.teacher.expanded(chosen, logits.shape[1])
-        loss = healing.divergence_at(logits, target, self.settings.temperature)
+        loss = self.teacher.objective.loss(logits, target, self.settings.temperature)
         if with_features:
             gap = healing.feature_distance(streams, theirs)
             loss = loss + self.feature_weight * gap
@@ -412,7 +412,7 @@ class Distillation:
         now = self.progress
         note = f"loss {sum(now.losses) / len(now.losses):.3f}"
         if now.history:
-            note += f", held-out agreement {100 * now.history[-1].agreement:.1f} %"
+            note += f", {self.teacher.said(now.history[-1])}"
         if self.course.steps is not None:
             done, total, unit = now.step, self.course.steps, "steps"
         else:

@@ -19,6 +19,7 @@ from npprune.records import CheckpointConfig, ModelInfo
 
 HELD_OUT = 10  # one image of so many is never trained on
 HELD_OUT_MOST = 2000
+HELD_OUT_FEATURES = 200  # of networks without a classifier, whose features are large
 
 
 def open_training_images(
@@ -77,16 +78,23 @@ def _unlabelled(
     return Images(source, pre, make_transform(pre), data, on_bad, work)
 
 
-def split(images: Images) -> tuple[list[int] | None, list[int] | None]:
+def most_held(teacher: Teacher) -> int:
+    """How many images are held out at most."""
+    return HELD_OUT_MOST if teacher.classifies else HELD_OUT_FEATURES
+
+
+def split(images: Images, most: int = HELD_OUT_MOST) -> tuple[list[int] | None, list[int] | None]:
     """Positions to train on and to measure on; None for a stream, which is split when read."""
     if images.source.items is None:
         return None, None
     first = images.source.first if isinstance(images.source, Joined) else images.source
     assert first.items is not None
-    return every_tenth(len(images.source.items), len(first.items), images.source.spec)
+    return every_tenth(len(images.source.items), len(first.items), images.source.spec, most)
 
 
-def every_tenth(n: int, of_first: int, spec: str) -> tuple[list[int], list[int]]:
+def every_tenth(
+    n: int, of_first: int, spec: str, most: int = HELD_OUT_MOST
+) -> tuple[list[int], list[int]]:
     """Positions of n images to train on, and to hold out.
 
     Only the first source's images are held out: it is what the network is for.
@@ -96,7 +104,7 @@ def every_tenth(n: int, of_first: int, spec: str) -> tuple[list[int], list[int]]
             f"`{spec}` has one image: healing trains on some and is measured on others",
             hint="give at least two; a hundred or more make sense",
         )
-    stride = max(HELD_OUT, -(-of_first // HELD_OUT_MOST))
+    stride = max(HELD_OUT, -(-of_first // most))
     held = [i for i in range(of_first) if i % stride == stride - 1] or [of_first - 1]
     out = set(held)
     return [i for i in range(n) if i not in out], held
@@ -125,7 +133,7 @@ def read_training_images(
             )
         pixels, labels, found = everything
         labels = to_outputs(labels, outputs)
-        chosen, other = every_tenth(len(found), len(found), images.source.spec)
+        chosen, other = every_tenth(len(found), len(found), images.source.spec, most_held(teacher))
         kept, memory = (
             ImagesInMemory(
                 pixels[rows], labels[rows], images.preprocessing, flips=mirrored, seed=seed

@@ -103,8 +103,7 @@ def reconstruct(
         }
         tensors = {f"student/{k}": v for k, v in weights(student).items()}
         folder.save(about, tensors | {f"best/{k}": v for k, v in best.items()})
-        note = f"held-out agreement {100 * point.agreement:.1f} %"
-        work.progress(block, len(view.widths), "blocks", note=note)
+        work.progress(block, len(view.widths), "blocks", note=teacher.said(point))
 
     found = folder.load(saved.identity)
     if found is None:

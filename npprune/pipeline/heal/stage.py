@@ -29,7 +29,12 @@ from npprune.pipeline.common.results import add_command, run_of
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.evaluate.stage import dense_reference, dense_section, open_dense
 from npprune.pipeline.heal.distillation import Distillation
-from npprune.pipeline.heal.images import open_training_images, read_training_images, split
+from npprune.pipeline.heal.images import (
+    most_held,
+    open_training_images,
+    read_training_images,
+    split,
+)
 from npprune.pipeline.heal.layerwise import reconstruct
 from npprune.pipeline.heal.teacher import Outcome, Saved, Teacher, TrainingSet, feature_weight
 from npprune.recipe import DataSection, HealSection, check
@@ -109,7 +114,7 @@ def heal(
         weight = feature_weight(settings, make_view(student.model), teacher)
         settings = settings.model_copy(update={"feature_weight": weight})
     images, extra = open_training_images(config, dense.info, data, settings, work)
-    train, held_out = split(images)
+    train, held_out = split(images, most_held(teacher))
     course = _augmentation(settings, len(train) if train is not None else 0, images)
     work.say(f"{checkpoint.name} on {where} ({work.reason}), {_length(settings)}")
     if settings.feature_weight:
@@ -189,6 +194,13 @@ def _teacher(student: Network, dense: Network, settings: HealSection, work: Work
         raise ModelError(
             f"the teacher has {plural(offered, 'output')}, and the student needs {wanted}"
         )
+    predicts = [name for name in ("label_weight", "temperature") if _asked(settings, name)]
+    if offered == 0 and predicts:
+        raise UsageError(
+            f"{setting(f'heal.{predicts[0]}')} is about predictions, and the network has no "
+            "classifier: its features are learnt",
+            hint="leave it out",
+        )
     same = (dense.info.embed_dim, len(dense.info.widths)) == (
         student.info.embed_dim,
         len(student.info.widths),
@@ -205,6 +217,11 @@ def _teacher(student: Network, dense: Network, settings: HealSection, work: Work
         count = plural(len(limit), "class", "classes")
         work.say(f"the dense network is limited to the student's {count}")
     return Teacher(dense.model, columns=outputs, allowed=classes, precision=settings.precision)
+
+
+def _asked(settings: HealSection, name: str) -> bool:
+    """Whether a setting is another than it is unasked."""
+    return bool(getattr(settings, name) != HealSection.model_fields[name].default)
 
 
 def _augmentation(settings: HealSection, images: int, source: Images) -> str:
@@ -317,15 +334,17 @@ def _summary(
     held, images, classes = data.held, healing.images, healing.student.info.num_classes
     labels = held.memory.labels
     known = labels >= 0
-    top = healing.teacher.expanded(held.chosen, classes).argmax(dim=1)
-    dense_top1 = float((top == labels)[known].double().mean()) if bool(known.any()) else None
+    dense_top1, doubt = None, ""
+    if healing.teacher.classifies:
+        top = healing.teacher.expanded(held.chosen, classes).argmax(dim=1)
+        dense_top1 = float((top == labels)[known].double().mean()) if bool(known.any()) else None
+        doubt = label_doubt(top[known], labels[known], held.chosen.shape[1], images.source)
     info = images.info()
     if isinstance(images.source, Joined):
         first = images.source.first
         assert first.items is not None
         ids = {i.id for i in first.items}
         info = first.info([name for name in info.skipped if name in ids])
-    doubt = label_doubt(top[known], labels[known], held.chosen.shape[1], images.source)
     warnings = [doubt] if doubt else []
     if outcome.best.step == 0:
         warnings.append("healing did not lower the held-out divergence: the weights are as before")
@@ -350,6 +369,7 @@ def _summary(
         images_per_second=outcome.images_per_second,
         curve=outcome.history,
         warnings=warnings,
+        unit=healing.teacher.objective.unit,
     )
 
 
@@ -416,15 +436,19 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
     """The learning curve, and a table of before and after on the held-out images."""
     before, after = summary.before, summary.after
     rows: list[list[str | int | float | None]] = [
-        ["divergence from dense, nats", 0.0, before.divergence_nats, after.divergence_nats],
-        ["same top-1 as dense, %", 100.0, 100 * before.agreement, 100 * after.agreement],
+        [text.divergence(summary), 0.0, before.divergence_nats, after.divergence_nats],
     ]
+    if summary.unit == "nats":
+        agree = 100 * before.agreement, 100 * after.agreement
+        rows.append(["same top-1 as dense, %", 100.0, *agree])
+    else:
+        rows.append(["cosine to dense", 1.0, before.agreement, after.agreement])
     if summary.dense_top1 is not None and before.top1 is not None and after.top1 is not None:
         rows.append(["top-1, %", 100 * summary.dense_top1, 100 * before.top1, 100 * after.top1])
     minutes, seconds = divmod(round(summary.seconds), 60)
     spent = f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
     said = (
-        f"{summary.source} was trained to predict as the dense network does ({summary.method}): "
+        f"{summary.source} was trained to {_learnt(summary)} ({summary.method}): "
         f"{text.plural(summary.images, 'image')}, {summary.epochs:.3g} "
         f"epoch{'s' * (summary.epochs != 1)}, {text.plural(summary.steps, 'step')}, {spent}, "
         f"{summary.images_per_second:.3g} images per second; augmentation: "
@@ -440,8 +464,16 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
             "training loss": [p.loss for p in summary.curve],
         },
         x_label="block" if summary.method == "layer-wise" else "step",
-        y_label="nats" if summary.method != "layer-wise" else "nats; relative error of a block",
+        y_label=summary.unit
+        if summary.method != "layer-wise"
+        else f"{summary.unit}; relative error of a block",
         columns=["held-out images", "dense", "pruned", "healed"],
         rows=rows,
         text=said,
     )
+
+
+def _learnt(summary: HealSummary) -> str:
+    if summary.unit == "nats":
+        return "predict as the dense network does"
+    return "give the dense network's features"

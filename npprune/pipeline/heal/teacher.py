@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from npprune.core.compression import healing
+from npprune.core.metrics import feature_distances
 from npprune.core.view import VitView
 from npprune.errors import ModelError
-from npprune.models.view import make_view
+from npprune.models.view import has_classifier, make_view, outputs_of
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.heal.image_cache import ImagesInMemory, TrainingImages
 from npprune.recipe import HealSection
@@ -40,15 +41,25 @@ class Teacher:
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.view = make_view(model)
+        self.objective = self.view.objective
+        self.classifies = has_classifier(model)
+        if not self.classifies:  # features are of no class
+            columns = allowed = None
         self.chosen = columns if columns is not None else allowed
         self.expands = columns is None and allowed is not None
         self.precision = precision
 
+    def said(self, point: HealPoint) -> str:
+        """How near the student is, in a few words."""
+        if self.classifies:
+            return f"held-out agreement {100 * point.agreement:.1f} %"
+        return f"held-out cosine {point.agreement:.4f}"
+
     @torch.no_grad()
     def chosen_logits(self, images: Tensor) -> Tensor:
-        """Logits [b, k] of the student's classes alone."""
+        """Logits [b, k] of the student's classes alone; or features [b, s, d]."""
         with autocast(images.device, self.precision):
-            return self._choose(self.model(images))
+            return self._choose(outputs_of(self.model, images))
 
     def expanded(self, chosen: Tensor, classes: int) -> Tensor:
         """Logits [b, k] as the student's outputs [b, classes] are arranged."""
@@ -59,10 +70,10 @@ class Teacher:
         return logits
 
     @torch.no_grad()
-    def streams_and_logits(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    def streams_and_outputs(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
         """The stream after each block [b, t, d], and `chosen_logits`."""
         with autocast(images.device, self.precision):
-            streams, logits = healing.streams_and_logits(self.view, images)
+            streams, logits = healing.streams_and_outputs(self.view, images)
         return streams, self._choose(logits)
 
     def _choose(self, logits: Tensor) -> Tensor:
@@ -86,14 +97,15 @@ def feature_weight(settings: HealSection, student: VitView, teacher: Teacher) ->
 
 
 def logits_of(teacher: Teacher, memory: ImagesInMemory, device: torch.device) -> Tensor:
-    """The teacher's logits [n, k] of all images, on the CPU."""
+    """The teacher's logits [n, k] (or features) of all images, on the CPU."""
     parts = torch.arange(memory.count).split(MEASURE_BATCH)
     return torch.cat([teacher.chosen_logits(memory.images(p).to(device)).cpu() for p in parts])
 
 
 @dataclass
 class HeldOut:
-    """Images that are never trained on, with the teacher's logits [n, k] of its classes."""
+    """Images that are never trained on, with the teacher's logits [n, k] of its classes, or its
+    features."""
 
     memory: ImagesInMemory
     chosen: Tensor
@@ -144,16 +156,20 @@ def measure(
     seconds: float,
     loss: float | None,
 ) -> HealPoint:
-    """Divergence from the dense network, agreement and top-1 on the held-out images."""
+    """Divergence from the dense network, agreement (of features their cosine) and top-1 on the
+    held-out images."""
     n, team, device = held.memory.count, work.team, work.where
     sums = [0.0, 0.0, 0.0, 0.0]  # divergence, agreement, right, labelled
     for part in torch.arange(n)[team.rank :: team.count].split(MEASURE_BATCH):
         with autocast(device, teacher.precision):
-            logits = model(held.memory.images(part).to(device))
+            logits = outputs_of(model, held.memory.images(part).to(device))
         logits = logits.float().cpu()
         target = teacher.expanded(held.chosen[part], logits.shape[1])
+        sums[0] += float(teacher.objective.loss(logits, target).double().sum())
+        if not teacher.classifies:
+            sums[1] += float(feature_distances(target, logits)[:, 0].sum())
+            continue
         labels, top = held.memory.labels[part], logits.argmax(dim=1)
-        sums[0] += float(healing.divergence_at(logits, target).double().sum())
         sums[1] += float((top == target.argmax(dim=1)).sum())
         sums[2] += float((top == labels).sum())
         sums[3] += float((labels >= 0).sum())
@@ -164,7 +180,7 @@ def measure(
 
 def without_numbers(held: HeldOut) -> ModelError:
     """Why the divergence is not a number before anything was trained."""
-    dense = bool(torch.isfinite(held.chosen.logsumexp(dim=1)).all())
+    dense = bool(torch.isfinite(held.chosen.flatten(1).logsumexp(dim=1)).all())
     return ModelError(
         f"the {'pruned' if dense else 'dense'} network gives NaN or infinity on the held-out "
         "images, before the first step: there is nothing to train from",

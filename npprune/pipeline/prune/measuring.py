@@ -372,8 +372,14 @@ def told_apart(settings: PlanSettings, view: VitView) -> tuple[str, list[str]]:
     Raises:
         UsageError: what is asked for is measured on the predictions alone.
     """
-    criterion = settings.criterion
-    if view.classifiers()[0].out_features > 1:
+    criterion, heads = settings.criterion, view.classifiers()
+    if not heads and settings.max_drop is not None:
+        raise UsageError(
+            f"{setting('prune.max_drop')} is in points of top-1, and the network has no classifier",
+            hint=f"say how much stays, e.g. {setting('prune.target_macs', 0.5)}; `npprune eval` "
+            "says what became of the features",
+        )
+    if not heads or heads[0].out_features > 1:
         return criterion, []
     hint = (
         f"keep more outputs ({setting('prune.keep_head')} or more {setting('data.classes')}), "

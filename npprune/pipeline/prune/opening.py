@@ -56,8 +56,8 @@ def origin(
         base = {k: getattr(recipe.data, k) for k in ("class_map", *PREPROCESSING)}
     else:
         base = recipe.data.model_dump()
-    # paths may be those of the released program's head; what is pruned is the network itself
-    model = recipe.model.model_copy(update={"released_head": False})
+    # paths may be those of the released program's head or of a probe; what is pruned is the network
+    model = recipe.model.model_copy(update={"released_head": False, "probe": None})
     return model, DataSection(**{**base, **given}), run
 
 
@@ -106,7 +106,7 @@ def open_source(
         asked="data.calibration", on_bad="skip", names=names,
     )  # fmt: skip
     classes = images.source.selected if data.classes is not None else None
-    outputs = None if keep_head else classes
+    outputs = classes if network.info.num_classes and not keep_head else None
     if outputs is not None:  # what is measured is the network with the head that it will have
         view = _measurable(cut_head(network.model, outputs))
     return Opened(network, view, images, names, classes, run, outputs)

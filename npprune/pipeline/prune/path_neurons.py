@@ -19,7 +19,7 @@ from torch import Tensor
 
 from npprune.core.compression.harm import Replacement, least_squares, predict
 from npprune.core.compression.selection import Selection, keep_sets
-from npprune.core.metrics import divergence, mean_interval
+from npprune.core.metrics import mean_interval
 from npprune.pipeline.prune.measuring import HARM_IMAGES, Measured, Paths, PlanSettings
 
 SHARES = (0.0, 1 / 8, 1 / 4, 1 / 2, 1.0)
@@ -75,7 +75,8 @@ def _largest(
     taken_last, base = selection, None
     for share in WEIGHTS if settings.paths == "prior" else SHARES:
         found = _by(measured, settings, selection, paths, share)
-        nats = divergence(dense, predict(subject.view, images, _refitted(measured, found)))
+        changed = predict(subject.view, images, _refitted(measured, found))
+        nats = subject.view.objective.divergence(dense, changed)
         base = nats if base is None else base
         change = mean_interval(nats - base)
         taken = change.value <= change.standard_error

@@ -293,6 +293,8 @@ def refit(measured: Measured, settings: PlanSettings, choice: Choice, work: Work
     }
     if selection.harm is not None:
         details["harm_nats"] = selection.harm
+    if (unit := measured.subject.view.objective.unit) != "nats":
+        details["harm_unit"] = unit
     if paths:
         details["paths"] = paths
     details |= {axis.name: axis.described(kept) for axis, kept in further}

@@ -20,7 +20,7 @@ from npprune.errors import GateError, UsageError, setting
 from npprune.files import keeping
 from npprune.models.info import model_info, model_sizes, state
 from npprune.models.surgery import apply_plan, set_classifiers, set_fc2, set_own_fc2, set_proj
-from npprune.models.view import make_view
+from npprune.models.view import make_view, outputs_of
 from npprune.pipeline.common.inputs import Images, Network, class_names, is_cut, label_doubt
 from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordable
 from npprune.pipeline.common.results import add_command
@@ -342,7 +342,7 @@ def _plan(opened: Opened, chosen: Chosen, settings: PruneSection, seed: int) -> 
         source_sha256=source.sha256,
         architecture=source.architecture,
         how=how,
-        classes=classes if classes is not None and not settings.keep_head else None,
+        classes=opened.outputs,
         notes=chosen.warnings,
         **chosen.fields(),
     )
@@ -374,6 +374,8 @@ def carried_out(network: Network, plan: Plan, chosen: Chosen) -> nn.Module:
 def _label_doubt(opened: Opened, fit: DecodedImages, held_out: DecodedImages, work: Work) -> str:
     """Whether the labels fit what the dense network predicts, on some of the images."""
     model, outputs = opened.network.model, opened.network.info.num_classes
+    if outputs == 0:
+        return ""
     step = max(1, len(fit) // DOUBT_IMAGES)
     some = [(x[::step], y[::step]) for x, y in fit]
     some += list(held_out)[:: max(1, len(held_out) // DOUBT_IMAGES)]
@@ -390,6 +392,8 @@ def _predict(
     refit was shrunk."""
     if len(held_out) == 0:
         return {}
+    if network.info.num_classes == 0:
+        return _predict_features(network, smaller, held_out, work)
     dense = torch.cat([network.model(x.to(work.where)).float().cpu() for x, _ in held_out])
     pruned = torch.cat([smaller(x.to(work.where)).float().cpu() for x, _ in held_out])
     labels = torch.cat([y for _, y in held_out])
@@ -410,6 +414,22 @@ def _predict(
         "pruned_high": after.high,
         "divergence_nats": float(metrics.divergence(dense, pruned).mean()),
     }
+
+
+def _predict_features(
+    network: Network, smaller: nn.Module, held_out: DecodedImages, work: Work
+) -> dict[str, float]:
+    """How near the features stay, from held-out images."""
+    found = []
+    for x, _ in held_out:
+        dense, pruned = (outputs_of(m, x.to(work.where)).cpu() for m in (network.model, smaller))
+        found.append(metrics.feature_distances(dense, pruned))
+    near = metrics.feature_agreement(torch.cat(found))
+    said = {"images": float(len(held_out))}
+    for name, mean in vars(near).items():
+        if mean is not None:
+            said |= {name: mean.value, f"{name}_low": mean.low, f"{name}_high": mean.high}
+    return said
 
 
 def _summary(settings: PruneSection, done: Attempt, images: Images, seconds: float) -> PruneSummary:

@@ -28,7 +28,7 @@ from npprune.core.compression.statistics import (
     BlockSums,
     Statistics,
     collect_statistics,
-    logits_of,
+    outputs_of,
     skip_draws,
 )
 from npprune.core.view import VitView
@@ -131,11 +131,11 @@ def own_batches(
     is left as after all of them."""
     mine = team.stretch(len(batches))
     before, after = batches[: mine.start], batches[mine.stop :]
-    outputs = 0
+    outputs: Sequence[int] = ()
     if draws and team.count > 1:
         device = next(view.model.parameters()).device
         with torch.no_grad():
-            outputs = logits_of(view, batches[0][:1].to(device), False).shape[1]
+            outputs = outputs_of(view, batches[0][:1].to(device), False).shape[1:]
         skip_draws(generator, before, outputs)
     yield batches[mine.start : mine.stop]
     if outputs:

@@ -27,7 +27,13 @@ from npprune.errors import DataError, GateError, UsageError, plural, setting
 from npprune.files import keeping
 from npprune.models.info import count_macs, model_sizes
 from npprune.models.surgery import check_axes
-from npprune.pipeline.common.inputs import Images, class_names, label_doubt, open_images
+from npprune.pipeline.common.inputs import (
+    Images,
+    class_names,
+    label_doubt,
+    open_images,
+    require_classifier,
+)
 from npprune.pipeline.common.outputs import check_run, reads_of, recordable
 from npprune.pipeline.common.results import add_command, render_report
 from npprune.pipeline.common.work import Work
@@ -114,6 +120,7 @@ def study(
     model, data, run = origin(source, data)
     rows = settings_of(settings, run is not None)
     opened = open_source(model, data, run, work, topk=settings.topk)
+    require_classifier(opened.network, "a study compares ways to prune by")
     rows = available(rows, opened.view.model)
     val = _evaluation_images(opened, data, work)
     paths = read_paths(opened, settings.topk)

@@ -27,7 +27,7 @@ from npprune.core.compression.statistics import Total
 from npprune.core.view import VitView
 from npprune.errors import ModelError
 from npprune.models.surgery import check_axes
-from npprune.models.view import classifiers
+from npprune.models.view import outputs_count
 from npprune.pipeline.common.processes import ALONE, Processes
 from npprune.recipe import PruneSection
 
@@ -136,7 +136,7 @@ def axes_for(settings: PruneSection, model: nn.Module) -> list[words.Axis]:
         return settings.axes
     budget = budget_of(settings)
     fast = budget.unit in ("macs", "latency") if budget else settings.max_drop is not None
-    one_output = classifiers(model)[0].out_features == 1  # no axis but the first can be measured
+    one_output = outputs_count(model) == 1  # no axis but the first can be measured
     if not fast or settings.selection != "measured" or one_output:
         return ["mlp"]
     found: list[words.Axis] = []
