@@ -60,7 +60,7 @@ class Projections:
 
 
 class VitView(Protocol):
-    """A plain vision transformer seen as embed -> blocks -> head.
+    """A vision transformer seen as embed -> blocks -> head.
 
     `head(block(L-1, ... block(0, embed(images))))` equals the model's own forward. A *neuron* is
     one channel at the input of a block's `fc2` (after the activation; after the gate in gated
@@ -89,6 +89,16 @@ class VitView(Protocol):
 
     def embed(self, images: Tensor) -> Tensor:
         """The stream before block 0: images [b, 3, H, W] -> [b, t, d]."""
+        ...
+
+    def entered(self, l: int, x: Stream) -> Stream:
+        """The stream as it enters block l: x itself, but where patches merge in front of the
+        block between two stages of a network. `block` does it by itself."""
+        ...
+
+    def gathered(self, l: int, values: Tensor) -> Tensor:
+        """Values of block l - 1's tokens [b, t] as those of block l's: sums over the tokens that
+        merge in front of it; as they are where none do."""
         ...
 
     def block(
@@ -124,7 +134,10 @@ class VitView(Protocol):
         ...
 
     def attention_output(self, l: int, x: Tensor | Tokens) -> Tensor:
-        """The output of block l's attention module alone, [b, t, d]; its MLP is not computed."""
+        """The output of block l's attention module alone, [b, t, d]; its MLP is not computed.
+
+        x: as it enters the block, here and in `tail`.
+        """
         ...
 
     def tail(

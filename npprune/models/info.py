@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from npprune.core.compression import cost
 from npprune.errors import ModelError
 from npprune.models.attention import projections
+from npprune.models.blocks import entrances
 from npprune.models.own_units import kind_of, own_widths
 from npprune.models.tokens import tokens_of
 from npprune.models.view import classifiers, make_view
@@ -131,6 +132,10 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
     )
     width = view.fc2(0).out_features
     merged, last = tokens_of(model)
+    stages = None
+    if entrances(model):
+        grids = [b.input_resolution for b in view.blocks]
+        stages = tuple((h * w, view.fc2(l).out_features) for l, (h, w) in enumerate(grids))
     sizes = cost.Sizes(
         tokens=patch.num_patches + view.num_prefix_tokens,
         width=width,
@@ -147,7 +152,11 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         merged=tuple(merged) if any(merged) else None,
         read=view.tokens_read if last else None,
         rotary=0 if getattr(model, "rope", None) is None else 2 * int(block.attn.head_dim),
+        stages=stages,
     )
+    if stages is not None:
+        whole = count_macs(model, model_preprocessing(model).input_size)
+        sizes = replace(sizes, fixed_macs=whole - cost.macs(sizes))
     if (own := own_widths(model)) is not None:
         sizes = replace(sizes, own=tuple(own), own_tokens=view.tokens_read or 1)
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
 from npprune.models.beit import infer_beit, is_beit
+from npprune.models.blocks import blocks_of
 from npprune.models.create import check_fits, checked_args, create, current_name, published
 from npprune.models.fit import (
     check_patches,
@@ -407,7 +408,7 @@ def _hybrid(
 
 
 def _attention_heads(model: nn.Module) -> int:
-    return int(model.blocks[0].attn.num_heads)  # type: ignore[union-attr,index,arg-type]
+    return int(blocks_of(model)[0].attn.num_heads)
 
 
 def _checked_size(size: ImageSize | None) -> tuple[int, int] | None:

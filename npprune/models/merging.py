@@ -20,6 +20,7 @@ from npprune.core.tokens import Merge, Tokens, expanded, match, merge
 from npprune.core.tokens import followed as itself
 from npprune.errors import ModelError
 from npprune.models.attention import NarrowAttention
+from npprune.models.blocks import blocks_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def followed(x: Tensor | Tokens, follow: bool) -> Tokens:
 
 def check_tokens(model: nn.Module, l: int) -> None:
     """ModelError, by name and with the reason, where tokens cannot merge at block l."""
-    block: Any = model.blocks[l]  # type: ignore[index]
+    block = blocks_of(model)[l]
     attn, reason = block.attn, None
     if type(block) not in (*MERGING, *MERGING.values()):
         reason = f"{_name(block)} is another block than timm's plain ones"

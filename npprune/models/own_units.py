@@ -15,6 +15,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from npprune.errors import ModelError
+from npprune.models.blocks import blocks_of
 
 
 class OwnUnits(nn.Module):
@@ -67,7 +68,7 @@ def kind_of(mlp: nn.Module) -> type[nn.Module]:
 def own_widths(model: Any) -> list[int] | None:
     """Per block, the hidden units of the tokens that are read, 0 where all share; None: all
     blocks do."""
-    found: list[Any] = [own_mlp(block) for block in model.blocks]
+    found: list[Any] = [own_mlp(block) for block in blocks_of(model)]
     widths = [0 if mlp is None else int(mlp.fc2.in_features) for mlp in found]
     return widths if any(widths) else None
 

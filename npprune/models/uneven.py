@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from npprune.core.view import Projections
 from npprune.errors import ModelError
 from npprune.models.attention import NarrowAttention, check_attention, projections
+from npprune.models.blocks import blocks_of
 from npprune.models.own_units import check_own, give_own
 from npprune.models.view import make_view
 
-PRUNABLE = re.compile(r"blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$")
+PRUNABLE = re.compile(
+    r"(?:layers\.\d+\.)?blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$"
+)
 """The linear layers whose sizes pruning may change."""
 
 
@@ -29,7 +32,7 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
     Raises:
         ModelError: the number of blocks or a size does not agree.
     """
-    blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+    blocks = blocks_of(model)
     if len(heads) != len(blocks):
         raise ModelError(f"the network has {len(blocks)} blocks, got heads for {len(heads)}")
     for l, block in enumerate(blocks):

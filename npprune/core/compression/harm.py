@@ -152,6 +152,7 @@ def measure_harm(
     streams = [view.embed(images) for images in batches]
     table: list[dict[Option, float]] = []
     for l, options in enumerate(candidates):
+        streams = [view.entered(l, x) for x in streams]
         attention = [view.attention_output(l, x) for x in streams]
         row = {}
         for option, layers in options.items():

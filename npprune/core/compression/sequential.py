@@ -128,6 +128,7 @@ def compensate_in_sequence(
         weight = None if fit.weights is None else fit.weights[l]
         layers = dict(changed[l]) if changed is not None else {}
         proj = _projection(view, l) if beta else None
+        dense, pruned = ([view.entered(l, x) for x in streams] for streams in (dense, pruned))
         given = [view.attention_output(l, x) for x in dense]
         if proj is None:
             with layers_replaced(layers):
