@@ -161,6 +161,11 @@ class VitView(Protocol):
         """Final norm, pooling and classifier: [b, t, d] -> logits [b, c]."""
         ...
 
+    def adds(self, l: int) -> bool:
+        """Whether what block l's attention and MLP give is added to the stream, scaled at most;
+        False: a norm stands between, and errors of the stream are not in their units."""
+        ...
+
     def fc2(self, l: int) -> nn.Linear:
         """The second linear layer of block l's MLP: weight [d, h]."""
         ...

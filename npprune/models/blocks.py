@@ -15,6 +15,10 @@ from torch import nn
 STAGED = (SwinTransformer, SwinTransformerV2)
 """Networks of stages whose blocks see the patches in windows: [b, height, width, d]."""
 
+NORMED = ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block")
+"""Blocks that norm what attention and MLP give before it is added to the stream: what a unit adds
+depends on all others."""
+
 
 def blocks_of(model: Any) -> list[Any]:
     """The blocks in forward order."""

@@ -20,7 +20,7 @@ from npprune.core.tokens import Merge, Tokens, expanded, match
 from npprune.core.view import Given, HiddenEdit, Projections, Scope, Stream
 from npprune.errors import ModelError
 from npprune.models.attention import answer_first_query, projections
-from npprune.models.blocks import STAGED, blocks_of
+from npprune.models.blocks import NORMED, STAGED, blocks_of
 from npprune.models.layouts import foreign_layout
 from npprune.models.merging import (
     Merging,
@@ -267,6 +267,9 @@ class TimmView:
         with self._products(x):
             logits: Tensor = self.model.forward_head(self.model.norm(x))
         return logits.to(x.dtype)
+
+    def adds(self, l: int) -> bool:
+        return type(self.blocks[l]).__name__ not in NORMED
 
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]

@@ -7,9 +7,6 @@ from torch import Tensor
 from npprune.models.blocks import entrances
 from npprune.models.view import TimmView
 
-NORMED = ("ResPostBlock", "EvaBlockPostNorm", "SwinTransformerV2Block")
-"""Blocks that norm the MLP's output: what a unit adds depends on all others."""
-
 
 def written(view: TimmView, l: int) -> Tensor | None:
     """What units of block l add to a token's stream for an activation of 1: [d, h].
@@ -19,7 +16,7 @@ def written(view: TimmView, l: int) -> Tensor | None:
     reads is then another stream.
     """
     block = view.blocks[l]
-    if type(block).__name__ in NORMED or any(later > l for later in entrances(view.model)):
+    if not view.adds(l) or any(later > l for later in entrances(view.model)):
         return None
     gamma = getattr(getattr(block, "ls2", None), "gamma", None)
     gamma = getattr(block, "gamma_2", None) if gamma is None else gamma

@@ -16,6 +16,9 @@ the attention's `proj`, before `fc2` and by the same regression (x and x' after 
 the classifier at the end, whose target is the dense network's logits. The classifier sees one row
 an image, so its ridge is a prior worth `PRIOR_IMAGES` of them.
 
+Where a block norms what its layers give before it is added to the stream, an error of the stream
+says nothing of theirs: there beta is 0.
+
 Where tokens merge, those of the dense network's stream merge with the pruned one's, the same ones:
 what is refitted is what was taken away, on the tokens that are left. (Means of tokens that never
 merged as a target do harm: merging moves the stream in ways that no layer should follow.) A token
@@ -153,7 +156,9 @@ def compensate_in_sequence(
         for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
             with recorded([fc2]) as seen:
                 after = view.tail(l, x, a, merge=join)
-            h, error = seen[fc2][0], _values(dense[i]) - _values(after) if beta else None
+            h, error = seen[fc2][0], None
+            if beta and view.adds(l):
+                error = _values(dense[i]) - _values(after)
             aside = (view.tokens_read or 0) if split else 0
             if split:
                 of_own.add(h[:, :aside], None if error is None else error[:, :aside], None)
@@ -244,7 +249,9 @@ def _projected(
         with layers_replaced(others), recorded([proj]) as seen:
             attention = view.attention_output(l, x)
         h, _ = seen[proj]
-        error = _values(goal) - _values(_attended(view, l, x, attention))
+        error = None
+        if view.adds(l):
+            error = _values(goal) - _values(_attended(view, l, x, attention))
         sums.add(h, error, _weights(weight, x))
         inputs.append(h[..., stays])
     return stays, inputs
