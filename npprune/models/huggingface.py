@@ -20,6 +20,8 @@ from torch.nn.functional import interpolate
 
 from npprune.errors import ModelError, setting
 from npprune.models.foreign import Size, by
+from npprune.models.huggingface_swin import NAMES as SWIN
+from npprune.models.huggingface_swin import from_swin
 from npprune.models.translations import renamed
 
 ACTIVATIONS = {
@@ -76,8 +78,6 @@ _UNREAD = re.compile(  # plays no part in the classifier's output
 )
 
 _WHY_NOT = {
-    "swin": "a hierarchical network, and npprune needs a plain vision transformer",
-    "swinv2": "a hierarchical network, and npprune needs a plain vision transformer",
     "vit_mae": "a network of MAE's pretraining, with a decoder and without a classifier",
     "dinov3_vit": "a backbone without a classifier",
 }
@@ -114,7 +114,7 @@ def from_transformers(
     """
     kind = _kind(config)
     build = _BUILDERS.get(kind)
-    if build is None:
+    if build is None and kind not in SWIN:
         raise _unsupported(kind, str(config.get("model_type")))
     if config.get("problem_type") in ("multi_label_classification", "regression"):
         raise ModelError(
@@ -122,11 +122,14 @@ def from_transformers(
             "one choice among classes (softmax)",
             hint="use a network that chooses one class",
         )
+    if kind in SWIN:
+        return Translated(*from_swin(kind, config, tensors, img_size))
     vision = config.get("vision_config")
     inner = dict(vision) if isinstance(vision, Mapping) else dict(config)
     renamed, unread = _renamed(tensors)
     if not any(name.startswith("head.") for name in renamed):
         raise _headless(kind)
+    assert build is not None
     made = build(_Source(kind, inner, renamed, img_size, shown))
     _join(made)
     if unread:
@@ -151,7 +154,7 @@ def _unsupported(kind: str, family: str) -> ModelError:
     if kind.endswith("ForImageClassification"):
         return ModelError(
             f"{kind} is {_WHY_NOT.get(family, 'not among the networks that npprune reads')}",
-            hint=f"of `transformers` are read: {', '.join(_BUILDERS)}",
+            hint=f"of `transformers` are read: {', '.join((*_BUILDERS, *SWIN))}",
         )
     return _headless(kind, _WHY_NOT.get(family))
 
@@ -160,7 +163,8 @@ def _headless(kind: str, why: str | None = None) -> ModelError:
     return ModelError(
         f"{kind} is {why or 'a network of `transformers` without a classifier of images'}, and "
         "neurons are found by a class's probability",
-        hint=f"use weights fine-tuned for classification; read are {', '.join(_BUILDERS)}",
+        hint="use weights fine-tuned for classification; read are "
+        + ", ".join((*_BUILDERS, *SWIN)),
     )
 
 
