@@ -132,7 +132,8 @@ def _likely(name: str, model: nn.Module) -> list[dict[str, Any]]:
     outputs = {"num_classes": own["num_classes"]}
     try:
         with torch.device("meta"):
-            usual = _arguments(create(name, dict(outputs)))
+            quick = {"weight_init": "skip"} if isinstance(model, STAGED) else {}
+            usual = _arguments(create(name, dict(outputs), **quick))
     except (ModelError, RuntimeError, AttributeError):  # not such a network any more
         return []
     args = outputs | {k: v for k, v in own.items() if usual.get(k) != v}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from npprune.core.compression import cost
+from npprune.core.compression.healing import reconstruct_blocks
 from npprune.core.compression.sequential import compensate_in_sequence
 from npprune.errors import ModelError
 from npprune.models.blocks import blocks_of
@@ -174,3 +175,14 @@ def test_a_refit_behind_a_norm_does_not_see_the_scale_of_its_layer() -> None:
     found = [compensate_in_sequence(make_view(m), [images], keep) for m in (model, scaled)]
     for ours, theirs in zip(*(f.second for f in found), strict=True):
         torch.testing.assert_close(theirs.weight * 100, ours.weight, rtol=1e-6, atol=1e-9)
+
+
+def test_block_by_block_a_pruned_network_is_taught_the_dense_one() -> None:
+    model = tiny_swin()
+    pruned = apply_plan(model, some_plan(model))
+    images, _ = tiny_batch(8, size=32)
+    found = reconstruct_blocks(
+        make_view(pruned), make_view(model), [images], epochs=4, learning_rate=3e-3, tokens=8
+    )
+    assert [row.block for row in found] == [0, 1, 2, 3]
+    assert all(row.after < row.before for row in found)
