@@ -170,6 +170,11 @@ class VitView(Protocol):
         """The second linear layer of block l's MLP: weight [d, h]."""
         ...
 
+    def norm(self, l: int) -> nn.Module | None:
+        """What norms block l's hidden units before `fc2` sees them, each token over its units;
+        None where nothing does."""
+        ...
+
     def first(self, l: int) -> list[nn.Linear]:
         """The linear layers that give block l's neurons: one (weight [h, d], or [2h, d] with a
         gate), or gate and value apart."""

@@ -149,6 +149,7 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         qkv_bias=getattr(getattr(block.attn, "qkv", None), "bias", None) is not None,
         hidden_bias=first.bias is not None,
         output_bias=view.fc2(0).bias is not None,
+        norm_params=0 if (norm := view.norm(0)) is None else len(list(norm.parameters())),
         merged=tuple(merged) if any(merged) else None,
         read=view.tokens_read if last else None,
         rotary=0 if getattr(model, "rope", None) is None else 2 * int(block.attn.head_dim),

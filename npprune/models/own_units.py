@@ -88,6 +88,11 @@ def check_own(mlp: nn.Module, l: int, tokens_read: int | None) -> None:
             f"block {l}: the class token has hidden units of its own already",
             hint="prune the network that it was made from",
         )
+    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+        raise ModelError(
+            f"block {l}: the MLP norms its hidden units, which have to be the same for all tokens",
+            hint=hint,
+        )
     if type(mlp) not in KINDS:
         raise ModelError(
             f"block {l}: {type(mlp).__module__}.{type(mlp).__name__} is not an MLP that can be "

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from npprune.core.compression.attention import shrink_by_weights, smaller_qkv, stand_ins
+from npprune.core.compression.harm import SmallerNorm
 from npprune.errors import ModelError
 from npprune.models.attention import check_attention
 from npprune.models.info import weights_sha256
@@ -69,7 +70,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
 
 
 def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
-    """A copy of the network in which what the plan removes is zeroed where it is read.
+    """A copy of the network in which what the plan removes is zeroed where it is read; a norm of
+    hidden units is one of those that stay.
 
     Its logits equal those of `apply_plan`'s network up to rounding: the reference for the surgery.
     """
@@ -79,6 +81,9 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
     for l, kept in enumerate(plan.keep):
         mlp: Any = view.blocks[l].mlp
         own: Any = copy.deepcopy(mlp) if plan.own(l) else None
+        if (norm := view.norm(l)) is not None:
+            smaller = SmallerNorm(norm, kept)
+            norm.register_forward_hook(lambda m, args, out, r=smaller: r(args[0]))  # type: ignore[misc]
         _mask_inputs(mlp.fc2, torch.tensor(kept))
         if own is not None:
             _mask_inputs(own.fc2, torch.tensor(plan.own(l)))
@@ -219,10 +224,10 @@ def check_prunable(model: nn.Module) -> None:
                 f"{kind} is not a two-layer MLP that npprune can prune",
                 hint="plain and gated MLPs (Mlp, GluMlp, SwiGLU) can be pruned",
             )
-        if not isinstance(mlp.norm, nn.Identity):
+        if not isinstance(mlp.norm, (nn.Identity, nn.LayerNorm, nn.RMSNorm, RmsNorm)):
             raise ModelError(
                 f"{kind} has a {type(mlp.norm).__name__} between its activation and `fc2`, which "
-                "couples the neurons: without some, the others change",
+                "npprune does not know how to make smaller",
                 hint="paths of such a network can be found; choose another to prune",
             )
 
@@ -300,12 +305,16 @@ def _remove_units(mlp: Any, l: int, kept: list[int]) -> None:
     group = graph.get_pruning_group(first, tp.prune_linear_out_channels, idxs=gone)
     reached = {names[id(d.target.module)] for d, _ in group if id(d.target.module) in names}
     wanted = {"fc2", "fc1_g", "fc1_x"} if isinstance(mlp, SwiGLU) else {"fc2", "fc1"}
+    if has_norm := not isinstance(mlp.norm, nn.Identity):
+        wanted.add("norm")
     if reached != wanted or not graph.check_pruning_group(group):
         raise ModelError(
             f"block {l}: removing hidden units of {type(mlp).__name__} would change "
             f"{', '.join(sorted(reached))}, not {', '.join(sorted(wanted))} alone"
         )
     group.prune()
+    if has_norm and mlp.norm.normalized_shape != (len(kept),):
+        mlp.norm.normalized_shape = (len(kept),)
     for name, p in mlp.named_parameters():  # torch-pruning has made new ones
         p.requires_grad_(trainable[name])
     rows = len(kept) * (2 if isinstance(mlp, GluMlp) else 1)

@@ -17,9 +17,9 @@ from npprune.models.own_units import check_own, give_own
 from npprune.models.view import make_view
 
 PRUNABLE = re.compile(
-    r"(?:layers\.\d+\.)?blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$"
+    r"(?:layers\.\d+\.)?blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2|norm)|attn\.(qkv|proj))$"
 )
-"""The linear layers whose sizes pruning may change."""
+"""The layers whose sizes pruning may change."""
 
 
 def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) -> None:
@@ -49,6 +49,8 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
             and weight.dim() == 2
         ):
             resize_linear(module, weight.shape[0], weight.shape[1], f"{name}.bias" in tensors)
+        elif PRUNABLE.match(name) and weight is not None and weight.dim() == 1:
+            resize_norm(module, len(weight))
     for l, (block, count) in enumerate(zip(blocks, heads, strict=True)):
         attn: Any = block.attn
         if type(attn) is Attention:
@@ -71,6 +73,14 @@ def resize_linear(layer: nn.Linear, out_features: int, in_features: int, bias: b
     elif layer.bias is None or layer.bias.shape != (out_features,):
         layer.bias = nn.Parameter(layer.weight.new_empty(out_features))
     layer.in_features, layer.out_features = in_features, out_features
+
+
+def resize_norm(norm: Any, units: int) -> None:
+    """As many units for a norm, in place, its values undefined where they change."""
+    if norm.weight.shape != (units,):
+        for name in [name for name, _ in norm.named_parameters()]:
+            setattr(norm, name, nn.Parameter(getattr(norm, name).new_empty(units)))
+        norm.normalized_shape = (units,)
 
 
 def set_heads(attn: Any, count: int, l: int) -> None:

@@ -274,6 +274,10 @@ class TimmView:
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
 
+    def norm(self, l: int) -> nn.Module | None:
+        norm = getattr(self.blocks[l].mlp, "norm", None)
+        return None if isinstance(norm, nn.Identity) else norm
+
     def first(self, l: int) -> list[nn.Linear]:
         mlp = self.blocks[l].mlp
         return [getattr(mlp, name) for name in ("fc1", "fc1_g", "fc1_x") if hasattr(mlp, name)]

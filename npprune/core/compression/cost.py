@@ -43,6 +43,7 @@ class Sizes:
     qkv_bias: bool = True
     hidden_bias: bool = True  # fc1
     output_bias: bool = True  # fc2
+    norm_params: int = 0  # of each hidden unit, in a norm before fc2
     pooled_only: bool = False  # the last block's MLP runs on the class token alone
     fixed_params: int = 0
     block_params: int = 0
@@ -133,7 +134,8 @@ def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
         return 1
     rows = 2 if sizes.gated else 1  # of fc1
     if price == "params":
-        return rows * (sizes.width_at(l) + int(sizes.hidden_bias)) + sizes.width_at(l)
+        own = rows * int(sizes.hidden_bias) + sizes.norm_params
+        return (rows + 1) * sizes.width_at(l) + own
     if price == "macs":
         return sizes.mlp_tokens(l) * sizes.width_at(l) * (rows + 1)
     raise UsageError(f"price must be neurons, params or macs, got {price!r}")

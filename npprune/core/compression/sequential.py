@@ -19,6 +19,10 @@ an image, so its ridge is a prior worth `PRIOR_IMAGES` of them.
 Where a block norms what its layers give before it is added to the stream, an error of the stream
 says nothing of theirs: there beta is 0.
 
+Where a norm stands before `fc2` (EVA02, BEiT3), it is one over the kept units: h_K is what that
+gives, the removed ones are as the whole norm has them, and what W_K loses of the kept ones between
+the two norms is added to the error.
+
 Where tokens merge, those of the dense network's stream merge with the pruned one's, the same ones:
 what is refitted is what was taken away, on the tokens that are left. (Means of tokens that never
 merged as a target do harm: merging moves the stream in ways that no layer should follow.) A token
@@ -45,7 +49,12 @@ from npprune.core.compression.compensation import (
     compensate,
 )
 from npprune.core.compression.elimination import SHRINKAGE
-from npprune.core.compression.harm import Replacement, layers_replaced, replaced
+from npprune.core.compression.harm import (
+    Replacement,
+    SmallerNorm,
+    layers_replaced,
+    replaced,
+)
 from npprune.core.compression.statistics import Moments, Sums
 from npprune.core.recording import recorded
 from npprune.core.tokens import Merge, Tokens, followed, gathered
@@ -127,7 +136,7 @@ def compensate_in_sequence(
     dense: list[Any] = list(pruned) if beta else []
     out = Refitted([], {}, [])
     for l in range(len(view.widths)):
-        fc2 = view.fc2(l)
+        fc2, norm = view.fc2(l), view.norm(l)
         weight = None if fit.weights is None else fit.weights[l]
         layers = dict(changed[l]) if changed is not None else {}
         proj = _projection(view, l) if beta else None
@@ -154,11 +163,13 @@ def compensate_in_sequence(
         sums, of_own = _Sums(fitted), _Sums(fitted)
         split = own is not None and bool(own[l])
         for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
-            with recorded([fc2]) as seen:
+            with recorded([fc2] if norm is None else [fc2, norm]) as seen:
                 after = view.tail(l, x, a, merge=join)
             h, error = seen[fc2][0], None
             if beta and view.adds(l):
                 error = _values(dense[i]) - _values(after)
+            if norm is not None:
+                h, error = _behind(SmallerNorm(norm, keep[l]), fc2, seen[norm], error, beta)
             aside = (view.tokens_read or 0) if split else 0
             if split:
                 of_own.add(h[:, :aside], None if error is None else error[:, :aside], None)
@@ -168,7 +179,7 @@ def compensate_in_sequence(
                 None if error is None else error[:, first:],
                 _after(_weights(weight, after), first),
             )
-        found = sums.refit(fc2, keep[l], beta, shrinkage)
+        found = sums.refit(fc2, keep[l], beta if norm is None else 1.0, shrinkage)
         second = Replacement(list(keep[l]), found.weight, found.bias)
         if split and own is not None:
             tried = fit.own_shrinkages
@@ -208,6 +219,25 @@ def _weights(weight: Tensor | None, at: Tensor | Tokens) -> Tensor | None:
 def _after(weights: Tensor | None, first: int) -> Tensor | None:
     """The weights [t] or [b, t] of the tokens after the first ones."""
     return weights if weights is None else weights[..., first:]
+
+
+def _behind(
+    smaller: SmallerNorm,
+    fc2: nn.Linear,
+    norm: tuple[Tensor, Tensor],
+    error: Tensor | None,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Where a norm stands before fc2: its inputs with the kept units as the smaller norm gives
+    them, and what fc2 of these lacks of the dense output, beta times the error included.
+
+    norm: its input and output.
+    """
+    before, whole = norm
+    index = torch.as_tensor(list(smaller.keep), device=whole.device)
+    h = whole.index_copy(-1, index, smaller(before).index_select(-1, index))
+    lacks = nn.functional.linear(whole - h, fc2.weight)
+    return h, lacks if error is None else lacks + beta * error
 
 
 def _projection(view: VitView, l: int) -> nn.Linear | None:
