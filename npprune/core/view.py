@@ -35,11 +35,13 @@ class Projections:
     """The two linear layers of one block's attention, and how many heads they hold.
 
     `qkv` gives all heads' queries, then all keys, then all values; `proj` reads the heads' outputs
-    side by side. Queries and keys of a head may be narrower than its values.
+    side by side. Queries and keys of a head may be narrower than its values. None for `qkv`: it is
+    another layer, or its output goes through more (rotation) than products; heads can go, and their
+    dimensions cannot.
     """
 
     heads: int
-    qkv: nn.Linear
+    qkv: nn.Linear | None
     proj: nn.Linear
 
     @property
@@ -50,7 +52,16 @@ class Projections:
     @property
     def query_dims(self) -> int:
         """Query (and key) dimensions of a head."""
+        if self.qkv is None:
+            return self.value_dims
         return (self.qkv.out_features // self.heads - self.value_dims) // 2
+
+    @property
+    def joint(self) -> nn.Linear:
+        """`qkv`, which must be there."""
+        if self.qkv is None:
+            raise ValueError("this attention has no layer of plain queries, keys and values")
+        return self.qkv
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [n (2 q + v), ...] of `qkv` as queries and keys [n, q, ...], values [n, v, ...]."""

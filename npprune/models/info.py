@@ -9,6 +9,7 @@ from typing import Any
 
 import timm.data
 import torch
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -131,6 +132,8 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         v if p is None else p.heads * p.query_dims for v, p in zip(attended, found, strict=True)
     )
     width = view.fc2(0).out_features
+    bias = getattr(getattr(block.attn, "qkv", None), "bias", None)
+    apart = _bias_of_queries(block.attn)
     merged, last = tokens_of(model)
     stages = None
     if entrances(model):
@@ -146,7 +149,8 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         queries=None if set(queries) == {width} else queries,
         values=None if set(attended) == {width} else attended,
         gated=gated,
-        qkv_bias=getattr(getattr(block.attn, "qkv", None), "bias", None) is not None,
+        qkv_bias=bias is not None or apart is not None,
+        key_bias=apart is None,
         hidden_bias=first.bias is not None,
         output_bias=view.fc2(0).bias is not None,
         norm_params=0 if (norm := view.norm(0)) is None else len(list(norm.parameters())),
@@ -162,6 +166,14 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         sizes = replace(sizes, own=tuple(own), own_tokens=view.tokens_read or 1)
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
     return replace(sizes, fixed_params=rest)
+
+
+def _bias_of_queries(attn: Any) -> Tensor | None:
+    """That of a network whose keys have none, or are apart."""
+    if not isinstance(attn, EvaAttention):
+        return None
+    bias: Tensor | None = attn.q_bias if attn.qkv is not None else attn.q_proj.bias
+    return bias
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

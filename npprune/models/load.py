@@ -197,7 +197,8 @@ def _same_sizes(dense: Shapes, tensors: dict[str, Tensor], name: str) -> None:
         found = None if there is None else tuple(there.shape)
         if found is None and math.prod(shape) < _SMALL:
             continue
-        if not PRUNABLE.match(key.rpartition(".")[0]) and found != shape:
+        prunable = PRUNABLE.match(key.rpartition(".")[0]) or PRUNABLE.match(key)
+        if not prunable and found != shape:
             raise ModelError(
                 f"`{key}` is {'missing' if found is None else list(found)} in the file and "
                 f"{list(shape)} in the network that config.json describes ({name})",

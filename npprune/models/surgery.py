@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from npprune.core.compression.attention import shrink_by_weights, smaller_qkv, stand_ins
 from npprune.core.compression.harm import SmallerNorm
 from npprune.errors import ModelError
-from npprune.models.attention import check_attention
+from npprune.models.attention import check_heads
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
 from npprune.models.own_units import check_own, give_own, own_mlp
@@ -154,7 +154,7 @@ def set_qkv(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None) -> No
     Raises:
         ModelError: a shape does not agree.
     """
-    _set_linear(make_view(model).attention(l).qkv, f"block {l}: `qkv`", weight, bias)
+    _set_linear(make_view(model).attention(l).joint, f"block {l}: `qkv`", weight, bias)
 
 
 def set_proj(model: nn.Module, l: int, weight: Tensor, bias: Tensor) -> None:
@@ -211,7 +211,7 @@ def check_axes(model: nn.Module, axes: Sequence[str]) -> None:
             check_own(block.mlp, l, view.tokens_read)
         for axis in ("heads", "qk", "head-dim"):
             if axis in axes:
-                check_attention(block.attn, l, axis)
+                check_heads(model, l, axis)
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -325,15 +325,14 @@ def _remove_units(mlp: Any, l: int, kept: list[int]) -> None:
 
 
 def _check_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
-    attn: Any = view.blocks[l].attn
-    count = int(attn.num_heads)
+    count = int(view.blocks[l].attn.num_heads)
     if list(kept) == list(range(count)):
         return
     if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
         raise ModelError(
             f"`heads[{l}]` must be ascending within 0..{count - 1}, at least one, got {list(kept)}"
         )
-    check_attention(attn, l, "heads")
+    check_heads(view.model, l, "heads")
 
 
 def _check_dims(view: TimmView, l: int, dims: int, name: str, axis: str) -> None:
@@ -342,7 +341,7 @@ def _check_dims(view: TimmView, l: int, dims: int, name: str, axis: str) -> None
         return
     if not 1 <= dims < full:
         raise ModelError(f"`{name}` must be in 1..{full}, got {dims}")
-    check_attention(view.blocks[l].attn, l, axis)
+    check_heads(view.model, l, axis)
 
 
 def _query_dims(view: TimmView, l: int) -> int:
@@ -355,20 +354,28 @@ def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
     count = int(attn.num_heads)
     if len(kept) == count:
         return
-    index = torch.tensor(list(kept), device=attn.qkv.weight.device)
-    split = view.attention(l).split
+    index = torch.tensor(list(kept), device=attn.proj.weight.device)
+    p = view.attention(l)
 
     def rows(value: Tensor) -> Tensor:
         """Of queries, keys and values of all heads, those of the kept ones."""
-        return torch.cat([part[index].flatten(0, 1) for part in split(value)])
+        if p.qkv is None:
+            return value.unflatten(0, (-1, count, attn.head_dim))[:, index].flatten(0, 2)
+        return torch.cat([part[index].flatten(0, 1) for part in p.split(value)])
 
-    qkv, proj = attn.qkv, attn.proj
-    qkv.weight = _parameter(rows(qkv.weight), qkv.weight)
-    if qkv.bias is not None:
-        qkv.bias = _parameter(rows(qkv.bias), qkv.bias)
-    columns = proj.weight.unflatten(1, (count, -1))[:, index].flatten(1)
-    proj.weight = _parameter(columns, proj.weight)
-    qkv.out_features, proj.in_features = qkv.weight.shape[0], proj.weight.shape[1]
+    for name in ("qkv", "q_proj", "k_proj", "v_proj"):
+        layer = getattr(attn, name, None)
+        if layer is not None:
+            bias = None if layer.bias is None else rows(layer.bias)
+            _resize(layer, rows(layer.weight), bias)
+    for name in ("q_bias", "k_bias", "v_bias"):
+        value = getattr(attn, name, None)
+        if isinstance(value, nn.Parameter):
+            setattr(attn, name, _parameter(rows(value), value))
+        elif value is not None:  # a buffer
+            setattr(attn, name, rows(value))
+    columns = attn.proj.weight.unflatten(1, (count, -1))[:, index].flatten(1)
+    _resize(attn.proj, columns, None)
     set_heads(attn, len(kept), l)
 
 
@@ -378,7 +385,7 @@ def _narrow(view: TimmView, l: int, dims: int, *, values: bool = False) -> None:
     p = view.attention(l)
     smaller = shrink_by_weights(p, dims, values=values)
     weight, bias = smaller_qkv(p, smaller)
-    _resize(p.qkv, weight, bias)
+    _resize(p.joint, weight, bias)
     if smaller.proj is None:
         set_query_dim(view.blocks[l], dims, l)
         return

@@ -41,6 +41,7 @@ class Sizes:
     values: tuple[int, ...] | None = None
     gated: bool = False  # fc1 has two halves (SwiGLU): h is the width after the gate
     qkv_bias: bool = True
+    key_bias: bool = True  # where there are biases of queries and values
     hidden_bias: bool = True  # fc1
     output_bias: bool = True  # fc2
     norm_params: int = 0  # of each hidden unit, in a norm before fc2
@@ -159,7 +160,8 @@ def attention_price(
     the parameters of both projections (without `proj`'s bias), or the MACs of one image."""
     t, answered, d = sizes.attended(l), sizes.answered(l), sizes.width
     if price == "params":
-        return (d + int(sizes.qkv_bias)) * (2 * q + v) + v * d
+        biases = (q + v + q * int(sizes.key_bias)) * int(sizes.qkv_bias)
+        return d * (2 * q + v) + biases + v * d
     if price == "macs":
         return t * d * (q + v) + answered * d * q + answered * t * (q + v) + answered * v * d
     raise UsageError(f"price must be params or macs, got {price!r}")

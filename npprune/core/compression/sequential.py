@@ -139,7 +139,7 @@ def compensate_in_sequence(
         fc2, norm = view.fc2(l), view.norm(l)
         weight = None if fit.weights is None else fit.weights[l]
         layers = dict(changed[l]) if changed is not None else {}
-        proj = _projection(view, l) if beta else None
+        proj = _projection(view, l, layers) if beta else None
         dense, pruned = ([view.entered(l, x) for x in streams] for streams in (dense, pruned))
         given = [view.attention_output(l, x) for x in dense]
         if proj is None:
@@ -240,11 +240,15 @@ def _behind(
     return h, lacks if error is None else lacks + beta * error
 
 
-def _projection(view: VitView, l: int) -> nn.Linear | None:
-    """The last layer of block l's attention; None where it is another kind, or has no bias."""
+def _projection(view: VitView, l: int, changed: Mapping[nn.Linear, Any]) -> nn.Linear | None:
+    """The last layer of block l's attention; None where it is another kind, or has no bias.
+    Where heads alone can go, only if some do."""
     try:
-        proj = view.attention(l).proj
+        found = view.attention(l)
     except ModelError:
+        return None
+    proj = found.proj
+    if found.qkv is None and proj not in changed:
         return None
     return proj if proj.bias is not None else None
 
