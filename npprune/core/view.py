@@ -36,11 +36,13 @@ class Projections:
     """The two linear layers of one block's attention, and how many heads they hold.
 
     `qkv` gives all heads' queries, then all keys, then all values; `proj` reads the heads' outputs
-    side by side. Queries and keys of a head may be narrower than its values.
+    side by side. Queries and keys of a head may be narrower than its values. None for `qkv`: it is
+    another layer, or its output goes through more (rotation) than products; heads can go, and their
+    dimensions cannot.
     """
 
     heads: int
-    qkv: nn.Linear
+    qkv: nn.Linear | None
     proj: nn.Linear
 
     @property
@@ -51,7 +53,16 @@ class Projections:
     @property
     def query_dims(self) -> int:
         """Query (and key) dimensions of a head."""
+        if self.qkv is None:
+            return self.value_dims
         return (self.qkv.out_features // self.heads - self.value_dims) // 2
+
+    @property
+    def joint(self) -> nn.Linear:
+        """`qkv`, which must be there."""
+        if self.qkv is None:
+            raise ValueError("this attention has no layer of plain queries, keys and values")
+        return self.qkv
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows [n (2 q + v), ...] of `qkv` as queries and keys [n, q, ...], values [n, v, ...]."""
@@ -61,7 +72,7 @@ class Projections:
 
 
 class VitView(Protocol):
-    """A plain vision transformer seen as embed -> blocks -> head.
+    """A vision transformer seen as embed -> blocks -> head.
 
     `head(block(L-1, ... block(0, embed(images))))` equals the model's own forward. A *neuron* is
     one channel at the input of a block's `fc2` (after the activation; after the gate in gated
@@ -92,6 +103,16 @@ class VitView(Protocol):
 
     def embed(self, images: Tensor) -> Tensor:
         """The stream before block 0: images [b, 3, H, W] -> [b, t, d]."""
+        ...
+
+    def entered(self, l: int, x: Stream) -> Stream:
+        """The stream as it enters block l: x itself, but where patches merge in front of the
+        block between two stages of a network. `block` does it by itself."""
+        ...
+
+    def gathered(self, l: int, values: Tensor) -> Tensor:
+        """Values of block l - 1's tokens [b, t] as those of block l's: sums over the tokens that
+        merge in front of it; as they are where none do."""
         ...
 
     def block(
@@ -127,7 +148,10 @@ class VitView(Protocol):
         ...
 
     def attention_output(self, l: int, x: Tensor | Tokens) -> Tensor:
-        """The output of block l's attention module alone, [b, t, d]; its MLP is not computed."""
+        """The output of block l's attention module alone, [b, t, d]; its MLP is not computed.
+
+        x: as it enters the block, here and in `tail`.
+        """
         ...
 
     def tail(
@@ -152,8 +176,18 @@ class VitView(Protocol):
         features [b, s, d], the pooled vector and the patch tokens."""
         ...
 
+    def adds(self, l: int) -> bool:
+        """Whether what block l's attention and MLP give is added to the stream, scaled at most;
+        False: a norm stands between, and errors of the stream are not in their units."""
+        ...
+
     def fc2(self, l: int) -> nn.Linear:
         """The second linear layer of block l's MLP: weight [d, h]."""
+        ...
+
+    def norm(self, l: int) -> nn.Module | None:
+        """What norms block l's hidden units before `fc2` sees them, each token over its units;
+        None where nothing does."""
         ...
 
     def first(self, l: int) -> list[nn.Linear]:

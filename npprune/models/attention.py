@@ -1,4 +1,5 @@
-"""Attention whose queries and keys are narrower than its values, which timm's cannot have."""
+"""Attention that timm's own classes cannot be: queries and keys narrower than values, and fewer
+heads in EVA's."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import inspect
 from typing import Any
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from npprune.core.view import Projections
 from npprune.errors import ModelError
+from npprune.models.blocks import blocks_of
 
 
 class NarrowAttention(nn.Module):
@@ -63,11 +66,61 @@ class NarrowAttention(nn.Module):
         return self.proj_drop(self.proj(x))  # type: ignore[no-any-return]
 
 
+class FewerHeads(EvaAttention):
+    """timm's `EvaAttention` where some heads are gone: they are narrower together than the stream,
+    which timm's cannot be. Layers and names are the same."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        q, k, v = queries_keys_values(self, x, x.shape[1])
+        if rope is not None:
+            n, half = self.num_prefix_tokens, bool(self.rotate_half)
+            q, k = (
+                torch.cat([z[:, :, :n], apply_rot_embed_cat(z[:, :, n:], rope, half=half)], 2)
+                for z in (q, k)
+            )
+        out = scaled_dot_product_attention(
+            q.type_as(v), k.type_as(v), v,
+            attn_mask=attn_mask,
+            dropout_p=self.attn_drop.p if self.training else 0.0,
+            is_causal=is_causal,
+        )  # fmt: skip
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+def queries_keys_values(attn: Any, z: Tensor, read: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the tokens that are read, keys and values of all: [b, heads, t, dimensions]."""
+    if attn.qkv is None:
+        q, k, v = attn.q_proj(z[:, :read]), attn.k_proj(z), attn.v_proj(z)
+    else:
+        values = attn.num_heads * attn.head_dim
+        queries = attn.num_heads * getattr(attn, "query_dim", attn.head_dim)
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        if getattr(attn, "q_bias", None) is not None:
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        of_q, of_kv = (None, None) if bias is None else (bias[:queries], bias[queries:])
+        q = linear(z[:, :read], weight[:queries], of_q)
+        k, v = linear(z, weight[queries:], of_kv).split([queries, values], -1)
+    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
+    same = nn.Identity()
+    return getattr(attn, "q_norm", same)(q), getattr(attn, "k_norm", same)(k), v
+
+
+ROTARY = (EvaAttention, FewerHeads, AttentionRope)
+
+
 def projections(attn: Any) -> Projections | None:
-    """The layers of a plain attention; None for other kinds."""
-    if type(attn) not in (Attention, NarrowAttention):
-        return None
-    return Projections(int(attn.num_heads), attn.qkv, attn.proj)
+    """The layers of an attention whose heads can be told apart; None for other kinds."""
+    if type(attn) in (Attention, NarrowAttention):
+        return Projections(int(attn.num_heads), attn.qkv, attn.proj)
+    if type(attn) in ROTARY and getattr(attn, "num_kv_groups", 1) == 1:
+        return Projections(int(attn.num_heads), None, attn.proj)
+    return None
 
 
 def answer_first_query(attn: Any, x: Tensor) -> Tensor | None:
@@ -81,7 +134,8 @@ def answer_first_query(attn: Any, x: Tensor) -> Tensor | None:
     found = projections(attn)
     between = [getattr(attn, name, nn.Identity()) for name in ("q_norm", "k_norm", "norm")]
     plain = all(isinstance(module, nn.Identity) for module in between)
-    if found is None or not plain or getattr(attn, "gate", None) is not None or attn.training:
+    plain = plain and getattr(attn, "gate", None) is None
+    if found is None or found.qkv is None or not plain or attn.training:
         return None
     w_q, w_k, w_v = found.split(found.qkv.weight)  # [n, q or v, d]
     bias = found.qkv.bias
@@ -91,6 +145,17 @@ def answer_first_query(attn: Any, x: Tensor) -> Tensor | None:
     weights = (torch.einsum("bnq,nqd->bnd", scale * q, w_k) @ x.transpose(1, 2)).softmax(-1)
     values = torch.einsum("bnd,nvd->bnv", weights @ x, w_v) + b_v
     return found.proj(values.flatten(1))[:, None]  # type: ignore[no-any-return]
+
+
+def check_heads(model: Any, l: int, axis: str) -> None:
+    """As `check_attention`, of a network's block."""
+    if getattr(model, "rope_mixed", False):
+        raise ModelError(
+            f"block {l}: `{axis}` cannot be taken from {type(model).__name__}: each of its heads "
+            "has rotary positions of its own",
+            hint="remove hidden units of the MLPs alone",
+        )
+    check_attention(blocks_of(model)[l].attn, l, axis)
 
 
 def check_attention(attn: Any, l: int, axis: str) -> None:

@@ -30,7 +30,10 @@ _ARGUMENTS: dict[str, Any] = {  # name -> largest whole number or number, bool, 
     "num_classes": _CLASSES,
     "embed_dim": _WIDTH,
     "depth": _DEPTH,
+    "depths": _DEPTH,
     "num_heads": 1024,
+    "window_size": 1024,
+    "pretrained_window_sizes": 1024,
     "mlp_ratio": 64.0,
     "init_values": 1e3,
     "reg_tokens": 256,
@@ -66,7 +69,13 @@ _SWITCHES = {
     "use_pre_transformer_norm",
     "use_post_transformer_norm",
     "dynamic_img_size",
+    "strict_img_size",
+    "always_partition",
 }
+_OF_STAGES = {"depths", "num_heads", "pretrained_window_sizes"}
+"""Arguments that may be one number for each stage of a network."""
+_STAGES = 8
+
 _NO_MATTER = re.compile(r"(?:\w+_)?drop(?:_path)?_rate$|weight_init$|fix_init$|head_init_scale$")
 """Arguments that change nothing at inference."""
 
@@ -164,11 +173,11 @@ def checked_args(given: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif isinstance(rule, tuple):
             right |= value in rule
         elif rule is not None:
-            numbers = (
-                value if isinstance(value, list | tuple) and name.endswith("_size") else [value]
-            )
+            most = _STAGES if name in _OF_STAGES else 2 if name.endswith("_size") else 1
+            several = isinstance(value, list | tuple) and most > 1
+            numbers = value if several else [value]
             kinds = int if isinstance(rule, int) else (int, float)
-            right |= 1 <= len(numbers) <= 2 and all(
+            right |= 1 <= len(numbers) <= most and all(
                 isinstance(v, kinds) and not isinstance(v, bool) and math.isfinite(v)
                 and 0 <= v <= rule
                 for v in numbers

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from npprune.errors import ModelError
 from npprune.models.attention import projections
+from npprune.models.blocks import STAGED, blocks_of
 from npprune.models.create import ACTIVATIONS, create
 from npprune.models.info import model_preprocessing, state, weights_sha256
 from npprune.models.load import build
@@ -131,7 +132,8 @@ def _likely(name: str, model: nn.Module) -> list[dict[str, Any]]:
     outputs = {"num_classes": own["num_classes"]}
     try:
         with torch.device("meta"):
-            usual = _arguments(create(name, dict(outputs)))
+            quick = {"weight_init": "skip"} if isinstance(model, STAGED) else {}
+            usual = _arguments(create(name, dict(outputs), **quick))
     except (ModelError, RuntimeError, AttributeError):  # not such a network any more
         return []
     args = outputs | {k: v for k, v in own.items() if usual.get(k) != v}
@@ -142,6 +144,8 @@ def _likely(name: str, model: nn.Module) -> list[dict[str, Any]]:
 def _arguments(model: Any) -> dict[str, Any]:
     """Arguments of timm's architectures, as far as they can be read off a network."""
     view = make_view(model)
+    if isinstance(model, STAGED):
+        return _staged_arguments(model)
     block, embed = view.blocks[0], getattr(model, "patch_embed", None)
     heads = projections(block.attn)
     width = view.fc2(0).out_features
@@ -172,6 +176,26 @@ def _arguments(model: Any) -> dict[str, Any]:
         found["patch_size"] = list(embed.patch_size)
         found["img_size"] = list(embed.img_size) if embed.img_size is not None else None
     return found
+
+
+def _staged_arguments(model: Any) -> dict[str, Any]:
+    """Those of a Swin; its windows are as large as the largest, where the grid is not smaller."""
+    blocks, embed = blocks_of(model), model.patch_embed
+    windows = [list(b.window_size) for b in blocks]
+    bias = getattr(blocks[0].attn, "q_bias", None) is not None
+    return {
+        "num_classes": outputs_count(model),
+        "img_size": list(embed.img_size),
+        "patch_size": list(embed.patch_size),
+        "in_chans": embed.proj.in_channels,
+        "embed_dim": blocks[0].mlp.fc2.out_features,
+        "depths": [len(stage.blocks) for stage in model.layers],
+        "num_heads": [int(stage.blocks[0].attn.num_heads) for stage in model.layers],
+        "window_size": [max(side) for side in zip(*windows, strict=True)],
+        "qkv_bias": blocks[0].attn.qkv.bias is not None or bias,
+        "norm_eps": getattr(model.norm, "eps", None),
+        "global_pool": model.global_pool,
+    }
 
 
 def _activation(act: Any) -> str | None:

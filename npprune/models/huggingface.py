@@ -22,6 +22,8 @@ from torch.nn.functional import interpolate
 
 from npprune.errors import ModelError, setting
 from npprune.models.foreign import Size, about_features, by
+from npprune.models.huggingface_swin import NAMES as SWIN
+from npprune.models.huggingface_swin import from_swin
 from npprune.models.translations import renamed
 
 ACTIVATIONS = {
@@ -87,8 +89,6 @@ _UNREAD = re.compile(  # plays no part in the classifier's output
 
 _WHY_NOT = {
     "npprune_vit": "a network that npprune wrote; give the checkpoint folder that it was made from",
-    "swin": "a hierarchical network, and npprune needs a plain vision transformer",
-    "swinv2": "a hierarchical network, and npprune needs a plain vision transformer",
     "dinov3_vit": "a network with rotary positions, which are not read from such a folder",
 }
 
@@ -127,7 +127,7 @@ def from_transformers(
     """
     kind = _kind(config)
     build = _BUILDERS.get(kind)
-    if build is None:
+    if build is None and kind not in SWIN:
         raise _unsupported(kind, str(config.get("model_type")))
     if config.get("problem_type") in ("multi_label_classification", "regression"):
         raise ModelError(
@@ -135,6 +135,8 @@ def from_transformers(
             "one choice among classes (softmax)",
             hint="use a network that chooses one class",
         )
+    if kind in SWIN:
+        return Translated(*from_swin(kind, config, tensors, img_size))
     vision = config.get("vision_config")
     inner = dict(vision) if isinstance(vision, Mapping) else dict(config)
     backbone = headless or not kind.removesuffix("WithTeacher").endswith("ForImageClassification")
@@ -148,6 +150,7 @@ def from_transformers(
     if backbone:
         for name in [n for n in renamed if n.startswith(("head.", "head_dist."))]:
             del renamed[name]
+    assert build is not None
     made = build(_Source(kind, inner, renamed, img_size, shown))
     _join(made)
     made.notes += about_features(made.args["num_classes"])
@@ -172,7 +175,7 @@ def _kind(config: Mapping[str, Any]) -> str:
 def _unsupported(kind: str, family: str) -> ModelError:
     return ModelError(
         f"{kind} is {_WHY_NOT.get(family, 'not among the networks that npprune reads')}",
-        hint=f"of `transformers` are read: {', '.join(_BUILDERS)}",
+        hint=f"of `transformers` are read: {', '.join((*_BUILDERS, *SWIN))}",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm.data
 import torch
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from npprune.core.compression import cost
 from npprune.errors import ModelError
 from npprune.models.attention import projections
+from npprune.models.blocks import entrances
 from npprune.models.own_units import kind_of, own_widths
 from npprune.models.tokens import tokens_of
 from npprune.models.view import make_view, outputs_count
@@ -130,7 +132,13 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         v if p is None else p.heads * p.query_dims for v, p in zip(attended, found, strict=True)
     )
     width = view.fc2(0).out_features
+    bias = getattr(getattr(block.attn, "qkv", None), "bias", None)
+    apart = _bias_of_queries(block.attn)
     merged, last = tokens_of(model)
+    stages = None
+    if entrances(model):
+        grids = [b.input_resolution for b in view.blocks]
+        stages = tuple((h * w, view.fc2(l).out_features) for l, (h, w) in enumerate(grids))
     sizes = cost.Sizes(
         tokens=patch.num_patches + view.num_prefix_tokens,
         width=width,
@@ -141,17 +149,31 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
         queries=None if set(queries) == {width} else queries,
         values=None if set(attended) == {width} else attended,
         gated=gated,
-        qkv_bias=getattr(getattr(block.attn, "qkv", None), "bias", None) is not None,
+        qkv_bias=bias is not None or apart is not None,
+        key_bias=apart is None,
         hidden_bias=first.bias is not None,
         output_bias=view.fc2(0).bias is not None,
+        norm_params=0 if (norm := view.norm(0)) is None else len(list(norm.parameters())),
         merged=tuple(merged) if any(merged) else None,
         read=view.tokens_read if last else None,
         rotary=0 if getattr(model, "rope", None) is None else 2 * int(block.attn.head_dim),
+        stages=stages,
     )
+    if stages is not None:
+        whole = count_macs(model, model_preprocessing(model).input_size)
+        sizes = replace(sizes, fixed_macs=whole - cost.macs(sizes))
     if (own := own_widths(model)) is not None:
         sizes = replace(sizes, own=tuple(own), own_tokens=view.tokens_read or 1)
     rest = sum(p.numel() for p in model.parameters()) - cost.params(sizes)
     return replace(sizes, fixed_params=rest)
+
+
+def _bias_of_queries(attn: Any) -> Tensor | None:
+    """That of a network whose keys have none, or are apart."""
+    if not isinstance(attn, EvaAttention):
+        return None
+    bias: Tensor | None = attn.q_bias if attn.qkv is not None else attn.q_proj.bias
+    return bias
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

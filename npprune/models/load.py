@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from npprune.errors import ModelError, setting
 from npprune.models.beit import infer_beit, is_beit
+from npprune.models.blocks import blocks_of
 from npprune.models.create import check_fits, checked_args, create, current_name, published
 from npprune.models.fit import (
     check_patches,
@@ -197,7 +198,8 @@ def _same_sizes(dense: Shapes, tensors: dict[str, Tensor], name: str) -> None:
         found = None if there is None else tuple(there.shape)
         if found is None and math.prod(shape) < _SMALL:
             continue
-        if not PRUNABLE.match(key.rpartition(".")[0]) and found != shape:
+        prunable = PRUNABLE.match(key.rpartition(".")[0]) or PRUNABLE.match(key)
+        if not prunable and found != shape:
             raise ModelError(
                 f"`{key}` is {'missing' if found is None else list(found)} in the file and "
                 f"{list(shape)} in the network that config.json describes ({name})",
@@ -423,7 +425,7 @@ def _hybrid(
 
 
 def _attention_heads(model: nn.Module) -> int:
-    return int(model.blocks[0].attn.num_heads)  # type: ignore[union-attr,index,arg-type]
+    return int(blocks_of(model)[0].attn.num_heads)
 
 
 def _checked_size(size: ImageSize | None) -> tuple[int, int] | None:

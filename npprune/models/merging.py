@@ -14,12 +14,13 @@ from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from npprune.core.tokens import Merge, Tokens, expanded, match, merge
 from npprune.core.tokens import followed as itself
 from npprune.errors import ModelError
-from npprune.models.attention import NarrowAttention
+from npprune.models.attention import FewerHeads, NarrowAttention, queries_keys_values
+from npprune.models.blocks import blocks_of
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class MergingEvaBlock(Merging, EvaBlock):  # type: ignore[misc]
 
 
 MERGING: dict[type[nn.Module], type[Merging]] = {Block: MergingBlock, EvaBlock: MergingEvaBlock}
-ATTENTIONS = (Attention, NarrowAttention, EvaAttention, AttentionRope)
+ATTENTIONS = (Attention, NarrowAttention, EvaAttention, FewerHeads, AttentionRope)
 
 
 def followed(x: Tensor | Tokens, follow: bool) -> Tokens:
@@ -80,7 +81,7 @@ def followed(x: Tensor | Tokens, follow: bool) -> Tokens:
 
 def check_tokens(model: nn.Module, l: int) -> None:
     """ModelError, by name and with the reason, where tokens cannot merge at block l."""
-    block: Any = model.blocks[l]  # type: ignore[index]
+    block = blocks_of(model)[l]
     attn, reason = block.attn, None
     if type(block) not in (*MERGING, *MERGING.values()):
         reason = f"{_name(block)} is another block than timm's plain ones"
@@ -144,7 +145,7 @@ def finish(
 
 def _answer(attn: Any, z: Tensor, read: int, rope: Tensor | None, bias: Tensor | None) -> Tensor:
     """The attention's output for the first tokens alone, none of which is a patch: [b, read, d]."""
-    q, k, v = _queries_keys_values(attn, z, read)
+    q, k, v = queries_keys_values(attn, z, read)
     if rope is not None:
         prefix, half = attn.num_prefix_tokens, bool(attn.rotate_half)
         turned = apply_rot_embed_cat(k[:, :, prefix:], rope, half=half)
@@ -161,24 +162,6 @@ def _answer(attn: Any, z: Tensor, read: int, rope: Tensor | None, bias: Tensor |
     if gate is not None:
         out = out * gate(z[:, :read]).sigmoid()
     return attn.proj_drop(attn.proj(out))  # type: ignore[no-any-return]
-
-
-def _queries_keys_values(attn: Any, z: Tensor, read: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries of the tokens that are read, keys and values of all: [b, heads, t, dimensions]."""
-    if attn.qkv is None:
-        q, k, v = attn.q_proj(z[:, :read]), attn.k_proj(z), attn.v_proj(z)
-    else:
-        values = attn.num_heads * attn.head_dim
-        queries = attn.num_heads * getattr(attn, "query_dim", attn.head_dim)
-        weight, bias = attn.qkv.weight, attn.qkv.bias
-        if getattr(attn, "q_bias", None) is not None:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        of_q, of_kv = (None, None) if bias is None else (bias[:queries], bias[queries:])
-        q = linear(z[:, :read], weight[:queries], of_q)
-        k, v = linear(z, weight[queries:], of_kv).split([queries, values], -1)
-    q, k, v = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
-    same = nn.Identity()
-    return getattr(attn, "q_norm", same)(q), getattr(attn, "k_norm", same)(k), v
 
 
 def _scaled(block: Any, i: int, y: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from timm.layers import GluMlp, Mlp, SwiGLU
 from torch import Tensor, nn
 
 from npprune.errors import ModelError
+from npprune.models.blocks import blocks_of
 
 
 class OwnUnits(nn.Module):
@@ -67,7 +68,7 @@ def kind_of(mlp: nn.Module) -> type[nn.Module]:
 def own_widths(model: Any) -> list[int] | None:
     """Per block, the hidden units of the tokens that are read, 0 where all share; None: all
     blocks do."""
-    found: list[Any] = [own_mlp(block) for block in model.blocks]
+    found: list[Any] = [own_mlp(block) for block in blocks_of(model)]
     widths = [0 if mlp is None else int(mlp.fc2.in_features) for mlp in found]
     return widths if any(widths) else None
 
@@ -86,6 +87,11 @@ def check_own(mlp: nn.Module, l: int, tokens_read: int | None) -> None:
         raise ModelError(
             f"block {l}: the class token has hidden units of its own already",
             hint="prune the network that it was made from",
+        )
+    if not isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity):
+        raise ModelError(
+            f"block {l}: the MLP norms its hidden units, which have to be the same for all tokens",
+            hint=hint,
         )
     if type(mlp) not in KINDS:
         raise ModelError(

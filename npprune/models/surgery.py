@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from timm.layers import GluMlp, Mlp, SwiGLU
+from timm.layers import GluMlp, Mlp, RmsNorm, SwiGLU
 from torch import Tensor, nn
 
 from npprune.core.compression.attention import shrink_by_weights, smaller_qkv, stand_ins
+from npprune.core.compression.harm import SmallerNorm
 from npprune.errors import ModelError, setting
-from npprune.models.attention import check_attention
+from npprune.models.attention import check_heads
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
 from npprune.models.own_units import check_own, give_own, own_mlp
@@ -69,7 +70,8 @@ def apply_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Modul
 
 
 def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module:
-    """A copy of the network in which what the plan removes is zeroed where it is read.
+    """A copy of the network in which what the plan removes is zeroed where it is read; a norm of
+    hidden units is one of those that stay.
 
     Its logits equal those of `apply_plan`'s network up to rounding: the reference for the surgery.
     """
@@ -79,6 +81,9 @@ def mask_plan(model: nn.Module, plan: Plan, *, force: bool = False) -> nn.Module
     for l, kept in enumerate(plan.keep):
         mlp: Any = view.blocks[l].mlp
         own: Any = copy.deepcopy(mlp) if plan.own(l) else None
+        if (norm := view.norm(l)) is not None:
+            smaller = SmallerNorm(norm, kept)
+            norm.register_forward_hook(lambda m, args, out, r=smaller: r(args[0]))  # type: ignore[misc]
         _mask_inputs(mlp.fc2, torch.tensor(kept))
         if own is not None:
             _mask_inputs(own.fc2, torch.tensor(plan.own(l)))
@@ -149,7 +154,7 @@ def set_qkv(model: nn.Module, l: int, weight: Tensor, bias: Tensor | None) -> No
     Raises:
         ModelError: a shape does not agree.
     """
-    _set_linear(make_view(model).attention(l).qkv, f"block {l}: `qkv`", weight, bias)
+    _set_linear(make_view(model).attention(l).joint, f"block {l}: `qkv`", weight, bias)
 
 
 def set_proj(model: nn.Module, l: int, weight: Tensor, bias: Tensor) -> None:
@@ -206,7 +211,7 @@ def check_axes(model: nn.Module, axes: Sequence[str]) -> None:
             check_own(block.mlp, l, view.tokens_read)
         for axis in ("heads", "qk", "head-dim"):
             if axis in axes:
-                check_attention(block.attn, l, axis)
+                check_heads(model, l, axis)
 
 
 def check_prunable(model: nn.Module) -> None:
@@ -219,10 +224,10 @@ def check_prunable(model: nn.Module) -> None:
                 f"{kind} is not a two-layer MLP that npprune can prune",
                 hint="plain and gated MLPs (Mlp, GluMlp, SwiGLU) can be pruned",
             )
-        if not isinstance(mlp.norm, nn.Identity):
+        if not isinstance(mlp.norm, (nn.Identity, nn.LayerNorm, nn.RMSNorm, RmsNorm)):
             raise ModelError(
                 f"{kind} has a {type(mlp.norm).__name__} between its activation and `fc2`, which "
-                "couples the neurons: without some, the others change",
+                "npprune does not know how to make smaller",
                 hint="paths of such a network can be found; choose another to prune",
             )
 
@@ -300,12 +305,16 @@ def _remove_units(mlp: Any, l: int, kept: list[int]) -> None:
     group = graph.get_pruning_group(first, tp.prune_linear_out_channels, idxs=gone)
     reached = {names[id(d.target.module)] for d, _ in group if id(d.target.module) in names}
     wanted = {"fc2", "fc1_g", "fc1_x"} if isinstance(mlp, SwiGLU) else {"fc2", "fc1"}
+    if has_norm := not isinstance(mlp.norm, nn.Identity):
+        wanted.add("norm")
     if reached != wanted or not graph.check_pruning_group(group):
         raise ModelError(
             f"block {l}: removing hidden units of {type(mlp).__name__} would change "
             f"{', '.join(sorted(reached))}, not {', '.join(sorted(wanted))} alone"
         )
     group.prune()
+    if has_norm and mlp.norm.normalized_shape != (len(kept),):
+        mlp.norm.normalized_shape = (len(kept),)
     for name, p in mlp.named_parameters():  # torch-pruning has made new ones
         p.requires_grad_(trainable[name])
     rows = len(kept) * (2 if isinstance(mlp, GluMlp) else 1)
@@ -316,15 +325,14 @@ def _remove_units(mlp: Any, l: int, kept: list[int]) -> None:
 
 
 def _check_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
-    attn: Any = view.blocks[l].attn
-    count = int(attn.num_heads)
+    count = int(view.blocks[l].attn.num_heads)
     if list(kept) == list(range(count)):
         return
     if not kept or sorted(set(kept)) != list(kept) or kept[0] < 0 or kept[-1] >= count:
         raise ModelError(
             f"`heads[{l}]` must be ascending within 0..{count - 1}, at least one, got {list(kept)}"
         )
-    check_attention(attn, l, "heads")
+    check_heads(view.model, l, "heads")
 
 
 def _check_dims(view: TimmView, l: int, dims: int, name: str, axis: str) -> None:
@@ -333,7 +341,7 @@ def _check_dims(view: TimmView, l: int, dims: int, name: str, axis: str) -> None
         return
     if not 1 <= dims < full:
         raise ModelError(f"`{name}` must be in 1..{full}, got {dims}")
-    check_attention(view.blocks[l].attn, l, axis)
+    check_heads(view.model, l, axis)
 
 
 def _query_dims(view: TimmView, l: int) -> int:
@@ -346,20 +354,28 @@ def _remove_heads(view: TimmView, l: int, kept: Sequence[int]) -> None:
     count = int(attn.num_heads)
     if len(kept) == count:
         return
-    index = torch.tensor(list(kept), device=attn.qkv.weight.device)
-    split = view.attention(l).split
+    index = torch.tensor(list(kept), device=attn.proj.weight.device)
+    p = view.attention(l)
 
     def rows(value: Tensor) -> Tensor:
         """Of queries, keys and values of all heads, those of the kept ones."""
-        return torch.cat([part[index].flatten(0, 1) for part in split(value)])
+        if p.qkv is None:
+            return value.unflatten(0, (-1, count, attn.head_dim))[:, index].flatten(0, 2)
+        return torch.cat([part[index].flatten(0, 1) for part in p.split(value)])
 
-    qkv, proj = attn.qkv, attn.proj
-    qkv.weight = _parameter(rows(qkv.weight), qkv.weight)
-    if qkv.bias is not None:
-        qkv.bias = _parameter(rows(qkv.bias), qkv.bias)
-    columns = proj.weight.unflatten(1, (count, -1))[:, index].flatten(1)
-    proj.weight = _parameter(columns, proj.weight)
-    qkv.out_features, proj.in_features = qkv.weight.shape[0], proj.weight.shape[1]
+    for name in ("qkv", "q_proj", "k_proj", "v_proj"):
+        layer = getattr(attn, name, None)
+        if layer is not None:
+            bias = None if layer.bias is None else rows(layer.bias)
+            _resize(layer, rows(layer.weight), bias)
+    for name in ("q_bias", "k_bias", "v_bias"):
+        value = getattr(attn, name, None)
+        if isinstance(value, nn.Parameter):
+            setattr(attn, name, _parameter(rows(value), value))
+        elif value is not None:  # a buffer
+            setattr(attn, name, rows(value))
+    columns = attn.proj.weight.unflatten(1, (count, -1))[:, index].flatten(1)
+    _resize(attn.proj, columns, None)
     set_heads(attn, len(kept), l)
 
 
@@ -369,7 +385,7 @@ def _narrow(view: TimmView, l: int, dims: int, *, values: bool = False) -> None:
     p = view.attention(l)
     smaller = shrink_by_weights(p, dims, values=values)
     weight, bias = smaller_qkv(p, smaller)
-    _resize(p.qkv, weight, bias)
+    _resize(p.joint, weight, bias)
     if smaller.proj is None:
         set_query_dim(view.blocks[l], dims, l)
         return

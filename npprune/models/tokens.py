@@ -14,6 +14,7 @@ from torch import nn
 
 from npprune.core.tokens import most
 from npprune.errors import ModelError
+from npprune.models.blocks import blocks_of
 from npprune.models.merging import MERGING, Merging, TokenOptions, check_tokens
 from npprune.models.view import make_view
 
@@ -68,16 +69,16 @@ def apply_tokens(model: nn.Module, merged: Sequence[int] | None, last: bool = Fa
 
 def remove_tokens(model: nn.Module) -> nn.Module:
     """The same network, changed in place: every token goes through every block."""
-    for block in model.blocks:  # type: ignore[union-attr]
+    for block in blocks_of(model):
         if isinstance(block, Merging):
-            block.__class__ = next(p for p, ours in MERGING.items() if type(block) is ours)  # type: ignore[assignment]
+            block.__class__ = next(p for p, ours in MERGING.items() if type(block) is ours)
             del block.token_options
     return model
 
 
 def tokens_of(model: nn.Module) -> tuple[list[int], bool]:
     """Tokens merged in each block, and whether the last block computes only what is read."""
-    options = [getattr(block, "token_options", None) for block in model.blocks]  # type: ignore[union-attr]
+    options = [getattr(block, "token_options", None) for block in blocks_of(model)]
     merged = [0 if o is None else int(o.merged) for o in options]
     return merged, options[-1] is not None and options[-1].read is not None
 

@@ -7,16 +7,20 @@ import re
 from typing import Any
 
 from timm.layers import Attention
+from timm.models.eva import EvaAttention
 from torch import Tensor, nn
 
 from npprune.core.view import Projections
 from npprune.errors import ModelError
-from npprune.models.attention import NarrowAttention, check_attention, projections
+from npprune.models.attention import FewerHeads, NarrowAttention, check_attention, projections
+from npprune.models.blocks import blocks_of
 from npprune.models.own_units import check_own, give_own
 from npprune.models.view import make_view
 
-PRUNABLE = re.compile(r"blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2)|attn\.(qkv|proj))$")
-"""The linear layers whose sizes pruning may change."""
+PRUNABLE = re.compile(
+    r"(?:layers\.\d+\.)?blocks\.(\d+)\.(mlp\.(?:cls\.)?(fc1|fc1_g|fc1_x|fc2|norm)|attn\.(qkv|proj|[qkv]_proj|[qv]_bias))$"
+)
+"""The layers whose sizes pruning may change."""
 
 
 def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) -> None:
@@ -29,7 +33,7 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
     Raises:
         ModelError: the number of blocks or a size does not agree.
     """
-    blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+    blocks = blocks_of(model)
     if len(heads) != len(blocks):
         raise ModelError(f"the network has {len(blocks)} blocks, got heads for {len(heads)}")
     for l, block in enumerate(blocks):
@@ -46,6 +50,15 @@ def fit_to(model: nn.Module, tensors: dict[str, Tensor], *, heads: list[int]) ->
             and weight.dim() == 2
         ):
             resize_linear(module, weight.shape[0], weight.shape[1], f"{name}.bias" in tensors)
+        elif type(module) is EvaAttention and f"{name}.q_bias" in tensors:
+            for part, like in (("q_bias", "q"), ("k_bias", "q"), ("v_bias", "v")):
+                size = tensors[f"{name}.{like}_bias"].shape
+                old = getattr(module, part)
+                if old is not None and old.shape != size:
+                    new = old.new_zeros(size)
+                    setattr(module, part, nn.Parameter(new) if part != "k_bias" else new)
+        elif PRUNABLE.match(name) and weight is not None and weight.dim() == 1:
+            resize_norm(module, len(weight))
     for l, (block, count) in enumerate(zip(blocks, heads, strict=True)):
         attn: Any = block.attn
         if type(attn) is Attention:
@@ -70,6 +83,14 @@ def resize_linear(layer: nn.Linear, out_features: int, in_features: int, bias: b
     layer.in_features, layer.out_features = in_features, out_features
 
 
+def resize_norm(norm: Any, units: int) -> None:
+    """As many units for a norm, in place, its values undefined where they change."""
+    if norm.weight.shape != (units,):
+        for name in [name for name, _ in norm.named_parameters()]:
+            setattr(norm, name, nn.Parameter(getattr(norm, name).new_empty(units)))
+        norm.normalized_shape = (units,)
+
+
 def set_heads(attn: Any, count: int, l: int) -> None:
     """Tell an attention module that it has `count` heads left, each as wide as before.
 
@@ -86,11 +107,16 @@ def set_heads(attn: Any, count: int, l: int) -> None:
         )
     width = count * attn.head_dim
     rows = width + 2 * count * getattr(attn, "query_dim", attn.head_dim)
-    if attn.qkv.out_features != rows or attn.proj.in_features != width:
+    layers = [attn.qkv] if attn.qkv is not None else [attn.q_proj, attn.k_proj, attn.v_proj]
+    there = sum(layer.out_features for layer in layers)
+    if there != rows or attn.proj.in_features != width:
         raise ModelError(
-            f"block {l}: {count} heads of {attn.head_dim} need a qkv of {rows} rows, got "
-            f"{attn.qkv.out_features}"
+            f"block {l}: {count} heads of {attn.head_dim} need a qkv of {rows} rows, got {there}"
         )
+    if type(attn) is EvaAttention:
+        attn.__class__ = FewerHeads
+    if hasattr(attn, "num_kv_heads"):
+        attn.num_kv_heads, attn.kv_dim = count, width
     # timm reads both; the scale belongs to the head's width, which stays.
     attn.num_heads, attn.attn_dim = count, width
 

@@ -21,6 +21,7 @@ from npprune.core.tokens import Merge, Tokens, expanded, match
 from npprune.core.view import Given, HiddenEdit, Projections, Scope, Stream
 from npprune.errors import ModelError
 from npprune.models.attention import answer_first_query, projections
+from npprune.models.blocks import NORMED, STAGED, blocks_of
 from npprune.models.layouts import foreign_layout
 from npprune.models.merging import (
     Merging,
@@ -52,7 +53,7 @@ class TimmView:
         self.model: Any = model
         self.blocks: list[Any] = _blocks(model)
         self.widths: tuple[int, ...] = tuple(block.mlp.fc2.in_features for block in self.blocks)
-        self.num_prefix_tokens = int(getattr(model, "num_prefix_tokens", 1))  # type: ignore[arg-type]
+        self.num_prefix_tokens = prefix_tokens(model)
         self.scope: Scope = _pooled_scope(model)
         self.objective: Objective = Predictions() if classifiers(model) else Features()
         self.tokens_read: int | None = 1 if self.scope == "cls" else None
@@ -90,12 +91,23 @@ class TimmView:
         with ExitStack() as stack:
             stack.enter_context(self._products(images))
             for block in self.blocks:
-                stack.enter_context(_replaced(block, "forward", identity))
+                stack.enter_context(replaced(block, "forward", identity))
             features = self.model.forward_features(images)
+        x = self._flat(streams)
         if not self._calls:
             self._check_plain(streams, features)
         self._calls = calls
+        return x
+
+    def _flat(self, streams: list[Tensor]) -> Tensor:
+        """The stream [b, t, d] before block 0, from what each block is called with."""
         return streams[0]
+
+    def entered(self, l: int, x: Stream) -> Stream:
+        return x
+
+    def gathered(self, l: int, values: Tensor) -> Tensor:
+        return values
 
     def _check_plain(self, streams: list[Tensor], features: Any) -> None:
         """With blocks that do nothing, nothing but the final norm may happen to the stream."""
@@ -127,20 +139,23 @@ class TimmView:
             return self._merge(l, x, merge, edit=edit, given=given, cls_only=cls_only)
         assert isinstance(x, Tensor)
         if self._compiled and x.requires_grad and edit is None and given is None and not cls_only:
-            args, kwargs = self._called(l)
             with self._products(x):
-                return self._compiled[l](x, *args, **kwargs)  # type: ignore[no-any-return]
+                return self._through(l, self._compiled[l], x)  # type: ignore[no-any-return]
         return self._run(l, x, edit=edit, given=given, cls_only=cls_only)
 
     def _run(
         self, l: int, x: Tensor, *, edit: HiddenEdit | None, given: Given | None, cls_only: bool
     ) -> Any:
-        args, kwargs = self._called(l)
         if cls_only:
             given = slice(1, None), x.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)
         one_query = _first_query_only(self.blocks[l].attn) if cls_only else nullcontext()
         with self._products(x), self._edited(l, edit), self._given(l, given), one_query:
-            return self.blocks[l](x, *args, **kwargs)
+            return self._through(l, self.blocks[l], x)
+
+    def _through(self, l: int, block: Any, x: Tensor) -> Any:
+        """What the network's forward pass does with block l."""
+        args, kwargs = self._called(l)
+        return block(x, *args, **kwargs)
 
     def _in_tokens(self, l: int, x: Tensor | Tokens, merge: int | Merge | None) -> bool:
         return isinstance(x, Tokens) or bool(merge) or isinstance(self.blocks[l], Merging)
@@ -242,7 +257,7 @@ class TimmView:
         def attended(*args: Any, **kwargs: Any) -> Tensor:
             return attention
 
-        with _replaced(self.blocks[l].attn, "forward", attended):
+        with replaced(self.blocks[l].attn, "forward", attended):
             return self.block(l, x, given=given)
 
     def pairs(self, l: int, x: Tokens, attention: Tensor, merged: int) -> Merge:
@@ -257,8 +272,15 @@ class TimmView:
             outputs: Tensor = outputs_from(self.model, self.model.norm(x))
         return outputs.to(x.dtype)
 
+    def adds(self, l: int) -> bool:
+        return type(self.blocks[l]).__name__ not in NORMED
+
     def fc2(self, l: int) -> nn.Linear:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
+
+    def norm(self, l: int) -> nn.Module | None:
+        norm = getattr(self.blocks[l].mlp, "norm", None)
+        return None if isinstance(norm, nn.Identity) else norm
 
     def first(self, l: int) -> list[nn.Linear]:
         mlp = self.blocks[l].mlp
@@ -305,7 +327,7 @@ class TimmView:
             rest = compute(torch.cat([z[:, :start], z[:, stop:]], 1), *args, **kwargs)
             return torch.cat([rest[:, :start], output, rest[:, start:]], 1)
 
-        with _replaced(mlp, "forward", forward):
+        with replaced(mlp, "forward", forward):
             yield
 
 
@@ -322,7 +344,7 @@ def _first_query_only(attn: nn.Module) -> Iterator[None]:
                 return compute(x, *args, **kwargs)  # type: ignore[no-any-return]
         return torch.cat([first, first.new_zeros(1, 1, 1).expand(*x[:, 1:].shape)], 1)
 
-    with _replaced(attn, "forward", forward):
+    with replaced(attn, "forward", forward):
         yield
 
 
@@ -348,9 +370,12 @@ def make_view(
     """The view of a timm vision transformer.
 
     Raises:
-        ModelError: the model is not a plain vision transformer; the message says why.
+        ModelError: the model is none that npprune sees through; the message says why.
     """
-    return TimmView(model, precision=precision, compiled=compiled)
+    from npprune.models.staged import StagedView  # which is a `TimmView`
+
+    kind = StagedView if isinstance(model, STAGED) else TimmView
+    return kind(model, precision=precision, compiled=compiled)
 
 
 def has_classifier(model: nn.Module) -> bool:
@@ -379,8 +404,8 @@ def outputs_from(model: Any, tokens: Tensor) -> Tensor:
         return pooled
     if pooled.shape[-1] != tokens.shape[-1]:
         return pooled[:, None]
-    prefix = int(getattr(model, "num_prefix_tokens", 1))
-    return torch.cat([pooled[:, None], tokens[:, prefix:]], 1)
+    patches = tokens.flatten(1, -2)[:, prefix_tokens(model) :]
+    return torch.cat([pooled[:, None], patches], 1)
 
 
 def classifiers(model: nn.Module) -> list[nn.Linear]:
@@ -412,7 +437,7 @@ def _without_dropout(head: Any) -> Any:
 
 
 @contextmanager
-def _replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def replaced(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Shadow a method on the instance for the duration."""
     object.__setattr__(module, name, value)
     try:
@@ -432,6 +457,8 @@ NOT_PLAIN = {
 
 
 def _blocks(model: nn.Module) -> list[Any]:
+    if isinstance(model, STAGED):
+        return blocks_of(model)
     name = type(model).__name__
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, (nn.Sequential, nn.ModuleList)) or len(blocks) == 0:
@@ -468,6 +495,11 @@ def _inside(model: nn.Module) -> str:
     if known is None:
         return "timm's plain vision transformers are supported, such as `vit_small_patch16_224`"
     return f"it is {known[0]}; use timm's network, such as `vit_small_patch16_224`"
+
+
+def prefix_tokens(model: Any) -> int:
+    """Class and register tokens before the patch tokens."""
+    return 0 if isinstance(model, STAGED) else int(getattr(model, "num_prefix_tokens", 1))
 
 
 def has_class_token(model: Any) -> bool:

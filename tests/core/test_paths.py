@@ -15,8 +15,9 @@ from npprune.core.attribution.methods import METHODS
 from npprune.core.attribution.quadrature import END_AT_ONE, Integral, Rule, RuleOrAuto, quadrature
 from npprune.core.view import Scope, VitView
 from npprune.errors import UsageError
+from npprune.models.blocks import blocks_of
 from npprune.models.view import make_view
-from tests.helpers.tiny import tiny_batch, tiny_vit
+from tests.helpers.tiny import tiny_batch, tiny_swin, tiny_vit
 
 MODELS = {
     "cls": lambda: tiny_vit(),
@@ -68,9 +69,21 @@ def test_the_default_points_of_an_integral() -> None:
 
 
 def positions(model: nn.Module, scope: str) -> slice:
-    return {"cls": slice(0, 1), "patch": slice(model.num_prefix_tokens, None), "all": slice(None)}[
-        scope
-    ]
+    prefix = getattr(model, "num_prefix_tokens", 0)
+    return {"cls": slice(0, 1), "patch": slice(prefix, None), "all": slice(None)}[scope]
+
+
+def at_places_of(tokens: int, values: Tensor) -> Tensor:
+    """Values of tokens [s] at so many tokens of a later block, of square grids: each token belongs
+    to the place where it merged, and its value is added there."""
+    side, wanted = math.isqrt(len(values)), math.isqrt(tokens)
+    if side == wanted or side * side != len(values):
+        return values
+    out = values.new_zeros(tokens)
+    for n, value in enumerate(values):
+        row, column = divmod(n, side)
+        out[(row * wanted // side) * wanted + column * wanted // side] += value
+    return out
 
 
 def run(model: nn.Module, image: Tensor, hidden: dict[int, Tensor], where: slice) -> Tensor:
@@ -83,7 +96,7 @@ def run(model: nn.Module, image: Tensor, hidden: dict[int, Tensor], where: slice
             h[:, where] = value
             return (h,)
 
-        handles.append(model.blocks[l].mlp.fc2.register_forward_pre_hook(put))
+        handles.append(blocks_of(model)[l].mlp.fc2.register_forward_pre_hook(put))
     try:
         return model(image[None]).softmax(-1)[0]
     finally:
@@ -95,7 +108,7 @@ def clean(model: nn.Module, image: Tensor, where: slice) -> list[Tensor]:
     seen: list[Tensor] = []
     handles = [
         b.mlp.fc2.register_forward_pre_hook(lambda m, a: seen.append(a[0][0, where].detach()))
-        for b in model.blocks
+        for b in blocks_of(model)
     ]
     model(image[None])
     for handle in handles:
@@ -115,10 +128,10 @@ def naive(
     path: list[list[int]] = []
     counted: list[tuple[int, int]] = []
 
-    def gradients(l: int, scale_all: bool) -> tuple[Tensor, Tensor]:
-        """Integrated gradients at the tokens: of each counted neuron [n, s], of block l [s, h]."""
+    def gradients(l: int, scale_all: bool) -> tuple[list[Tensor], Tensor]:
+        """Integrated gradients at the tokens: of each counted neuron [s], of block l [s, h]."""
         own = torch.zeros_like(w[l])
-        of_path = torch.zeros(len(counted), w[l].shape[0], dtype=own.dtype)
+        of_path = [torch.zeros(len(w[j]), dtype=own.dtype) for j, _ in counted]
         for alpha, weight in zip(nodes, weights, strict=True):
             put = {}
             for j, neurons in enumerate(path):
@@ -135,19 +148,23 @@ def naive(
                 of_path[n] += weight * grads[j][:, i]
         return of_path, own
 
-    for l in range(len(model.blocks)):
+    def summed(l: int, values: Any) -> Tensor:
+        """Values of the counted neurons' tokens, each at the place of a token of block l."""
+        return sum((at_places_of(len(w[l]), v) for v in values), torch.zeros_like(w[l][:, 0]))
+
+    for l in range(len(w)):
         of_path, own = gradients(l, scale_all=True)
         scores = []
         for i in range(own.shape[1]):
-            g = of_path.sum(0) + own[:, i]
-            a = sum((w[j][:, n] for j, n in counted), torch.zeros_like(g)) + w[l][:, i]
+            g = summed(l, of_path) + own[:, i]
+            a = summed(l, (w[j][:, n] for j, n in counted)) + w[l][:, i]
             scores.append(float((g * a).sum()))
         best = sorted(range(len(scores)), key=lambda i: -scores[i])[:topk]
         path.append(best)
         counted += [(l, i) for i in (best if accumulation == "sum" else best[-1:])]
-    of_path, _ = gradients(len(model.blocks) - 1, scale_all=False)
-    total = sum((w[j][:, n] for j, n in counted), torch.zeros_like(of_path[0]))
-    return path, float((of_path.sum(0) * total).sum())
+    of_path, _ = gradients(len(w) - 1, scale_all=False)
+    total = summed(len(w) - 1, (w[j][:, n] for j, n in counted))
+    return path, float((summed(len(w) - 1, of_path) * total).sum())
 
 
 @pytest.mark.parametrize(("rule", "accumulation"), [
@@ -170,6 +187,23 @@ def test_agrees_with_loops_over_neurons_points_and_images(
     )  # fmt: skip
     for n in range(len(images)):
         path, score = naive(model, images[n], int(labels[n]), scope, 2, rule, 3, accumulation)
+        assert found.neurons[n].tolist() == path
+        assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
+
+
+@pytest.mark.parametrize(("name", "depths"), [
+    ("swin_tiny_patch4_window7_224", (2, 1)), ("swinv2_tiny_window8_256", (1, 1, 1)),
+])  # fmt: skip
+def test_where_patches_merge_the_sums_are_of_places(name: str, depths: tuple[int, ...]) -> None:
+    model = tiny_swin(
+        name=name, img_size=16, window_size=2, depths=depths, num_heads=(2,) * len(depths)
+    )
+    images, labels = tiny_batch(2)
+    found = joint_attribution(
+        make_view(model), images, labels, topk=2, scope="patch", rule="gauss-radau", points=2
+    )
+    for n in range(len(images)):
+        path, score = naive(model, images[n], int(labels[n]), "patch", 2, "gauss-radau", 2, "sum")
         assert found.neurons[n].tolist() == path
         assert float(found.scores[n]) == pytest.approx(score, rel=1e-9)
 

@@ -29,6 +29,8 @@ TEXT: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attentio
 TEXT |= {"intermediate_size": 48, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
 TWO = {"vision_config": SIZES, "text_config": TEXT}
 DINO = {**SIZES, "mlp_ratio": 2}
+SWIN: dict[str, Any] = {"embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4]}
+SWIN |= {"image_size": 32, "window_size": 4, "mlp_ratio": 2.0}
 
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # class without its ending, configuration
     "ViT": ("ViT", {**SIZES, "layer_norm_eps": 0.01, "hidden_act": "gelu_new"}),
@@ -54,6 +56,8 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {  # class without its ending,
     "Data2Vec": ("Data2VecVision", {**SIZES, "use_relative_position_bias": True}),
     "CLIP": ("CLIP", TWO),
     "SigLIP": ("Siglip", TWO),
+    "Swin": ("Swin", SWIN),
+    "Swin v2": ("Swinv2", {**SWIN, "pretrained_window_sizes": [6, 3]}),
 }
 
 
@@ -236,13 +240,6 @@ def test_labels(copied: Path) -> None:
 def test_other_networks_are_refused_by_name(tmp_path: Path) -> None:
     for kind, config, why in (
         ("DINOv3ViTModel", transformers.DINOv3ViTConfig(**SIZES), "rotary positions"),
-        (
-            "SwinForImageClassification",
-            transformers.SwinConfig(
-                embed_dim=8, depths=[1, 1], num_heads=[1, 2], image_size=32, window_size=4
-            ),
-            "hierarchical",
-        ),
     ):
         getattr(transformers, kind)(config).save_pretrained(tmp_path / kind)
         with pytest.raises(ModelError, match=f"^{kind} is .*{why}"):
@@ -271,6 +268,26 @@ def test_a_configuration_that_does_not_fit(
     changed(copied, **change)
     with pytest.raises(ModelError, match=match):
         load(str(copied))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"image_size": "x"}, "`image_size` .* must be pixels, got 'x'"),
+        ({"image_size": [32, 48]}, "at 32x48 pixels"),
+        ({"depths": [10**9, 1]}, "`depths`"),
+        ({"depths": [1, 1]}, "not fit"),
+        ({"window_size": "os.system"}, "`window_size`"),
+        ({"use_absolute_embeddings": True}, "with `use_absolute_embeddings` True"),
+        ({"layer_norm_eps": 0.1}, "with `layer_norm_eps` 0.1"),
+    ],
+    ids=str,
+)
+def test_a_swin_that_does_not_fit(change: dict[str, Any], match: str, tmp_path: Path) -> None:
+    saved("Swin", tmp_path)
+    changed(tmp_path, **change)
+    with pytest.raises(ModelError, match=match):
+        load(str(tmp_path))
 
 
 def test_tensors_that_do_not_fit(copied: Path) -> None:

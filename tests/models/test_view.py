@@ -67,7 +67,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str, int]] = {
 }
 
 REFUSED = {
-    "swin_tiny_patch4_window7_224": "SwinTransformer has no `blocks`",
     "convnext_atto": "ConvNeXt has no `blocks`",
     "resnet10t": "ResNet has no `blocks`",
     "pit_ti_224": "PoolingVisionTransformer has no `blocks`",

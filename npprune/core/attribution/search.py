@@ -30,6 +30,12 @@ Four facts keep this exact and cheap:
 - At alpha = 1 nothing is scaled, whatever was chosen, so dp/dX is the clean run's: one backward
   pass has it for all blocks. The last point of the Radau rules costs almost nothing.
 
+Where patches merge between two stages of a network (Swin), a token stands for those that merged
+into it, and W and G are sums over them: the products are those of the place, at the grid of the
+block that is searched, and JAS(P) is taken at the last grid. (Sums over all tokens would multiply a
+unit's activation at one end of the image with a gradient at the other; where all blocks have the
+same tokens, this is the score above.) The search then needs one nudge of the path for each grid.
+
 Unit i acts through its column of fc2 alone, so with o the MLP's output, g_i = <W2[:, i], dp/do>,
 and the gradient can be integrated over alpha before it is multiplied by W2.
 
@@ -39,6 +45,7 @@ Letters: b images, m points, s tokens of the scope, t tokens, d width, h units, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -153,6 +160,7 @@ def joint_attribution(
         path: list[Tensor] = []
         highest = [path_w.new_zeros(len(images))]  # of each block; NaN is above every number
         for l in range(len(view.widths)):
+            path_w = view.gathered(l, path_w)
             if neurons is None:
                 path_g, g = state.candidates(l, w[l])  # G [b, s], g [b, s, h]
                 unit_scores = ((path_w[..., None] + w[l]) * (path_g[..., None] + g)).sum(1)
@@ -261,8 +269,9 @@ class _Walk:
         """The integral of g_i [b, s, h] without a path: block l's units are scaled, and the
         stream before it, `x` [b, t, d], is the clean run's."""
         with torch.no_grad():
-            attention = self.repeat(self.view.attention_output(l, self.x))
-        x, o_all = self.repeat(self.x), self.scaled(l, w)
+            entered = self.view.entered(l, self.x)
+            attention = self.repeat(self.view.attention_output(l, entered))
+        x, o_all = self.repeat(entered), self.scaled(l, w)
         dp_do: list[Tensor] = []
         for rows in self.pieces:
             o = o_all[rows].detach().requires_grad_()
@@ -369,19 +378,20 @@ class _GraphWalk(_Walk):
         x = self.repeat(self.x)
         self.streams = [x[rows] for rows in self.pieces]
         self.attentions: list[Tensor] = []
-        self.eps: list[Tensor] = []
+        self.eps: list[tuple[int, list[Tensor]]] = []  # from which block on, and by piece
         self.path_g: Tensor | None = None  # where the last block's choice cannot change it
 
     def candidates(self, l: int, w: Tensor) -> tuple[Tensor, Tensor]:
         if l == 0:
             return w.new_zeros(w.shape[:2]), self.first_gradient()
         o_all, gradients = self.scaled(l, w), []
-        for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
+        for i, (x, rows) in enumerate(zip(self.streams, self.pieces, strict=True)):
             o = o_all[rows].detach().requires_grad_()
             y, attention = self.view.block_and_attention(l, x, given=(self.tokens, o))
             self.attentions.append(attention)
             dp_dy = self.piece_gradient(y, l + 1, rows)
-            gradients.append(torch.autograd.grad(y, (o, eps), dp_dy, retain_graph=True))
+            dp_do, *of_path = torch.autograd.grad(y, (o, *self.nudges(i)), dp_dy, retain_graph=True)
+            gradients.append((dp_do, self.added(l, of_path)))
         dp_do, dp_deps = (torch.cat(pieces) for pieces in zip(*gradients, strict=True))
         g, path_g = self.integrated(dp_do) @ self.view.fc2(l).weight, self.integrated(dp_deps)
         if self.cls_only(l) and self.integral.scope == "patch":
@@ -390,13 +400,13 @@ class _GraphWalk(_Walk):
 
     def settle(self, l: int, w: Tensor, chosen: Tensor, joins: Tensor) -> None:
         o_all, do = self.settled(l, w, chosen), self.direction(l, joins)
-        if not self.eps:
+        if not self.eps or self.eps[-1][1][0].shape[1] != o_all.shape[1]:
             eps = w.new_zeros(o_all.shape[:2])
-            self.eps = [eps[rows].requires_grad_() for rows in self.pieces]
+            self.eps.append((l, [eps[rows].requires_grad_() for rows in self.pieces]))
         for i, rows in enumerate(self.pieces):
-            given = self.tokens, o_all[rows] + self.eps[i][..., None] * do[rows]
+            given = self.tokens, o_all[rows] + self.nudges(i)[-1][..., None] * do[rows]
             if self.attentions:
-                x, attention = self.streams[i], self.attentions[i]
+                x, attention = self.view.entered(l, self.streams[i]), self.attentions[i]
                 self.streams[i] = self.view.tail(l, x, attention, given=given)
             else:  # the first block, or a given path: not run for candidates
                 self.streams[i] = self.view.block(l, self.streams[i], given=given)
@@ -406,10 +416,25 @@ class _GraphWalk(_Walk):
         if self.path_g is not None:
             return self.path_g
         dp_deps: list[Tensor] = []
-        for x, eps, rows in zip(self.streams, self.eps, self.pieces, strict=True):
+        for i, (x, rows) in enumerate(zip(self.streams, self.pieces, strict=True)):
             dp_dx = self.piece_gradient(x, self.last + 1, rows)
-            dp_deps += torch.autograd.grad(x, eps, dp_dx)
+            found = torch.autograd.grad(x, self.nudges(i), dp_dx)
+            dp_deps.append(self.added(self.last, found))
         return self.integrated(torch.cat(dp_deps))
+
+    def nudges(self, i: int) -> list[Tensor]:
+        """Those of a piece: one where all blocks have the same tokens."""
+        return [eps[i] for _, eps in self.eps]
+
+    def added(self, l: int, gradients: Sequence[Tensor]) -> Tensor:
+        """p's gradients in the nudges of a piece, added up at the tokens of block l."""
+        total: Tensor | None = None
+        for (first, _), found in zip(self.eps, gradients, strict=True):
+            for block in range(first + 1, l + 1):
+                found = self.view.gathered(block, found)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
 
 
 def _rows_at_a_time(x: Tensor, width: int) -> int:

@@ -66,13 +66,14 @@ class AttentionMoments:
     `inputs` are the moments of `proj`'s input, `curvature` [d, d] the mean of g g^T with g the
     loss gradient at its output; `queries` and `keys` [n, q, q] the heads' second moments, keys
     counted from their image's mean. Inputs and queries are weighted by their token's share of
-    |g|^2: in the last block under class-token pooling, only that token's answer counts.
+    |g|^2: in the last block under class-token pooling, only that token's answer counts. `queries`
+    and `keys` are None where they cannot be narrowed.
     """
 
     inputs: Moments
     curvature: Tensor
-    queries: Tensor
-    keys: Tensor
+    queries: Tensor | None
+    keys: Tensor | None
 
 
 @dataclass
@@ -111,13 +112,15 @@ def collect_attention(
     sums = [_Sums() for _ in layers]
     count = 0
     for images in batches:
-        with recorded(m for p in layers for m in (p.qkv, p.proj)) as seen, torch.enable_grad():
+        read = [m for p in layers for m in (p.qkv, p.proj) if m is not None]
+        with recorded(read) as seen, torch.enable_grad():
             outputs = outputs_of(view, images, True)
         check_outputs(view, images, outputs, first=count)
         v = view.objective.cotangent(outputs.detach(), generator)
         grads = torch.autograd.grad(outputs, [seen[p.proj][1] for p in layers], v)
         for p, s, g in zip(layers, sums, grads, strict=True):
-            s.add_batch(p, seen[p.qkv][1].detach(), seen[p.proj][0].detach(), g)
+            qkv = None if p.qkv is None else seen[p.qkv][1].detach()
+            s.add_batch(p, qkv, seen[p.proj][0].detach(), g)
         count += len(images)
         if on_batch is not None:
             on_batch(count)
@@ -129,14 +132,12 @@ class _Sums(Sums):
 
     tokens = 0.0
 
-    def add_batch(self, p: Projections, qkv: Tensor, x: Tensor, g: Tensor) -> None:
+    def add_batch(self, p: Projections, qkv: Tensor | None, x: Tensor, g: Tensor) -> None:
         """Add qkv's output [b, t, n (2 q + v)], proj's input [b, t, n v] and gradient [b, t, d]."""
         g, x = double(g.flatten(0, 1)), double(x.flatten(0, 1))
         size = g.square().sum(1)
         share = size / size.mean().clamp_min(torch.finfo(size.dtype).tiny)
         w = (1 - SALIENCE) + SALIENCE * share
-        q, k, _ = p.split(qkv.movedim(-1, 0))  # [n, q, b, t]
-        q, k = double(q).flatten(2), double(k - k.mean(-1, keepdim=True)).flatten(2)
         self.tokens += float(len(w))
         self.add(
             float(w.sum()),
@@ -144,9 +145,11 @@ class _Sums(Sums):
             absolute=w @ x.abs(),
             gram=(w[:, None] * x).T @ x,
             curvature=g.T @ g,
-            queries=(q * w) @ q.mT,
-            keys=k @ k.mT,
         )
+        if qkv is not None:
+            q, k, _ = p.split(qkv.movedim(-1, 0))  # [n, q, b, t]
+            q, k = double(q).flatten(2), double(k - k.mean(-1, keepdim=True)).flatten(2)
+            self.add(queries=(q * w) @ q.mT, keys=k @ k.mT)
 
     def finish(self, total: Total | None = None) -> AttentionMoments:
         if total is not None:
@@ -156,8 +159,8 @@ class _Sums(Sums):
         return AttentionMoments(
             self.moments(),
             self.parts["curvature"] / self.tokens,
-            self.parts["queries"] / self.weight,
-            self.parts["keys"] / self.tokens,
+            self.parts["queries"] / self.weight if "queries" in self.parts else None,
+            self.parts["keys"] / self.tokens if "keys" in self.parts else None,
         )
 
 
@@ -207,6 +210,8 @@ def shrink(
     """
     out = SmallerAttention(list(heads), query_dims)
     if query_dims < p.query_dims:
+        assert moments.queries is not None
+        assert moments.keys is not None
         out.factors = query_factors(moments.queries, moments.keys, query_dims)
     if values and query_dims < p.value_dims:
         out.basis = value_basis(moments.inputs.covariance, p.proj.weight, p.heads)
@@ -219,11 +224,11 @@ def shrink_by_weights(p: Projections, query_dims: int, *, values: bool = False) 
     """The same with all heads from the weights alone, as if the inputs were white."""
     out = SmallerAttention(list(range(p.heads)), query_dims, weight_factors(p, query_dims))
     if values:
-        rows = p.split(double(p.qkv.weight.detach()))[2]
+        rows = p.split(double(p.joint.weight.detach()))[2]
         covariance = torch.block_diag(*(rows @ rows.mT))
         mean = covariance.new_zeros(len(covariance))
-        if p.qkv.bias is not None:
-            mean = p.split(double(p.qkv.bias.detach()))[2].flatten()
+        if p.joint.bias is not None:
+            mean = p.split(double(p.joint.bias.detach()))[2].flatten()
         out.basis = value_basis(covariance, p.proj.weight, p.heads)
         out.proj = _smaller_proj(p, Moments(mean, covariance, mean.abs(), 1.0), out, "mean")
     return out
@@ -231,10 +236,10 @@ def shrink_by_weights(p: Projections, query_dims: int, *, values: bool = False) 
 
 def weight_factors(p: Projections, r: int) -> Factors:
     """`query_factors` from the weights alone, as if the inputs were white: no calibration."""
-    q, k, _ = p.split(double(p.qkv.weight.detach()))
+    q, k, _ = p.split(double(p.joint.weight.detach()))
     second = q @ q.mT
-    if p.qkv.bias is not None:
-        b, _, _ = p.split(double(p.qkv.bias.detach()))
+    if p.joint.bias is not None:
+        b, _, _ = p.split(double(p.joint.bias.detach()))
         second = second + b[:, :, None] * b[:, None, :]
     return query_factors(second, k @ k.mT, r)
 
@@ -266,9 +271,9 @@ def stand_ins(p: Projections, smaller: SmallerAttention) -> dict[nn.Linear, Repl
     out: dict[nn.Linear, Replacement] = {}
     if smaller.factors is not None:
         a, b = smaller.factors
-        weight, bias, mixed = p.qkv.weight, p.qkv.bias, (None, a.mT @ b, smaller.basis)
-        out[p.qkv] = Replacement(
-            range(p.qkv.in_features),
+        weight, bias, mixed = p.joint.weight, p.joint.bias, (None, a.mT @ b, smaller.basis)
+        out[p.joint] = Replacement(
+            range(p.joint.in_features),
             _mixed(p, weight, mixed),
             weight.new_zeros(len(weight)) if bias is None else _mixed(p, bias, mixed),
         )
@@ -285,8 +290,8 @@ def smaller_qkv(p: Projections, smaller: SmallerAttention) -> tuple[Tensor, Tens
         a, b = fold * smaller.factors[0], fold * smaller.factors[1]
     if smaller.basis is not None:
         t = smaller.basis[:, : smaller.query_dims]
-    weight = _mixed(p, p.qkv.weight, (a, b, t), smaller.heads)
-    bias = None if p.qkv.bias is None else _mixed(p, p.qkv.bias, (a, b, t), smaller.heads)
+    weight = _mixed(p, p.joint.weight, (a, b, t), smaller.heads)
+    bias = None if p.joint.bias is None else _mixed(p, p.joint.bias, (a, b, t), smaller.heads)
     return weight, bias
 
 

@@ -41,8 +41,10 @@ class Sizes:
     values: tuple[int, ...] | None = None
     gated: bool = False  # fc1 has two halves (SwiGLU): h is the width after the gate
     qkv_bias: bool = True
+    key_bias: bool = True  # where there are biases of queries and values
     hidden_bias: bool = True  # fc1
     output_bias: bool = True  # fc2
+    norm_params: int = 0  # of each hidden unit, in a norm before fc2
     pooled_only: bool = False  # the last block's MLP runs on the class token alone
     fixed_params: int = 0
     block_params: int = 0
@@ -51,9 +53,13 @@ class Sizes:
     rotary: int = 0  # numbers of a token's rotary embedding, which merge with it
     own: tuple[int, ...] | None = None  # hidden units of the tokens that are read; 0: they share
     own_tokens: int = 1  # how many tokens are read
+    stages: tuple[tuple[int, int], ...] | None = None
+    """Per block, tokens and width, where they differ: all but the hidden units is then in
+    `fixed_params` and `fixed_macs`."""
+    fixed_macs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("queries", "values", "merged", "own"):
+        for name in ("queries", "values", "merged", "own", "stages"):
             value = getattr(self, name)
             if value is not None and len(value) != len(self.hidden):
                 raise UsageError(
@@ -71,8 +77,14 @@ class Sizes:
         """The same network with so many tokens merged in each block, and read of the last one."""
         return replace(self, merged=None if merged is None else tuple(merged), read=read)
 
+    def width_at(self, l: int) -> int:
+        """The width of block l's stream."""
+        return self.width if self.stages is None else self.stages[l][1]
+
     def attended(self, l: int) -> int:
         """Tokens that reach block l."""
+        if self.stages is not None:
+            return self.stages[l][0]
         return self.tokens - sum((self.merged or ())[:l])
 
     def answered(self, l: int) -> int:
@@ -93,6 +105,8 @@ class Sizes:
 def params(sizes: Sizes) -> int:
     """Parameters of the whole network."""
     d = sizes.width
+    if sizes.stages is not None:
+        return sizes.fixed_params + _hidden(sizes, "params")
     total = sizes.fixed_params + sizes.patch_inputs * d + d + d * sizes.classes + sizes.classes
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
@@ -105,6 +119,8 @@ def params(sizes: Sizes) -> int:
 def macs(sizes: Sizes) -> int:
     """Multiply-accumulates of one image."""
     d = sizes.width
+    if sizes.stages is not None:
+        return sizes.fixed_macs + _hidden(sizes, "macs")
     total = sizes.patches * sizes.patch_inputs * d + d * sizes.classes
     for l, h in enumerate(sizes.hidden):
         q, v = _attention(sizes, l)
@@ -119,9 +135,10 @@ def neuron_price(sizes: Sizes, l: int, price: Price) -> int:
         return 1
     rows = 2 if sizes.gated else 1  # of fc1
     if price == "params":
-        return rows * (sizes.width + int(sizes.hidden_bias)) + sizes.width
+        own = rows * int(sizes.hidden_bias) + sizes.norm_params
+        return (rows + 1) * sizes.width_at(l) + own
     if price == "macs":
-        return sizes.mlp_tokens(l) * sizes.width * (rows + 1)
+        return sizes.mlp_tokens(l) * sizes.width_at(l) * (rows + 1)
     raise UsageError(f"price must be neurons, params or macs, got {price!r}")
 
 
@@ -143,7 +160,8 @@ def attention_price(
     the parameters of both projections (without `proj`'s bias), or the MACs of one image."""
     t, answered, d = sizes.attended(l), sizes.answered(l), sizes.width
     if price == "params":
-        return (d + int(sizes.qkv_bias)) * (2 * q + v) + v * d
+        biases = (q + v + q * int(sizes.key_bias)) * int(sizes.qkv_bias)
+        return d * (2 * q + v) + biases + v * d
     if price == "macs":
         return t * d * (q + v) + answered * d * q + answered * t * (q + v) + answered * v * d
     raise UsageError(f"price must be params or macs, got {price!r}")
@@ -173,7 +191,7 @@ def hidden_budget(sizes: Sizes, goal: float, price: Price, *, attention: bool = 
     if price != "params" and price != "macs":
         raise UsageError(f"price must be params or macs, got {price!r}")
     whole = params(sizes) if price == "params" else macs(sizes)
-    hidden = sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
+    hidden = _hidden(sizes, price)
     if attention:
         hidden += sum(
             attention_price(sizes, *_attention(sizes, l), price, l)
@@ -187,6 +205,10 @@ def hidden_budget(sizes: Sizes, goal: float, price: Price, *, attention: bool = 
             hint="raise the target" + ("" if attention else ": only MLP neurons are removed"),
         )
     return goal - (whole - hidden)
+
+
+def _hidden(sizes: Sizes, price: Price) -> int:
+    return sum(h * neuron_price(sizes, l, price) for l, h in enumerate(sizes.hidden))
 
 
 def _attention(sizes: Sizes, l: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,31 @@ class Replacement:
         return torch.cat([own(h[..., :tokens, :]), out[..., tokens:, :]], -2)
 
 
+@dataclass
+class SmallerNorm:
+    """A norm of hidden units, over those that stay alone: their mean and variance are of them."""
+
+    norm: nn.Module
+    keep: Sequence[int]
+
+    def __call__(self, h: Tensor) -> Tensor:
+        """What it gives for units before the norm h [..., h]: kept ones normed, the others 0."""
+        norm: Any = self.norm
+        index = torch.as_tensor(list(self.keep), device=h.device)
+        bias = getattr(norm, "bias", None)
+        kept, k = h.index_select(-1, index), (len(index),)
+        weight = None if norm.weight is None else norm.weight[index]
+        if isinstance(norm, nn.LayerNorm):
+            shift = None if bias is None else bias[index]
+            kept = nn.functional.layer_norm(kept, k, weight, shift, norm.eps)
+        else:
+            kept = nn.functional.rms_norm(kept, k, weight, norm.eps)
+        return torch.zeros_like(h).index_copy_(-1, index, kept.to(h.dtype))
+
+
+StandIn = Replacement | SmallerNorm
+
+
 def candidates_for(
     view: VitView,
     moments: Callable[[int], Moments],
@@ -63,20 +88,24 @@ def candidates_for(
     *,
     protected: Sequence[Sequence[int]] | None = None,
     shrinkage: float = SHRINKAGE,
-) -> Iterator[dict[int, dict[nn.Linear, Replacement]]]:
+) -> Iterator[dict[int, dict[nn.Module, StandIn]]]:
     """The pruned second layer of every block at each of its `widths`: best scores, least squares.
     One block after the other, made when it is asked for: those of all take much memory.
 
     `moments(l)` are block l's; `scores` [h] per block, higher = keep; `protected` stay first.
-    Second layers are held in the model's precision.
+    Second layers are held in the model's precision. Where a norm stands before one, it is that of
+    the kept units, and the refit that of the whole norm's moments.
     """
     fixed = protected if protected is not None else [()] * len(scores)
     for l, row in enumerate(widths):
-        fc2, m, made = view.fc2(l), moments(l) if row else None, {}
+        fc2, m = view.fc2(l), moments(l) if row else None
+        made: dict[int, dict[nn.Module, StandIn]] = {}
         for width in row:
             assert m is not None
             keep = keep_sets([scores[l]], [width], [fixed[l]])[0][0]
             made[width] = {fc2: least_squares(fc2, m, keep, shrinkage)}
+            if (norm := view.norm(l)) is not None:
+                made[width][norm] = SmallerNorm(norm, keep)
         yield made
 
 
@@ -90,16 +119,21 @@ def least_squares(
 
 @contextmanager
 def replaced(view: VitView, replacements: Mapping[int, Replacement]) -> Iterator[None]:
-    """For the duration, `fc2` of each named block is the one given."""
-    with layers_replaced({view.fc2(l): r for l, r in replacements.items()}):
+    """For the duration, `fc2` of each named block is the one given; a norm before it is that of
+    the kept units."""
+    layers: dict[nn.Module, StandIn] = {view.fc2(l): r for l, r in replacements.items()}
+    for l, r in replacements.items():
+        if (norm := view.norm(l)) is not None:
+            layers[norm] = SmallerNorm(norm, r.keep)
+    with layers_replaced(layers):
         yield
 
 
 @contextmanager
-def layers_replaced(replacements: Mapping[nn.Linear, Replacement]) -> Iterator[None]:
+def layers_replaced(replacements: Mapping[Any, StandIn]) -> Iterator[None]:
     """For the duration, each of these layers gives what its replacement does: W_K x_K + b."""
 
-    def hook(r: Replacement) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(r: StandIn) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         return lambda module, inputs, output: r(inputs[0])
 
     handles = [layer.register_forward_hook(hook(r)) for layer, r in replacements.items()]
@@ -131,7 +165,7 @@ def predict(
 def measure_harm(
     view: VitView,
     batches: Sequence[Tensor],
-    candidates: Iterable[Mapping[Option, Mapping[nn.Linear, Replacement]]],
+    candidates: Iterable[Mapping[Option, Mapping[Any, StandIn]]],
     *,
     on_block: Callable[[int], None] | None = None,
 ) -> list[dict[Option, float]]:
@@ -152,13 +186,15 @@ def measure_harm(
     streams = [view.embed(images) for images in batches]
     table: list[dict[Option, float]] = []
     for l, options in zip(range(depth), candidates, strict=True):
+        streams = [view.entered(l, x) for x in streams]
         attention = [view.attention_output(l, x) for x in streams]
         row = {}
         for option, layers in options.items():
             outputs = []
             for x, a in zip(streams, attention, strict=True):
                 with layers_replaced(layers):
-                    changed = a if set(layers) == {view.fc2(l)} else view.attention_output(l, x)
+                    own = set(layers) <= {view.fc2(l), view.norm(l)}
+                    changed = a if own else view.attention_output(l, x)
                     y = view.tail(l, x, changed)
                 for later in range(l + 1, depth):
                     y = view.block(later, y)

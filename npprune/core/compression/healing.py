@@ -209,6 +209,7 @@ def _sample(
     student: VitView, dense: VitView, l: int, x: Tensor, tokens: int, g: torch.Generator
 ) -> _Sample:
     target = dense.block(l, x)
+    x = student.entered(l, x)
     attention = student.attention_output(l, x)
     prefix = student.num_prefix_tokens
     patches = torch.randperm(x.shape[1] - prefix, generator=g)[: max(1, tokens - prefix)] + prefix

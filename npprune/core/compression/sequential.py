@@ -16,6 +16,13 @@ the attention's `proj`, before `fc2` and by the same regression (x and x' after 
 the classifier at the end, whose target is the dense network's logits. The classifier sees one row
 an image, so its ridge is a prior worth `PRIOR_IMAGES` of them.
 
+Where a block norms what its layers give before it is added to the stream, an error of the stream
+says nothing of theirs: there beta is 0.
+
+Where a norm stands before `fc2` (EVA02, BEiT3), it is one over the kept units: h_K is what that
+gives, the removed ones are as the whole norm has them, and what W_K loses of the kept ones between
+the two norms is added to the error.
+
 Where tokens merge, those of the dense network's stream merge with the pruned one's, the same ones:
 what is refitted is what was taken away, on the tokens that are left. (Means of tokens that never
 merged as a target do harm: merging moves the stream in ways that no layer should follow.) A token
@@ -42,7 +49,12 @@ from npprune.core.compression.compensation import (
     compensate,
 )
 from npprune.core.compression.elimination import SHRINKAGE
-from npprune.core.compression.harm import Replacement, layers_replaced, replaced
+from npprune.core.compression.harm import (
+    Replacement,
+    SmallerNorm,
+    layers_replaced,
+    replaced,
+)
 from npprune.core.compression.statistics import Moments, Sums, Total
 from npprune.core.recording import recorded
 from npprune.core.tokens import Merge, Tokens, followed, gathered
@@ -126,10 +138,11 @@ def compensate_in_sequence(
     dense: list[Any] = list(pruned) if beta else []
     out = Refitted([], {}, [])
     for l in range(len(view.widths)):
-        fc2 = view.fc2(l)
+        fc2, norm = view.fc2(l), view.norm(l)
         weight = None if fit.weights is None else fit.weights[l]
         layers = dict(changed[l]) if changed is not None else {}
-        proj = _projection(view, l) if beta else None
+        proj = _projection(view, l, layers) if beta else None
+        dense, pruned = ([view.entered(l, x) for x in streams] for streams in (dense, pruned))
         given = [view.attention_output(l, x) for x in dense]
         if proj is None:
             with layers_replaced(layers):
@@ -152,9 +165,13 @@ def compensate_in_sequence(
         sums, of_own = _Sums(fitted, total), _Sums(fitted, total)
         split = own is not None and bool(own[l])
         for i, (x, a, join) in enumerate(zip(pruned, attended, pairs, strict=True)):
-            with recorded([fc2]) as seen:
+            with recorded([fc2] if norm is None else [fc2, norm]) as seen:
                 after = view.tail(l, x, a, merge=join)
-            h, error = seen[fc2][0], _values(dense[i]) - _values(after) if beta else None
+            h, error = seen[fc2][0], None
+            if beta and view.adds(l):
+                error = _values(dense[i]) - _values(after)
+            if norm is not None:
+                h, error = _behind(SmallerNorm(norm, keep[l]), fc2, seen[norm], error, beta)
             aside = (view.tokens_read or 0) if split else 0
             if split:
                 of_own.add(h[:, :aside], None if error is None else error[:, :aside], None)
@@ -164,7 +181,7 @@ def compensate_in_sequence(
                 None if error is None else error[:, first:],
                 _after(_weights(weight, after), first),
             )
-        found = sums.refit(fc2, keep[l], beta, shrinkage)
+        found = sums.refit(fc2, keep[l], beta if norm is None else 1.0, shrinkage)
         second = Replacement(list(keep[l]), found.weight, found.bias)
         if split and own is not None:
             tried = fit.own_shrinkages
@@ -206,11 +223,34 @@ def _after(weights: Tensor | None, first: int) -> Tensor | None:
     return weights if weights is None else weights[..., first:]
 
 
-def _projection(view: VitView, l: int) -> nn.Linear | None:
-    """The last layer of block l's attention; None where it is another kind, or has no bias."""
+def _behind(
+    smaller: SmallerNorm,
+    fc2: nn.Linear,
+    norm: tuple[Tensor, Tensor],
+    error: Tensor | None,
+    beta: float,
+) -> tuple[Tensor, Tensor]:
+    """Where a norm stands before fc2: its inputs with the kept units as the smaller norm gives
+    them, and what fc2 of these lacks of the dense output, beta times the error included.
+
+    norm: its input and output.
+    """
+    before, whole = norm
+    index = torch.as_tensor(list(smaller.keep), device=whole.device)
+    h = whole.index_copy(-1, index, smaller(before).index_select(-1, index))
+    lacks = nn.functional.linear(whole - h, fc2.weight)
+    return h, lacks if error is None else lacks + beta * error
+
+
+def _projection(view: VitView, l: int, changed: Mapping[nn.Linear, Any]) -> nn.Linear | None:
+    """The last layer of block l's attention; None where it is another kind, or has no bias.
+    Where heads alone can go, only if some do."""
     try:
-        proj = view.attention(l).proj
+        found = view.attention(l)
     except ModelError:
+        return None
+    proj = found.proj
+    if found.qkv is None and proj not in changed:
         return None
     return proj if proj.bias is not None else None
 
@@ -245,7 +285,9 @@ def _projected(
         with layers_replaced(others), recorded([proj]) as seen:
             attention = view.attention_output(l, x)
         h, _ = seen[proj]
-        error = _values(goal) - _values(_attended(view, l, x, attention))
+        error = None
+        if view.adds(l):
+            error = _values(goal) - _values(_attended(view, l, x, attention))
         sums.add(h, error, _weights(weight, x))
         inputs.append(h[..., stays])
     return stays, inputs

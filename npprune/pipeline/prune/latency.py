@@ -232,16 +232,21 @@ class LatencyTarget(LatencyGoal):
             sizes = model_sizes(model)
             allowed = [widths_for(h, settings.round_to, settings.min_keep) for h in widths]
             self.work.say(f"timing a block's MLP at several widths, batch {self.timer.batch}")
-            alone = measure_width_latency(
-                sizes.width,
-                _grid(sorted({w for row in allowed for w in row})),
-                tokens=sizes.tokens,
-                batch=self.timer.batch,
-                threads=self.timer.threads,
-                provider=place_of(self.timer.runtime.name, self.timer.provider),
-                min_seconds=WIDTH_SECONDS,
-                runtime=self.timer.runtime,
-            )
+            blocks = sizes.stages or ((sizes.tokens, sizes.width),) * len(allowed)
+            timed: dict[tuple[int, int], WidthLatency] = {}
+            for stage in dict.fromkeys(blocks):
+                own = [row for row, of in zip(allowed, blocks, strict=True) if of == stage]
+                timed[stage] = measure_width_latency(
+                    stage[1],
+                    _grid(sorted({w for row in own for w in row})),
+                    tokens=stage[0],
+                    batch=self.timer.batch,
+                    threads=self.timer.threads,
+                    provider=place_of(self.timer.runtime.name, self.timer.provider),
+                    min_seconds=WIDTH_SECONDS,
+                    runtime=self.timer.runtime,
+                )
+            alone = [timed[stage] for stage in blocks]
             self.table = build_table(alone, allowed, widths, self._at)
         except BaseException:
             self.timer.__exit__(None, None, None)
@@ -361,22 +366,25 @@ class LatencySearch(LatencyGoal):
 
 
 def build_table(
-    alone: WidthLatency,
+    alone: WidthLatency | Sequence[WidthLatency],
     allowed: Sequence[Sequence[int]],
     widths: Sequence[int],
     whole: Callable[[Sequence[int]], Latency],
 ) -> LatencyTable:
-    """Prices from the MLP timed alone, at the level of the whole network.
+    """Prices from the MLP timed alone (each block's, where they differ), at the level of the whole
+    network.
 
     `whole(widths)` times the dense network and one of other widths in turn.
     """
-    rows = [_rising({w: alone.at(w) for w in row}) for row in allowed]
+    each = [alone] * len(allowed) if isinstance(alone, WidthLatency) else list(alone)
+    rows = [_rising({w: of.at(w) for w in row}) for of, row in zip(each, allowed, strict=True)]
     narrow = [nearest(row, FIRST_SHARE * h) for row, h in zip(allowed, widths, strict=True)]
     pair = whole(narrow)
     table = LatencyTable(
-        rows, pair.dense_ms, list(widths), alone.batch, alone.threads, alone.provider
+        rows, pair.dense_ms, list(widths), each[0].batch, each[0].threads, each[0].provider
     )
-    table.alone_ms = dict(zip(alone.widths, alone.ms, strict=True))
+    for of in reversed(each):  # of two with the same width, the first
+        table.alone_ms |= dict(zip(of.widths, of.ms, strict=True))
     table.set_level(narrow, pair)
     if (noisy := noise_warning(pair)) is not None:
         table.warnings.append(noisy)

@@ -418,13 +418,20 @@ def scarce(subject: Subject) -> list[str]:
             f"the {images} calibration images are all the same: what stays is chosen and refitted "
             "for that one image (others: `--calibration`)"
         ]
+    short = []
     with torch.no_grad():
-        tokens = images * view.embed(first[None].to(subject.device)).shape[1]
-    if tokens >= max(view.widths):
+        x = view.embed(first[None].to(subject.device))
+        for l, width in enumerate(view.widths):
+            x = view.entered(l, x)
+            tokens = images * x.shape[1]
+            if tokens < width:
+                short.append((tokens / width, tokens, width))
+    if not short:
         return []
+    _, tokens, width = min(short)
     return [
         f"too few calibration images: {images} of {tokens} tokens in all, for up to "
-        f"{max(view.widths)} hidden units per block (more: `--calibration`)"
+        f"{width} hidden units per block (more: `--calibration`)"
     ]
 
 

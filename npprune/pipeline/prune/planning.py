@@ -20,7 +20,7 @@ from npprune.core.compression.harm import Replacement
 from npprune.core.compression.selection import Selection, select
 from npprune.core.compression.sequential import Fit, Refitted, compensate_in_sequence
 from npprune.core.compression.solver import Item
-from npprune.errors import GateError, plural
+from npprune.errors import GateError, UsageError, plural, setting
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.prune.axes import Axis, Kept
 from npprune.pipeline.prune.axes.cls import OWN_SHRINKAGE, OWN_SHRINKAGES
@@ -424,6 +424,12 @@ def _block_by_block(
     """Each block from the dense network's statistics alone."""
     assert settings.compensation != "sequential"
     hidden, view = measured.hidden, measured.subject.view
+    if settings.compensation != "none" and any(view.norm(l) for l in range(len(view.widths))):
+        raise UsageError(
+            f"{setting('prune.compensation', settings.compensation)} refits from what the whole "
+            "network's hidden units are, and this one norms them: without some, the others change",
+            hint=f"{setting('prune.compensation', 'sequential')} refits on the smaller norm",
+        )
     shrinkage = SHRINKAGE if settings.shrinkage is None else settings.shrinkage
     held_out = measured.held_out if needs_held_out(measured, settings) else None
     layers, found = [], []

@@ -162,6 +162,8 @@ class Attention(Axis):
 
     def carry_out(self, model: nn.Module, dense: VitView, kept: Sequence[SmallerAttention]) -> None:
         for l, smaller in enumerate(kept):
+            if dense.attention(l).qkv is None:
+                continue  # the rows that stay are as they were
             set_qkv(model, l, *smaller_qkv(dense.attention(l), smaller))
 
     def warnings(self, kept: Sequence[SmallerAttention], device: torch.device) -> list[str]:

@@ -1,0 +1,39 @@
+"""Where a network's blocks are: in one row, or in stages with the merging of patches between them.
+
+A staged network (Swin) is seen as one row of blocks, too. What merges the patches stands in front
+of a stage's first block and belongs to that block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import nn
+
+STAGED = (SwinTransformer, SwinTransformerV2)
+"""Networks of stages whose blocks see the patches in windows: [b, height, width, d]."""
+
+NORMED = ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm", "SwinTransformerV2Block")
+"""Blocks that norm what attention and MLP give before it is added to the stream: what a unit adds
+depends on all others."""
+
+
+def blocks_of(model: Any) -> list[Any]:
+    """The blocks in forward order."""
+    if isinstance(model, STAGED):
+        return [block for stage in model.layers for block in stage.blocks]
+    return list(model.blocks)
+
+
+def entrances(model: Any) -> dict[int, nn.Module]:
+    """Block -> what merges the patches in front of it; empty for a network of one row."""
+    if not isinstance(model, STAGED):
+        return {}
+    found, first = {}, 0
+    for stage in model.layers:
+        if not isinstance(stage.downsample, nn.Identity):
+            found[first] = stage.downsample
+        first += len(stage.blocks)
+    return found
