@@ -107,6 +107,7 @@ class OwnUnits:
                     w: {fc2: self._beside(fc2, r, side)}
                     for w, row in found.items()
                     for fc2, r in row.items()
+                    if isinstance(fc2, nn.Linear) and isinstance(r, Replacement)
                 }
                 for found in made
             )
