@@ -114,7 +114,7 @@ def analyze(
         UsageError: an unknown word; StoreError: no finished run.
     """
     check_word("what", what, ANALYSES)
-    chosen = None if classes is None else list(classes)
+    chosen = classes if classes is None or isinstance(classes, str) else list(classes)
     with working(progress, device, 0, model) as work:
         run = hold_run(paths, work)
         if model is not None:

@@ -124,7 +124,8 @@ def collect_attention(
         count += len(images)
         if on_batch is not None:
             on_batch(count)
-    return [s.finish(total) for s in sums]
+    where = double(layers[0].proj.weight[:0]).device  # of sums, had this process any images or not
+    return [s.finish(total, where) for s in sums]
 
 
 class _Sums(Sums):
@@ -151,11 +152,12 @@ class _Sums(Sums):
             q, k = double(q).flatten(2), double(k - k.mean(-1, keepdim=True)).flatten(2)
             self.add(queries=(q * w) @ q.mT, keys=k @ k.mT)
 
-    def finish(self, total: Total | None = None) -> AttentionMoments:
+    def finish(self, total: Total | None, where: torch.device) -> AttentionMoments:
         if total is not None:
             self.parts["tokens"] = torch.tensor(self.tokens, dtype=torch.float64)
             self.share(total)
             self.tokens = float(self.parts.pop("tokens"))
+            self.parts = {name: part.to(where) for name, part in self.parts.items()}
         return AttentionMoments(
             self.moments(),
             self.parts["curvature"] / self.tokens,

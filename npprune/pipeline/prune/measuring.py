@@ -310,7 +310,7 @@ def _in_pieces(subject: Subject, work: Work) -> Subject:
 
 def _scored(criterion: str, context: Context, team: Processes) -> list[Tensor]:
     """The scores of every block, each block by one process."""
-    if CRITERIA[criterion].draws:  # in the order of the blocks
+    if team.count == 1 or CRITERIA[criterion].draws:  # in the order of the blocks
         return score(criterion, context)
     blocks = [[l] for l in range(len(context.second))]
 
