@@ -41,12 +41,13 @@ def measured_features(
         work.progress(done, images.source.length)
     if sample is None:
         raise DataError(f"no image of `{images.source.spec}` could be read")
+    before, after = (torch.cat(parts) for parts in pooled)
     found = FeatureEvaluation(
         data=images.info(),
         preprocessing=images.preprocessing,
         device="",
         agreement=metrics.feature_agreement(torch.cat(distances)),
-        probes=_probes(*(torch.cat(parts) for parts in pooled), torch.cat(labels)),
+        probes=_probes(before, after, torch.cat(labels)),
     )
     return found, torch.cat(labels), sample
 
@@ -62,5 +63,5 @@ def _probes(dense: Tensor, pruned: Tensor, labels: Tensor) -> list[Probe]:
         right = [classify(x[known], y) == y for x in (dense, pruned)]
         rates = [metrics.wilson(int(r.sum()), len(y)) for r in right]
         change = metrics.mean_interval(right[1].double() - right[0].double())
-        found.append(Probe(name, *rates, change))
+        found.append(Probe(name, rates[0], rates[1], change))
     return found
