@@ -143,7 +143,7 @@ def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
 def test_every_figure_has_its_table_and_a_name(page: str) -> None:
     figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
     # standard ones; the classes of each variant; analyses; probabilities of one
-    assert len(figures) == 5 + 3 + 6 + 2
+    assert len(figures) == 6 + 3 + 6 + 2
     for figure in figures:
         assert re.search(r'<svg [^>]*role="img" aria-label="[^"]+"', figure)
         table = re.search(r"<details>.*?<tbody>(.*?)</tbody>", figure, re.DOTALL)
@@ -434,12 +434,12 @@ def test_summary_of_several_networks_side_by_side() -> None:
     result = example.result([example.variant(), other])
     shown = summary(result)
     assert shown.columns == ["", "dense", "vit_tiny_half", "thin"]
-    rows = {row[0]: row[1:] for row in shown.rows}
+    rows = {row[0]: row[1:] for row in shown.rows + shown.more}
     assert rows["Top-1"][2].endswith("; dense 80.0 %)")
     assert rows["ONNX file, fp32"][2] == "–"
     assert rows["Attention heads"] == ["36", "–", "24 (−33.3 %)"]
-    assert all(len(row) == 4 for row in shown.rows)
-    labels = [row[0] for row in shown.rows]
+    assert all(len(row) == 4 for row in shown.rows + shown.more)
+    labels = [row[0] for row in shown.more]
     assert labels.index("Hidden units") < labels.index("Attention heads")
     assert "not all evaluated on the same images" in render_html(result)
 
