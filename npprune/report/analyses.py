@@ -19,7 +19,8 @@ from npprune.report.drawing import draw
 QUANTILES = (5, 25, 50, 75, 95)
 FRONT = (
     "Higher and further left is better; the points on the stepped line are beaten by none that "
-    "costs less. Where intervals overlap, the paired differences in the table say more."
+    "costs less; points of one cost are drawn side by side. Where intervals overlap, the paired "
+    "differences in the table say more."
 )
 
 Row = list[str | int | float | None]

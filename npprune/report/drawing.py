@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from npprune.records import FigureData, Series
@@ -97,34 +98,51 @@ def _errors(known: list[tuple[float, float, float | None, float | None, str]]) -
 
 
 def _scatter(ax: Any, data: FigureData) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     total = sum(len(s.y) for s in data.series)
     if data.front:
         best = front([(x, y) for s in data.series for x, y, *_ in _known(s)])
         if len(best) > 1:
             xs, ys = zip(*best, strict=True)
             ax.plot(xs, ys, color=DENSE, linewidth=1, drawstyle="steps-post", label="best so far")
+    beside = _beside([x for s in data.series for x, *_ in _known(s)])
     for i, s in enumerate(data.series):
-        known = _known(s)
-        ax.errorbar(
-            [p[0] for p in known],
-            [p[1] for p in known],
-            yerr=_errors(known),
-            fmt=MARKERS[i // len(SERIES) % len(MARKERS)],
-            color=_color(i),
-            markersize=5.5,
-            elinewidth=1.1,
-            capsize=2.5,
-            label=text.clip(s.name, 32),
-        )
-        for x, y, _, _, label in known if total <= LABELS_DRAWN else []:
-            ax.annotate(
-                text.clip(label, 24),
-                (x, y),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7.5,
-                color=MUTED,
+        for n, point in enumerate(_known(s)):
+            x, y, low, high, label = point
+            ends = [y if end is None else end for end in (low, high)]
+            ax.update_datalim([(x, end) for end in (y, *ends)])  # not by what is drawn aside
+            away = ScaledTranslation(next(beside) / 72, 0, ax.figure.dpi_scale_trans)
+            ax.errorbar(
+                [x],
+                [y],
+                yerr=_errors([point]),
+                fmt=MARKERS[i // len(SERIES) % len(MARKERS)],
+                color=_color(i),
+                markersize=5.5,
+                elinewidth=1.1,
+                capsize=2.5,
+                label="" if n else text.clip(s.name, 32),
+                transform=ax.transData + away,
             )
+            if total <= LABELS_DRAWN:
+                ax.annotate(
+                    text.clip(label, 24),
+                    (x, y),
+                    xytext=(5, 4),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=MUTED,
+                )
+    ax.autoscale_view()
+
+
+def _beside(xs: list[float]) -> Iterator[float]:
+    """How far to the side each point is drawn, in points: those of one cost hide each other."""
+    apart = 0.004 * (max(xs, default=0.0) - min(xs, default=0.0))
+    for i, x in enumerate(xs):
+        near = [j for j, other in enumerate(xs) if abs(other - x) <= apart]
+        yield 7.0 * (near.index(i) - (len(near) - 1) / 2) if len(near) <= 8 else 0.0
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

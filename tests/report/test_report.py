@@ -63,7 +63,7 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
     def count(self, tag: str) -> int:
         return sum(1 for name, _ in self.tags if name == tag)

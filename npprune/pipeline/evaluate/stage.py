@@ -77,14 +77,15 @@ def evaluate(
     logits, labels, ids, sample, flipped = _predict(dense, pruned, images, config, work)
     evaluation = _compare(*logits, labels, images, config, data)
     evaluation.outcomes = _outcomes(*logits, labels, ids)
-    evaluation.flipped = flipped.shown(images.preprocessing, _namer(config, images))
     evaluation.device = str(work.where)
     evaluation.label_doubt = label_doubt(
         logits[0].argmax(1), labels, dense.info.num_classes, images.source
     )
     evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
     _path_shares(evaluation, checkpoint, config)
-    evaluation.merged = merged_images(pruned, sample, labels, images)
+    if settings.thumbnails:
+        evaluation.flipped = flipped.shown(images.preprocessing, _namer(config, images))
+        evaluation.merged = merged_images(pruned, sample, labels, images)
     evaluation.seconds = time.perf_counter() - started
     if settings.latency:
         evaluation.latency = [
