@@ -22,6 +22,7 @@ from npprune.report.svg import (
 
 MARKERS = "osD^vPX*"
 LABELS_DRAWN = 30  # single points with names
+MOVED = 120  # points up to which those of one cost are drawn side by side
 CELLS_NAMED = 18  # columns of a heat map up to which cells show their value
 
 
@@ -78,7 +79,10 @@ def _xs(series: Series) -> list[float]:
     return list(series.x) if series.x is not None else [float(i) for i in range(len(series.y))]
 
 
-def _known(series: Series) -> list[tuple[float, float, float | None, float | None, str]]:
+_Point = tuple[float, float, float | None, float | None, str]
+
+
+def _known(series: Series) -> list[_Point]:
     """(x, y, low, high, label) of the points that were measured."""
     out = []
     for i, (x, y) in enumerate(zip(_xs(series), series.y, strict=False)):
@@ -89,7 +93,7 @@ def _known(series: Series) -> list[tuple[float, float, float | None, float | Non
     return out
 
 
-def _errors(known: list[tuple[float, float, float | None, float | None, str]]) -> Any:
+def _errors(known: list[_Point]) -> Any:
     if not any(low is not None and high is not None for _, _, low, high, _ in known):
         return None
     below = [0.0 if low is None else max(y - low, 0.0) for _, y, low, _, _ in known]
@@ -108,24 +112,24 @@ def _scatter(ax: Any, data: FigureData) -> None:
             ax.plot(xs, ys, color=DENSE, linewidth=1, drawstyle="steps-post", label="best so far")
     beside = _beside([x for s in data.series for x, *_ in _known(s)])
     for i, s in enumerate(data.series):
-        for n, point in enumerate(_known(s)):
-            x, y, low, high, label = point
-            ends = [y if end is None else end for end in (low, high)]
-            ax.update_datalim([(x, end) for end in (y, *ends)])  # not by what is drawn aside
-            away = ScaledTranslation(next(beside) / 72, 0, ax.figure.dpi_scale_trans)
+        aside: dict[float, list[_Point]] = {}  # points of the series by how far they are moved
+        for point in _known(s):
+            aside.setdefault(next(beside), []).append(point)
+        for n, (move, known) in enumerate(aside.items()):
+            ax.update_datalim([(p[0], y) for p in known for y in p[1:4] if y is not None])
             ax.errorbar(
-                [x],
-                [y],
-                yerr=_errors([point]),
+                [p[0] for p in known],
+                [p[1] for p in known],
+                yerr=_errors(known),
                 fmt=MARKERS[i // len(SERIES) % len(MARKERS)],
                 color=_color(i),
                 markersize=5.5,
                 elinewidth=1.1,
                 capsize=2.5,
                 label="" if n else text.clip(s.name, 32),
-                transform=ax.transData + away,
+                transform=ax.transData + ScaledTranslation(move / 72, 0, ax.figure.dpi_scale_trans),
             )
-            if total <= LABELS_DRAWN:
+            for x, y, _, _, label in known if total <= LABELS_DRAWN else []:
                 ax.annotate(
                     text.clip(label, 24),
                     (x, y),
@@ -134,15 +138,15 @@ def _scatter(ax: Any, data: FigureData) -> None:
                     fontsize=7.5,
                     color=MUTED,
                 )
-    ax.autoscale_view()
+    ax.autoscale_view()  # by the values, not by what is drawn aside
 
 
 def _beside(xs: list[float]) -> Iterator[float]:
-    """How far to the side each point is drawn, in points: those of one cost hide each other."""
+    """How far to the side each point is drawn, in points: few of one cost would hide each other."""
     apart = 0.004 * (max(xs, default=0.0) - min(xs, default=0.0))
     for i, x in enumerate(xs):
-        near = [j for j, other in enumerate(xs) if abs(other - x) <= apart]
-        yield 7.0 * (near.index(i) - (len(near) - 1) / 2) if len(near) <= 8 else 0.0
+        near = [j for j, y in enumerate(xs) if abs(y - x) <= apart] if len(xs) <= MOVED else []
+        yield 7.0 * (near.index(i) - (len(near) - 1) / 2) if len(near) <= 8 and near else 0.0
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

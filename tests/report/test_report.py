@@ -29,6 +29,7 @@ from npprune.report import (
     render_markdown,
     summary,
 )
+from npprune.report.drawing import draw
 from npprune.report.markdown import code, escape
 from tests.helpers import report_example as example
 from tests.helpers.report_example import PNG
@@ -407,6 +408,16 @@ def test_chosen_classes_show_three_numbers() -> None:
         "dense, predictions among all classes",
     ):
         assert line in text
+
+
+def test_points_of_one_cost_do_not_hide_each_other() -> None:
+    points = (("a", 50.0, 82.5), ("b", 50.0, 82.5), ("c", 90.0, 80.0))
+    data = FigureData("scatter", [Series(name, [y], [x]) for name, x, y in points])
+    svg = draw(data, "", "x")
+    found = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: var\(--s[123]\)', svg)
+    (a, high), (b, same), *_ = ((float(x), float(y)) for x, y in found)
+    assert high == same
+    assert b - a == pytest.approx(7.0)  # points, of a marker of 5.5
 
 
 def test_summary_of_one_network() -> None:
