@@ -43,12 +43,12 @@ def summary(result: Result) -> Summary:
     if result.variants:
         table = comparison(result)
         key = {m.label for v in result.variants for m in measures(result, v) if m.key}
-        found = [[c.text for c in row] for row in table.rows]
+        shown = [[c.text for c in row] for row in table.rows]
         return Summary(
             notices,
             table.columns,
-            [row for row in found if row[0] in key],
-            [row for row in found if row[0] not in key],
+            [row for row in shown if row[0] in key],
+            [row for row in shown if row[0] not in key],
             [(text.clean(v.name), brief(result, v)) for v in result.variants],
         )
     rows = [
@@ -260,8 +260,8 @@ def timing(t: Latency) -> Measure:
         f"ratio {text.fixed(t.ratio, 2)}, quartiles "
         f"{text.fixed(t.ratio_low, 2)}–{text.fixed(t.ratio_high, 2)}",
     )
-    times = (Cell(text.milliseconds(ms)) for ms in (t.dense_ms, t.pruned_ms))
-    return Measure(f"Latency, {text.where(t)}", *times, change, key=True)
+    dense, pruned = Cell(text.milliseconds(t.dense_ms)), Cell(text.milliseconds(t.pruned_ms))
+    return Measure(f"Latency, {text.where(t)}", dense, pruned, change, key=True)
 
 
 def comparison(result: Result) -> Table:
