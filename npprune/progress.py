@@ -131,7 +131,7 @@ class Progress:
             self._print(Text.assemble((f"{event.stage}: ", "bold"), shown(event.message)))
 
     def _print(self, text: Text, **options: Any) -> None:
-        self.console.print(text, soft_wrap=True, **options)
+        self.console.print(text, soft_wrap=not self.console.is_terminal, **options)
 
     def _advance(self, event: Event) -> None:
         name = shown(f"{event.stage}: {event.message}" if event.message else event.stage)

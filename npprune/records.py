@@ -74,18 +74,25 @@ def to_dict(record: Any) -> dict[str, Any]:
     return data
 
 
-def json_schema(cls: type[Document]) -> dict[str, Any]:
-    """The JSON Schema (2020-12) of a document, as `to_dict` writes it."""
-    schema = _adapter(cls).json_schema(mode="serialization")
+def json_schema(cls: type, kind: str) -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a record as a document of this kind, in a file or on stdout."""
+    schema = headed(_adapter(cls).json_schema(mode="serialization"), kind)
+    if issubclass(cls, Document):
+        said = "sha256 of the canonical JSON of the rest"
+        schema["properties"][CHECKSUM] = {"type": "string", "description": said}
+    return schema
+
+
+def headed(schema: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The schema of an object with `schema_version` and `kind` before the rest."""
     head = {
         "schema_version": {"type": "integer", "minimum": 1, "maximum": SCHEMA_VERSION},
-        "kind": {"const": cls.kind},
+        "kind": {"const": kind},
     }
-    seal = {CHECKSUM: {"type": "string", "description": "sha256 of the canonical JSON of the rest"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **schema,
-        "properties": {**head, **schema["properties"], **seal},
+        "properties": {**head, **schema["properties"]},
         "required": [*head, *schema.get("required", [])],
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,23 @@ def _traced_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx, "_trace", traces.once(onnx._trace))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _documents_as_published() -> Iterator[None]:
+    """Whatever test asks for `--json`: the document is as its published schema says."""
+    from npprune.cli.console import Output
+    from tests.helpers.schemas import check
+
+    plain = Output.document
+
+    def document(self: Output, kind: str, data: dict[str, Any]) -> None:
+        check(kind, data)
+        plain(self, kind, data)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Output, "document", document)
         yield
 
 

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-NAME_WIDTH = 24  # columns that a row's name has at least before it is broken between words
-WIDE_CELL = 20  # columns; a longer interval is broken at its comma, to fit three into 80
+NAME_WIDTHS = (24, 14)  # columns of a row's name before it is broken between words
+WIDE_CELLS = (20, 0)  # columns; a longer interval is broken at its comma, to fit three into 80
 PLAIN_WIDTH = 120  # columns of a table that goes to a file or a pipe
 _UNQUOTED = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 """Control characters that JSON may hold as they are."""
@@ -50,8 +50,9 @@ def say(label: str, message: str) -> None:
     text = Text(where)
     if label:
         text.append(f"{label}: ", style=STYLES.get(label, ""))
-    text.append(shown(message))
-    _console(stderr=True).print(text, soft_wrap=True)
+    console = _console(stderr=True)
+    text.append(wrapped(shown(message), _room(console), "  ", len(text)))
+    console.print(text, soft_wrap=True)
 
 
 def show_error(message: str, hint: str | None = None) -> None:
@@ -81,27 +82,55 @@ def _console(*, stderr: bool) -> Console:
     return _Console(file=stream, highlight=False, emoji=False, width=width)
 
 
-def _cell(text: str) -> Text:
-    """`62.0 % (496/800, 95 % 58.6–65.3)`: the number, and below it what is in brackets."""
+def _room(console: Console) -> int | None:
+    """Columns of a terminal; None where lines go to a file or a pipe, which keeps them whole."""
+    return console.width if console.is_terminal or "COLUMNS" in os.environ else None
+
+
+def wrapped(text: str, width: int | None, indent: str = "", used: int = 0) -> str:
+    """Text broken between words, its further lines indented. What stands in backticks is copied
+    to be typed: it stays on one line where a line holds it. `used`: columns before the text."""
+    if width is None or used + cell_len(text) <= width:
+        return text
+    lines, line, free = [], "", width - used
+    for word in _words(text, width - cell_len(indent)):
+        longer = f"{line} {word}" if line else word
+        if line.strip() and cell_len(longer) > free:
+            lines.append(line)
+            longer, free = indent + word, width
+        line = longer
+    return "\n".join([*lines, line])
+
+
+def _words(text: str, width: int) -> Iterator[str]:
+    for word in re.findall(r"[^\s`]*`[^`]*`[^\s`]*|\S+", text):
+        yield from [word] if cell_len(word) <= width else word.split()
+
+
+def _cell(text: str, wide: int) -> Text:
+    """`62.0 % (496/800, 95 % 58.6–65.3)`: the number, and below it what is in brackets, in two
+    lines where it is longer than `wide`."""
     value, bracket, detail = text.partition(" (")
     cell = Text(value)
     if bracket:
         detail = detail.removesuffix(")").replace("95 % ", "")  # the title says 95 %
-        if len(detail) > WIDE_CELL:
+        if len(detail) > wide:
             detail = detail.replace(", ", "\n", 1)
         cell.append("\n" + detail, style="dim")
     return cell
 
 
-def _least_width(header: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
+def _least_width(header: Sequence[str], rows: Sequence[Sequence[str]], name: int, wide: int) -> int:
     """Columns that a table needs: its names broken between words, its numbers not at all."""
     widths = [max((len(word) for word in header[0].split()), default=0)]
     widths += [cell_len(name) for name in header[1:]]
     for label, *cells in rows:
-        words = [min(cell_len(label), NAME_WIDTH), *map(cell_len, label.split())]
+        words = [min(cell_len(label), name), *map(cell_len, label.split())]
         widths[0] = max(widths[0], *words)
         for i, cell in enumerate(cells, 1):
-            widths[i] = max(widths[i], *(cell_len(line) for line in _cell(cell).plain.split("\n")))
+            widths[i] = max(
+                widths[i], *(cell_len(line) for line in _cell(cell, wide).plain.split("\n"))
+            )
     return sum(widths) + 2 * (len(widths) - 1)
 
 
@@ -175,9 +204,22 @@ class Output:
             drop(sys.stdout)
 
     def line(self, text: str = "") -> None:
-        """One line of data."""
+        """One line of data, never broken: a path, a command."""
         if not self.as_json and not self.quiet:
             _console(stderr=False).print(Text(shown(text)), soft_wrap=True)
+
+    def text(self, text: str) -> None:
+        """A sentence, broken between words on a terminal."""
+        self.line(wrapped(shown(text), _room(_console(stderr=False))))
+
+    def facts(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Names and what is known of them, one a line; long ones are broken on a terminal."""
+        rows = [(shown(name), shown(fact)) for name, fact in rows]
+        used = max((cell_len(name) for name, _ in rows), default=0) + 2
+        room = _room(_console(stderr=False))
+        indent = " " * (used if room is None or used <= room // 2 else 2)
+        for name, fact in rows:
+            self.line(f"{name:<{used}}{wrapped(fact, room, indent, used)}")
 
     def warn(self, messages: Iterable[str]) -> None:
         """Warnings, on stderr."""
@@ -189,16 +231,21 @@ class Output:
         """A table; the first column is text, the others are numbers and never broken.
 
         What a number has in brackets (its interval) goes on a line of its own below it. On a
-        terminal that is too narrow for all columns, each row is a list: its name, and below it
-        what the columns hold.
+        narrow terminal names and intervals take more lines; where even that is too wide, each row
+        is a list: its name, and below it what the columns hold.
         """
         if self.as_json or self.quiet:
             return
         header = [shown(name) for name in header]
         rows = [[shown(cell) for cell in row] for row in rows]
         console = _console(stderr=False)
-        console.print(Text(shown(title), style="bold"), soft_wrap=True)
-        if _least_width(header, rows) > console.width:
+        title = wrapped(shown(title), _room(console))
+        console.print(Text(title, style="bold"), soft_wrap=True)
+        shapes = [(name, wide) for name in NAME_WIDTHS for wide in WIDE_CELLS]
+        needed = (
+            wide for n, wide in shapes if _least_width(header, rows, n, wide) <= console.width
+        )
+        if (wide := next(needed, None)) is None:
             for line in _stacked(header, rows):
                 console.print(line, soft_wrap=True)
             return
@@ -206,7 +253,7 @@ class Output:
         for i, name in enumerate(header):
             table.add_column(escape(name), justify="right" if i else "left", no_wrap=i > 0)
         for label, *cells in rows:
-            table.add_row(escape(label), *map(_cell, cells))
+            table.add_row(escape(label), *(_cell(cell, wide) for cell in cells))
         console.print(table)
 
     def files(self, places: Iterable[tuple[str, str]]) -> None:

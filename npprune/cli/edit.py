@@ -84,10 +84,10 @@ def show_analyses(output: Output, found: Mapping[str, Analysis], folder: Path) -
         if analysis.rows:
             _wide_table(output, analysis)
         if analysis.text:
-            output.line(analysis.text)
+            output.text(analysis.text)
             output.line()
     if output.unstored is None and _recorded(found, folder):
-        output.files([("result", str(folder / "result.json")), ("sections", ", ".join(found))])
+        output.facts([("result", str(folder / "result.json")), ("sections", ", ".join(found))])
         output.line()
         output.line(f"next: npprune report {folder}")
 
@@ -118,5 +118,5 @@ def _wide_table(output: Output, analysis: Analysis) -> None:
         shown = len(columns)
     output.table(analysis.title, columns[:shown], [row[:shown] for row in rows])
     if shown < len(columns):
-        output.line(f"not shown for want of room: {', '.join(columns[shown:])}")
+        output.text(f"not shown for want of room: {', '.join(columns[shown:])}")
     output.line()

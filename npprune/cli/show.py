@@ -1,13 +1,17 @@
-"""What each stage found, as tables for people or as the JSON document of `--json`."""
+"""What each stage found, as tables for people or as the JSON document of `--json`.
+
+First what matters (accuracy with its change, cost, measured speed), then the details, then what to
+doubt, where things lie, and the next command. Only labels that are probably wrong come before all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from npprune.cli.console import Output
 from npprune.records import (
-    Accuracy,
     Benchmark,
     ClassRow,
     DataInfo,
@@ -24,7 +28,14 @@ from npprune.records import (
 )
 from npprune.report import text
 
+if TYPE_CHECKING:
+    from npprune.report.numbers import Summary
+
 TOKENS = {"cls": "the class token", "patch": "the patch tokens", "all": "all tokens"}
+MARKS = {
+    "noisy": "a time or the ratio changed by more than 5 % when repeated",
+    "launch-bound": "most of the time does not grow with the batch, and MACs cannot show",
+}
 MANY_BLOCKS = 48  # more rows than this are left to the report
 
 
@@ -51,7 +62,7 @@ def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) ->
             spread = text.significant(found.mean_score.standard_error)
             rows.append(("mean score", f"{score} (standard error {spread})"))
         rows.append(("time", text.seconds(found.seconds)))
-    output.files(rows)
+    output.facts(rows)
     if dry_run:
         output.line(f"\ndry run: nothing was computed or written; it would go to {folder}")
         return
@@ -65,9 +76,10 @@ def discovery(output: Output, result: Result, folder: Path, *, dry_run: bool) ->
 def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> None:
     """What stays, block by block."""
     summary = variant.prune
-    output.warn(summary.warnings)
     output.document("variant", to_dict(variant))
     _doubts(output, [summary.label_doubt])
+    output.facts([*predicted(summary.predicted), ("network", network(variant.model))])
+    output.line()
     title = "Hidden units" + (" (predicted)" if dry_run else "")
     if len(summary.widths) <= MANY_BLOCKS:
         rows = [
@@ -97,7 +109,6 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
     facts = [
         ("choice", f"{summary.criterion}, {summary.selection}"),
         ("compensation", summary.compensation),
-        ("network", network(variant.model)),
     ]
     if any(summary.protected):
         facts.insert(1, ("path neurons kept", text.path_neurons(summary)))
@@ -105,10 +116,10 @@ def pruned(output: Output, variant: Variant, folder: Path, *, dry_run: bool) -> 
         facts.insert(2, ("tokens merged", " ".join(map(str, merged)) + " per block"))
     if summary.calibration is not None:
         facts.append(("calibration", data(summary.calibration)))
-    facts += predicted(summary.predicted)
     if not dry_run:
         facts.append(("time", text.seconds(summary.seconds)))
     _facts(output, facts)
+    _warn(output, summary.warnings)
     if dry_run:
         output.line(f"\ndry run: nothing was written; it would go to {folder}")
         return
@@ -126,20 +137,19 @@ def healed(output: Output, variant: Variant, folder: Path) -> None:
     if summary is None:
         output.line(f"dry run: nothing was trained or written; it would go to {folder}")
         return
-    output.warn(summary.warnings)
     before, after = summary.before, summary.after
     rows = [
+        text.agreement(summary),
         (
             text.divergence(summary),
             "0",
             text.significant(before.divergence_nats),
             text.significant(after.divergence_nats),
         ),
-        text.agreement(summary),
     ]
     if summary.dense_top1 is not None and before.top1 is not None and after.top1 is not None:
         dense, pruned = text.percent(summary.dense_top1), text.percent(before.top1)
-        rows.append(("top-1", dense, pruned, text.percent(after.top1)))
+        rows.insert(0, ("top-1", dense, pruned, text.percent(after.top1)))
     title = f"On {text.plural(summary.held_out, 'image')} not trained on"
     output.table(title, ("", "dense", "pruned", "healed"), rows)
     facts = [
@@ -156,6 +166,7 @@ def healed(output: Output, variant: Variant, folder: Path) -> None:
     if summary.unlabelled is not None:
         facts.insert(1, ("unlabelled", text.data(summary.unlabelled)))
     _facts(output, facts)
+    _warn(output, summary.warnings)
     _end(output, [("checkpoint", folder)], f"npprune eval {folder} --data folder:PATH")
 
 
@@ -205,17 +216,22 @@ def evaluated(
     output: Output, evaluation: Evaluation | FeatureEvaluation, folder: Path, run: Result | None
 ) -> None:
     """Dense and pruned side by side; with what they cost where the run is still there."""
-    from npprune.report.numbers import summary, warnings
+    from npprune.report import numbers
 
     output.document("evaluation", to_dict(evaluation))
     if isinstance(evaluation, Evaluation):
         _doubts(output, [evaluation.label_doubt])
-    output.warn(warnings(run) if run is not None else [])
-    output.table(
-        f"Dense and pruned on {text.plural(evaluation.data.images, 'image')}, with 95 % intervals",
-        ("", "dense", "pruned", "change"),
-        summary(run).rows if run is not None else evaluation_rows(evaluation),
-    )
+    if run is not None:
+        _summary(output, numbers.summary(run), "Dense and pruned, with 95 % intervals")
+    else:
+        output.facts([(folder.name, numbers.brief_accuracy(evaluation))])
+        output.line()
+        found = [*numbers.accuracies(evaluation), *map(numbers.timing, evaluation.latency)]
+        output.table(
+            "Dense and pruned, with 95 % intervals",
+            ("", "dense", "pruned", "change"),
+            [[m.label, *(cell.text for cell in (m.dense, m.pruned, m.change))] for m in found],
+        )
     classes = evaluation.classes if isinstance(evaluation, Evaluation) else []
     lost = [row for row in classes if row.deviation < 0]
     worst = sorted(lost, key=lambda row: row.deviation)[:5]
@@ -244,52 +260,31 @@ def evaluated(
             ("time", text.seconds(evaluation.seconds)),
         ],
     )
+    _warn(output, numbers.warnings(run) if run is not None else [])
     _end(output, [], f"npprune export {folder}")
-
-
-def evaluation_rows(
-    evaluation: Evaluation | FeatureEvaluation,
-) -> list[tuple[str, str, str, str]]:
-    """Rows of (label, dense, pruned, change)."""
-    if isinstance(evaluation, FeatureEvaluation):
-        from npprune.report import features
-
-        return features.table(evaluation) + [latency_row(row) for row in evaluation.latency]
-    rows = _accuracy("", evaluation.dense, evaluation.pruned)
-    if evaluation.dense_restricted is not None and evaluation.pruned_restricted is not None:
-        among = f", among the {len(evaluation.restricted_to or [])} chosen classes"
-        rows += _accuracy(among, evaluation.dense_restricted, evaluation.pruned_restricted)
-    for name, mean in (
-        ("per image", evaluation.probability_deviation),
-        ("per class", evaluation.deviation_by_class),
-    ):
-        value = f"{text.percent(mean.value, sign=True)} ({text.change_span(mean)})"
-        rows.append((f"probability deviation, {name}", "", value, ""))
-    rows.append(("same top-1 as dense", "", text.rate(evaluation.agreement), ""))
-    return rows + [latency_row(row) for row in evaluation.latency]
-
-
-def _accuracy(what: str, dense: Accuracy, pruned: Accuracy) -> list[tuple[str, str, str, str]]:
-    rows = [
-        (f"{name}{what}", text.rate(a), text.rate(b), text.points(b.value - a.value))
-        for name, a, b in (("top-1", dense.top1, pruned.top1), ("top-5", dense.top5, pruned.top5))
-    ]
-    a, b = dense.true_probability.value, pruned.true_probability.value
-    label = f"true-class probability{what}"
-    return [*rows, (label, text.percent(a), text.percent(b), text.points(b - a))]
-
-
-def latency_row(row: Latency) -> tuple[str, str, str, str]:
-    """One timing: median milliseconds per batch."""
-    dense, pruned = text.milliseconds(row.dense_ms), text.milliseconds(row.pruned_ms)
-    return text.where(row), dense, pruned, text.percent(row.ratio - 1, sign=True)
 
 
 def exported(output: Output, record: ExportRecord, path: Path) -> None:
     """The file, and how well it agrees."""
     output.document("export", to_dict(record))
+    facts = [("parity", _verdict(record)), ("size", text.size(record.bytes))]
+    if record.dense_bytes:
+        smaller = text.relative(record.bytes, record.dense_bytes)
+        facts.append(("dense size", f"{text.size(record.dense_bytes)} ({smaller})"))
+    opset = f" opset {record.opset}" if record.opset else ""
+    facts.append(("file", f"{record.format}{opset}, {record.precision}"))
+    if "features" in record.details:
+        facts.append(("gives", f"features: {record.details['features']}"))
+    if "provider_asked" in record.details:
+        asked, why = record.details["provider_asked"], record.details.get("provider_reason", "")
+        facts.append(("provider", f"{record.provider}, asked for {asked}: {why}"))
+    output.facts(facts)
+    if record.latency:
+        output.line()
+        output.table("Latency", ("", "dense", "pruned", "change"), map(_timing, record.latency))
     runs = f"ONNX Runtime ({record.provider})" if record.format == "onnx" else record.provider
     features = "features" in record.details
+    output.line()
     output.table(
         f"{runs} against PyTorch",
         ("batch", "images", *text.PARITY[features]),
@@ -297,19 +292,13 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
             (
                 str(row.batch),
                 str(row.images),
-                f"{row.max_relative_error:.1e}",
+                text.scientific(row.max_relative_error),
                 text.agrees(row),
             )
             for row in record.parity
         ],
     )
-    if record.latency:
-        output.line()
-        output.table("Latency", ("", "dense", "pruned", "change"), map(latency_row, record.latency))
-    slow = [row for row in record.latency if row.ratio >= 1 and row.ratio_low >= 1]
-    output.warn(f"not faster than dense on this machine: {text.where(row)}" for row in slow)
-    candidates = record.details.get("candidates", [])
-    if candidates:
+    if candidates := record.details.get("candidates", []):
         output.line()
         output.table(
             "Ways of quantising, on held-out images",
@@ -319,21 +308,20 @@ def exported(output: Output, record: ExportRecord, path: Path) -> None:
                 for c in candidates
             ],
         )
-    facts = [("parity", _verdict(record))]
-    opset = f" opset {record.opset}" if record.opset else ""
-    facts.append(("file", f"{record.format}{opset}, {record.precision}"))
-    if "features" in record.details:
-        facts.append(("gives", f"features: {record.details['features']}"))
-    if "provider_asked" in record.details:
-        asked, why = record.details["provider_asked"], record.details.get("provider_reason", "")
-        facts.append(("provider", f"{record.provider}, asked for {asked}: {why}"))
-    facts.append(("size", text.size(record.bytes)))
-    if record.dense_bytes:
-        smaller = text.relative(record.bytes, record.dense_bytes)
-        facts.append(("dense size", f"{text.size(record.dense_bytes)} ({smaller})"))
-    _facts(output, facts)
+    slow = [row for row in record.latency if row.ratio >= 1 and row.ratio_low >= 1]
+    _warn(output, [f"not faster than dense on this machine: {text.where(row)}" for row in slow])
     if record.passed:
-        _end(output, [(text.FORMATS.get(record.format, record.format), path)], None)
+        onnx = record.format == "onnx"
+        _end(
+            output,
+            [(text.FORMATS.get(record.format, record.format), path)],
+            f"npprune predict {path} IMAGE" if onnx else None,
+        )
+
+
+def _timing(row: Latency) -> tuple[str, str, str, str]:
+    dense, pruned = text.milliseconds(row.dense_ms), text.milliseconds(row.pruned_ms)
+    return text.where(row), dense, pruned, text.percent(row.ratio - 1, sign=True)
 
 
 def _verdict(record: ExportRecord) -> str:
@@ -352,54 +340,65 @@ def _verdict(record: ExportRecord) -> str:
 def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     """Two networks side by side."""
     output.document("benchmark", to_dict(found))
-    compared = any(row.pruned_agreement is not None for row in found.rows)
-    marked = any(row.marks for row in found.rows)
-    rows = []
-    for row in found.rows:
-        t = row.latency
-        gain = [text.percent(found.saved / t.ratio, 0)] if found.saved else []
-        rows.append(
+    names = [f"{text.where(t)}, {text.plural(t.threads, 'thread')}" for t in _timed(found)]
+    output.table(
+        f"{found.pruned} compared with {found.dense}: median time of a batch (spread)",
+        ["timed in", "dense", "pruned", "ratio", *["of MACs' gain"] * bool(found.saved)],
+        [
             (
-                f"{text.where(t)}, {text.plural(t.threads, 'thread')}",
+                name,
                 f"{text.milliseconds(t.dense_ms)} (± {text.milliseconds(t.dense_iqr_ms)})",
                 f"{text.milliseconds(t.pruned_ms)} (± {text.milliseconds(t.pruned_iqr_ms)})",
                 f"{text.fixed(t.ratio, 2)} ({t.ratio_low:.2f}–{t.ratio_high:.2f})",
-                *gain,
+                *([text.percent(found.saved / t.ratio, 0)] if found.saved else []),
+            )
+            for name, t in zip(names, _timed(found), strict=True)
+        ],
+    )
+    compared = any(row.pruned_agreement is not None for row in found.rows)
+    output.line()
+    output.table(
+        "Throughput" + (", and agreement with PyTorch" if compared else "") + " (dense)",
+        [
+            "timed in",
+            "images/s",
+            "peak memory",
+            *(["logits off by", "same top-1"] if compared else []),
+        ],
+        [
+            (
+                name,
                 f"{text.fixed(row.pruned_images_per_second)} "
                 f"({text.fixed(row.dense_images_per_second)})",
                 f"{text.size(row.pruned_memory)} ({text.size(row.dense_memory)})"
                 if row.pruned_memory is not None
                 else text.DASH,
-                *([_agreement(row.pruned_agreement)] if compared else []),
-                *([row.marks or text.DASH] if marked else []),
+                *(_agreement(row.pruned_agreement) if compared else []),
             )
-        )
-    columns = ["timed in", "dense", "pruned", "ratio"]
-    columns += ["of MACs' gain"] if found.saved else []
-    columns += ["images/s (dense)", "memory (dense)"]
-    columns += ["logits off, same top-1"] if compared else []
-    columns += ["marks"] if marked else []
-    output.table(f"{found.pruned} compared with {found.dense}: median (spread)", columns, rows)
+            for name, row in zip(names, found.rows, strict=True)
+        ],
+    )
     facts = [("not here", f"{name}: {why}") for name, why in found.absent.items()]
     if found.macs_ratio is not None:
         facts.insert(0, ("MACs ratio", text.fixed(found.macs_ratio, 2)))
-    if any(row.noisy for row in found.rows):
-        facts.append(("noisy", "a time or the ratio changed by more than 5 % when repeated"))
-    if any(row.launch_bound for row in found.rows):
-        facts.append(
-            ("launch-bound", "most of the time does not grow with the batch: MACs cannot show")
-        )
+    for mark, said in MARKS.items():
+        if marked := [n for n, row in zip(names, found.rows, strict=True) if mark in row.marks]:
+            facts.append((mark, f"{'; '.join(marked)}: {said}"))
     if facts:
         _facts(output, facts)
     if folder is not None:
         _end(output, [("JSON", folder / "bench.json"), ("plot", folder / "bench.svg")], None)
 
 
-def _agreement(row: ParityRow | None) -> str:
-    """With PyTorch: `1.2e-06, 100.0 %`."""
+def _timed(found: Benchmark) -> list[Latency]:
+    return [row.latency for row in found.rows]
+
+
+def _agreement(row: ParityRow | None) -> tuple[str, str]:
+    """With PyTorch: `1.2e-06`, `100.0 %`."""
     if row is None:
-        return text.DASH
-    return f"{text.scientific(row.max_relative_error)}, {text.percent(row.top1_agreement)}"
+        return text.DASH, text.DASH
+    return text.scientific(row.max_relative_error), text.percent(row.top1_agreement)
 
 
 def result(
@@ -411,8 +410,7 @@ def result(
 ) -> None:
     """The whole line: every variant, dense against pruned, and where things lie, `also` among
     them; or what one stage of it found, where that could not be stored."""
-    from npprune.report import summary
-    from npprune.report.numbers import doubts
+    from npprune.report.numbers import doubts, summary, warnings
 
     if isinstance(found, Evaluation | FeatureEvaluation):
         return evaluated(output, found, root, None)
@@ -424,24 +422,43 @@ def result(
         return discovery(output, found, root, dry_run=False)
     output.document("result", to_dict(found))
     _doubts(output, doubts(found))
-    for variant in found.variants:
-        output.warn(variant.prune.warnings)
-    shown = summary(found)
-    output.warn(shown.notices)
-    output.table(f"{found.name}, with 95 % intervals", shown.columns, shown.rows)
+    _summary(output, summary(found), f"{found.name}, with 95 % intervals")
+    _warn(output, warnings(found))
     folder = root / "reports" / found.name
     if not folder.is_dir():  # without discovery, the checkpoint's folder is the run's
         folder = root / "ckpt" / found.name
     places: list[tuple[str, Path]] = [("HTML report", folder / "report.html")]
+    following = None
     for variant in found.variants:
         checkpoint = _relative(folder / variant.checkpoint)
         places.append(("checkpoint", checkpoint))
-        if variant.export is not None:
-            places.append(("ONNX file", checkpoint / variant.export.file))
-    _end(output, [*places, *also], None)
+        following = f"npprune export {checkpoint}"
+        if (export := variant.export) is not None:
+            file = checkpoint / export.file
+            places.append((text.FORMATS.get(export.format, export.format), file))
+            following = f"npprune predict {file} IMAGE" if export.format == "onnx" else None
+    _end(output, [*places, *also], following)
 
 
 # ---------------------------------------------------------------- pieces
+
+
+def _summary(output: Output, shown: Summary, title: str) -> None:
+    """A line for each network, the numbers looked for first, the others."""
+    if shown.brief:
+        output.facts(shown.brief)
+        output.line()
+    output.table(title, shown.columns, shown.rows)
+    if shown.more and len(shown.brief) == 1:  # of several networks, the report has them
+        output.line()
+        output.table("Details", shown.columns, shown.more)
+
+
+def _warn(output: Output, messages: Sequence[str]) -> None:
+    """What to doubt, after what was found."""
+    if messages:
+        output.line()
+    output.warn(messages)
 
 
 def network(info: ModelInfo) -> str:
@@ -460,7 +477,7 @@ def _doubts(output: Output, lines: Sequence[str]) -> None:
     """The first lines of a result whose labels are probably wrong."""
     said = [line for line in lines if line]
     for line in said:
-        output.line(f"warning: {line}")
+        output.text(f"warning: {line}")
     if said:
         output.line()
     if output.as_json:
@@ -480,7 +497,7 @@ def _relative(path: Path) -> Path:
 
 def _facts(output: Output, rows: Sequence[tuple[str, str]]) -> None:
     output.line()
-    output.files(rows)
+    output.facts(rows)
 
 
 def _end(output: Output, places: Sequence[tuple[str, Path]], following: str | None) -> None:

@@ -83,14 +83,17 @@ def _show(output: Output, result: Any, folder: Path, *, dry_run: bool) -> None:
         header, rows = folded(analysis.columns, analysis.rows)
         words = next(i for i, v in enumerate(analysis.rows[0]) if not isinstance(v, str))
         places = [i for i, name in enumerate(header) if i >= words and name in SHOWN]
+        differ = [i for i in range(words) if len({row[i].value for row in rows}) > 1]
         shown = [
-            [", ".join(c.value for c in row[:words]), *(row[i].text for i in places)]
+            [", ".join(row[i].value for i in differ), *(row[i].text for i in places)]
             for row in rows
         ]
-        names = [header[i] for i in places]
-        output.table(analysis.title, (", ".join(header[:words]), *names), shown)
+        names = [", ".join(header[i] for i in differ), *(header[i] for i in places)]
+        output.table(analysis.title, names, shown)
         output.line()
-        output.line(text.clean(analysis.text))
+        if same := [f"{header[i]} {rows[0][i].value}" for i in range(words) if i not in differ]:
+            output.text(f"In every row: {', '.join(same)}.")
+        output.text(text.clean(analysis.text))
         output.line()
     if dry_run:
         output.line(f"dry run: nothing was computed or written; it would go to {folder}")

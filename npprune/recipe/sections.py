@@ -515,6 +515,9 @@ class EvaluateSection(Section):
     batches: list[Count] = setting(
         [1, 16], "batch sizes that are timed", panel=MEASURE, metavar="N,N"
     )
+    thumbnails: bool = setting(
+        True, "keep small pictures of some images in the result, for its report", panel=MEASURE
+    )
 
 
 class EditSection(Section):

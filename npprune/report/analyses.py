@@ -17,6 +17,11 @@ from npprune.report.document import Cell, Figure, Paragraph, Section, Table
 from npprune.report.drawing import draw
 
 QUANTILES = (5, 25, 50, 75, 95)
+FRONT = (
+    "Higher and further left is better; the points on the stepped line are beaten by none that "
+    "costs less; points of one cost are drawn side by side. Where intervals overlap, the paired "
+    "differences in the table say more."
+)
 
 Row = list[str | int | float | None]
 
@@ -30,7 +35,8 @@ def section(anchor: str, analysis: Analysis) -> Section:
     if analysis.figure:
         table = _figure_table(analysis.figure)
         alt = text.clean(analysis.title)
-        out.items.append(Figure("", "", partial(draw, analysis.figure, alt, anchor), table))
+        said = FRONT if analysis.figure.front else ""
+        out.items.append(Figure("", said, partial(draw, analysis.figure, alt, anchor), table))
     if given:
         out.items.append(given)
     return out

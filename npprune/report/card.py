@@ -103,7 +103,10 @@ def _measured(e: Evaluation) -> str:
 
 
 def _measured_features(e: FeatureEvaluation) -> str:
-    rows = "\n".join(f"| {' | '.join(row[:3])} |" for row in features.table(e))
+    rows = "\n".join(
+        f"| {label} | {dense.text} | {pruned.text} |"
+        for label, dense, pruned, _ in features.rows(e)
+    )
     said = f"On {text.plural(e.data.images, 'image')} of {code(_dataset(e))}; 95 % intervals."
     return f"| | dense | pruned |\n| --- | --- | --- |\n{rows}\n\n{said} {features.EXPLAINED}"
 

@@ -5,26 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import combinations
 
 from npprune.core import paired
 from npprune.errors import StoreError, UsageError
-from npprune.records import (
-    Accuracy,
-    Evaluation,
-    FigureData,
-    Mean,
-    ModelInfo,
-    Result,
-    Series,
-    Variant,
-)
-from npprune.report import drawing, flipped, numbers, text
+from npprune.records import Evaluation, Mean, Result, Variant
+from npprune.report import flipped, numbers, text, tradeoff
 from npprune.report.document import (
     Cell,
     Facts,
-    Figure,
     Item,
     Missing,
     Page,
@@ -91,13 +80,14 @@ class SameImages:
 
 
 def build(results: Sequence[Result]) -> Page:
-    """The page of several results.
+    """The page of several results; every point of a study among them is in the picture.
 
     Raises:
-        UsageError: there are not two networks to compare.
+        UsageError: there are not two networks to compare, nor one and a study.
     """
     networks = _networks(results)
-    if len(networks) < 2:
+    studies = [r for r in results if tradeoff.studied(r)]
+    if len(networks) < 2 and not (networks and studies):
         raise UsageError(
             f"a comparison needs at least two pruned networks, and these runs have {len(networks)}",
             hint="`npprune prune RUN ...` adds one; one run alone: `npprune report RUN`",
@@ -105,7 +95,7 @@ def build(results: Sequence[Result]) -> Page:
     groups = _groups(networks)
     names = list(dict.fromkeys(text.clean(r.name) for r in results))
     sections = [
-        _side_by_side(networks),
+        _side_by_side(networks, studies),
         Section("tests", "Paired tests", [*_tests(groups), *_untested(networks)]),
         Section("classes", "Classes that differ most", _classes(networks)),
         _origins(networks),
@@ -255,52 +245,28 @@ def _untested(networks: Sequence[Network]) -> list[Item]:
 # ---------------------------------------------------------------- side by side
 
 
-def _side_by_side(networks: Sequence[Network]) -> Section:
+def _side_by_side(networks: Sequence[Network], studies: Sequence[Result]) -> Section:
     columns = [(n.label, numbers.measures(n.result, n.variant)) for n in networks]
     table = numbers.beside(columns)
-    return Section("numbers", "Side by side", [*_accuracy_and_cost(networks), table])
+    return Section("numbers", "Side by side", [*_accuracy_and_cost(networks, studies), table])
 
 
-def _accuracy_and_cost(networks: Sequence[Network]) -> list[Item]:
+def _accuracy_and_cost(networks: Sequence[Network], studies: Sequence[Result]) -> list[Item]:
     names = _dense(networks)
-    dense: dict[str, tuple[str, ModelInfo, Accuracy]] = {}
+    dense: dict[str, tradeoff.Point] = {}
     points = []
     for n in networks:
         if n.evaluation is not None:
             model, source = n.result.model, n.result.model.source.sha256
-            dense.setdefault(source, (names[source], model, n.evaluation.dense))
-            points.append((n.label, n.variant.model, n.evaluation.pruned))
+            before, after = tradeoff.tops(n.evaluation)
+            dense.setdefault(source, tradeoff.Point.of(names[source], model, before))
+            points.append(tradeoff.Point.of(n.label, n.variant.model, after))
     points = [*dense.values(), *points]
     if not points:
         return []
-    data = FigureData(
-        "scatter",
-        [
-            Series(
-                label,
-                [100 * a.top1.value],
-                [m.macs / 1e6],
-                [100 * a.top1.low],
-                [100 * a.top1.high],
-            )
-            for label, m, a in points
-        ],
-        x_label="MACs per image in millions",
-        y_label="top-1 in %, with 95 % intervals",
-    )
-    title = "Accuracy against cost"
-    table = Table(
-        ["network", "MACs", "top-1", "top-5"],
-        [
-            cells(label, text.macs(m.macs), text.rate(a.top1), text.rate(a.top5))
-            for label, m, a in points
-        ],
-    )
-    caption = (
-        "Higher and further left is better. Intervals are those of each network alone; whether "
-        "two differ, the paired tests say more sharply."
-    )
-    return [Figure(title, caption, partial(drawing.draw, data, title, "cost"), table)]
+    said = "Whether two networks of the runs differ, the paired tests say more sharply."
+    found = [(f"study {text.clean(r.name)}", tradeoff.studied(r)) for r in studies]
+    return [tradeoff.figure(points, found, said)]
 
 
 def _classes(networks: Sequence[Network]) -> list[Item]:

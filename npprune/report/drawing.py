@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from npprune.records import FigureData, Series
@@ -21,6 +22,7 @@ from npprune.report.svg import (
 
 MARKERS = "osD^vPX*"
 LABELS_DRAWN = 30  # single points with names
+MOVED = 120  # points up to which those of one cost are drawn side by side
 CELLS_NAMED = 18  # columns of a heat map up to which cells show their value
 
 
@@ -77,7 +79,10 @@ def _xs(series: Series) -> list[float]:
     return list(series.x) if series.x is not None else [float(i) for i in range(len(series.y))]
 
 
-def _known(series: Series) -> list[tuple[float, float, float | None, float | None, str]]:
+_Point = tuple[float, float, float | None, float | None, str]
+
+
+def _known(series: Series) -> list[_Point]:
     """(x, y, low, high, label) of the points that were measured."""
     out = []
     for i, (x, y) in enumerate(zip(_xs(series), series.y, strict=False)):
@@ -88,7 +93,7 @@ def _known(series: Series) -> list[tuple[float, float, float | None, float | Non
     return out
 
 
-def _errors(known: list[tuple[float, float, float | None, float | None, str]]) -> Any:
+def _errors(known: list[_Point]) -> Any:
     if not any(low is not None and high is not None for _, _, low, high, _ in known):
         return None
     below = [0.0 if low is None else max(y - low, 0.0) for _, y, low, _, _ in known]
@@ -97,34 +102,51 @@ def _errors(known: list[tuple[float, float, float | None, float | None, str]]) -
 
 
 def _scatter(ax: Any, data: FigureData) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     total = sum(len(s.y) for s in data.series)
     if data.front:
         best = front([(x, y) for s in data.series for x, y, *_ in _known(s)])
         if len(best) > 1:
             xs, ys = zip(*best, strict=True)
             ax.plot(xs, ys, color=DENSE, linewidth=1, drawstyle="steps-post", label="best so far")
+    beside = _beside([x for s in data.series for x, *_ in _known(s)])
     for i, s in enumerate(data.series):
-        known = _known(s)
-        ax.errorbar(
-            [p[0] for p in known],
-            [p[1] for p in known],
-            yerr=_errors(known),
-            fmt=MARKERS[i // len(SERIES) % len(MARKERS)],
-            color=_color(i),
-            markersize=5.5,
-            elinewidth=1.1,
-            capsize=2.5,
-            label=text.clip(s.name, 32),
-        )
-        for x, y, _, _, label in known if total <= LABELS_DRAWN else []:
-            ax.annotate(
-                text.clip(label, 24),
-                (x, y),
-                xytext=(5, 4),
-                textcoords="offset points",
-                fontsize=7.5,
-                color=MUTED,
+        aside: dict[float, list[_Point]] = {}  # points of the series by how far they are moved
+        for point in _known(s):
+            aside.setdefault(next(beside), []).append(point)
+        for n, (move, known) in enumerate(aside.items()):
+            ax.update_datalim([(p[0], y) for p in known for y in p[1:4] if y is not None])
+            ax.errorbar(
+                [p[0] for p in known],
+                [p[1] for p in known],
+                yerr=_errors(known),
+                fmt=MARKERS[i // len(SERIES) % len(MARKERS)],
+                color=_color(i),
+                markersize=5.5,
+                elinewidth=1.1,
+                capsize=2.5,
+                label="" if n else text.clip(s.name, 32),
+                transform=ax.transData + ScaledTranslation(move / 72, 0, ax.figure.dpi_scale_trans),
             )
+            for x, y, _, _, label in known if total <= LABELS_DRAWN else []:
+                ax.annotate(
+                    text.clip(label, 24),
+                    (x, y),
+                    xytext=(5, 4),
+                    textcoords="offset points",
+                    fontsize=7.5,
+                    color=MUTED,
+                )
+    ax.autoscale_view()  # by the values, not by what is drawn aside
+
+
+def _beside(xs: list[float]) -> Iterator[float]:
+    """How far to the side each point is drawn, in points: few of one cost would hide each other."""
+    apart = 0.004 * (max(xs, default=0.0) - min(xs, default=0.0))
+    for i, x in enumerate(xs):
+        near = [j for j, y in enumerate(xs) if abs(y - x) <= apart] if len(xs) <= MOVED else []
+        yield 7.0 * (near.index(i) - (len(near) - 1) / 2) if len(near) <= 8 and near else 0.0
 
 
 def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

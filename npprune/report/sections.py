@@ -24,6 +24,7 @@ from npprune.report import (
     provenance,
     reliability,
     text,
+    tradeoff,
 )
 from npprune.report.analyses import section as analysis_section
 from npprune.report.document import (
@@ -116,7 +117,7 @@ def _accuracy(result: Result) -> Section:
         return section
     section.items.append(numbers.comparison(result))
     if done := _evaluated(result):
-        section.items.append(_accuracy_figure(done))
+        section.items += [_accuracy_figure(done), _tradeoff(result, done)]
         section.items.append(
             Paragraph(
                 "Intervals of proportions are Wilson's; those of changes and deviations are "
@@ -152,6 +153,21 @@ def _accuracy_figure(done: list[tuple[Variant, Evaluation]]) -> Figure:
         figures.accuracy, rows, "Top-1 and top-5 accuracy with 95 % intervals", "accuracy"
     )
     return Figure("Accuracy", "Top-1 (filled) and top-5 (hollow).", draw, table)
+
+
+def _tradeoff(result: Result, done: list[tuple[Variant, Evaluation]]) -> Figure:
+    dense: dict[str, tradeoff.Point] = {}
+    points = []
+    for variant, evaluation in done:
+        name = text.clean(variant.name)
+        before, after = tradeoff.tops(evaluation)
+        chosen = ", among the chosen classes" if evaluation.restricted_to is not None else ""
+        images = f", images of {name}" if dense else ""
+        key = f"{evaluation.data.sha256}{chosen}"
+        dense.setdefault(key, tradeoff.Point.of(f"dense{chosen or images}", result.model, before))
+        points.append(tradeoff.Point.of(f"{name}{chosen}", variant.model, after))
+    found = [("study", tradeoff.studied(result))]
+    return tradeoff.figure([*dense.values(), *points], found)
 
 
 def _restricted(variant: Variant, evaluation: Evaluation) -> list[Item]:

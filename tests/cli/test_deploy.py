@@ -28,6 +28,7 @@ from tests.helpers.deploying import (
     write_images,
     write_pruned,
 )
+from tests.helpers.schemas import check
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = (
@@ -226,6 +227,7 @@ def test_predict_gives_the_same_in_every_format(
     assert run(*args, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["schema_version"], found["kind"]) == (1, "predictions")
+    check("predictions", found)
     assert len(found["predictions"]) == 24
     target = tmp_path / "p.csv"
     assert run(*args, "--out", target) == 0

@@ -200,6 +200,12 @@ def test_what_happened_to_each_image_is_recorded(run: Path) -> None:
     html, _ = render_report(run)
     assert html.read_text().count("<img") == len(found.flipped)
     assert html.stat().st_size < 1 << 20
+    private = QUICK.model_copy(update={"thumbnails": False})
+    without = evaluate(out, DataSection(val="digits:test"), private)
+    assert (without.flipped, without.merged) == ([], [])
+    assert without.outcomes == outcomes
+    render_report(run)
+    assert "<img" not in html.read_text()
 
     data = json.loads((run / "result.json").read_text())
     for key in ("outcomes", "flipped", "dense_reliability", "pruned_reliability", "deviations"):

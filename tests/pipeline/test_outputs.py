@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_in_the_end_loses_nothing(
     args = ["eval", str(measured[0]), "--data", measured[1].val or "", "--no-latency"]
     assert app.run_app([*args, "--device", "cpu"]) == 2
     out, err = capsys.readouterr()
-    assert "Dense and pruned on 12 images" in out
+    assert " on 12 images, " in out
     assert "next:" not in out
     assert "error: cannot write `result.json`: no space left on the device" in err
 

@@ -9,7 +9,8 @@ import pytest
 from npprune.cli import app
 from npprune.errors import UsageError
 from npprune.records import Outcomes, Result, to_json
-from npprune.report import comparing
+from npprune.report import comparing, pareto, sections, tradeoff
+from npprune.report.document import Table
 from npprune.report.html import as_html
 from npprune.report.markdown import as_markdown
 from tests.helpers import report_example as example
@@ -46,6 +47,39 @@ def test_pairs_on_the_same_images_are_tested() -> None:
         "(95 % +3.7 to +26.3, p = 0.017)."
     ]
     assert page.warnings == []
+
+
+def a_study() -> Result:
+    """A run whose study has two points, at 50 % and 70 % of 1.26 G MACs."""
+    study = example.result([])
+    study.name = "ways"
+    points = {"obs": [(50.0, 62.0, 58.6, 65.3), (70.0, 75.8, 72.7, 78.6)]}
+    study.analyses["study"] = pareto("Study", points, x_label=tradeoff.STUDY_COST)
+    return study
+
+
+def test_every_point_of_a_study_is_in_the_picture() -> None:
+    text = as_markdown(comparing.build([a_run("one", A, DENSE), a_study()]))
+    assert "| study ways: obs | 0.63 G | 62.0 % (95 % 58.6–65.3) |" in text
+    assert "| study ways: obs | 0.88 G | 75.8 % (95 % 72.7–78.6) |" in text
+    with pytest.raises(UsageError, match="at least two pruned networks"):
+        comparing.build([a_study(), a_study()])
+    own = a_run("one", A, DENSE)  # a study in the run itself
+    own.analyses = a_study().analyses
+    for said in ("| study: obs | 0.63 G |", "| dense | 1.26 G | 82.5 %", "| half | 0.90 G |"):
+        assert said in as_markdown(sections.build(own))
+
+
+def test_a_dozen_networks_are_compared_in_tables_and_a_picture() -> None:
+    page = comparing.build([a_run(f"run {i}", A if i % 2 else B, DENSE) for i in range(12)])
+    tests = next(s for s in page.sections if s.anchor == "tests").items[0]
+    assert isinstance(tests, Table)
+    assert [row[0].value for row in tests.rows] == [f"run {i}: half" for i in range(12)]
+    assert {row[1].value for row in tests.rows} == {"dense"}
+    beside = page.sections[0].items[1]
+    assert isinstance(beside, Table)
+    assert beside.columns == ["", "dense", *(f"run {i}: half" for i in range(12))]
+    assert as_html(page).count("<svg") == 1
 
 
 def test_networks_that_are_not_told_apart_are_not_ranked() -> None:

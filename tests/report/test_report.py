@@ -29,6 +29,7 @@ from npprune.report import (
     render_markdown,
     summary,
 )
+from npprune.report.drawing import draw
 from npprune.report.markdown import code, escape
 from tests.helpers import report_example as example
 from tests.helpers.report_example import PNG
@@ -63,7 +64,7 @@ class Page(html.parser.HTMLParser):
             assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\u00a0", " ")
 
     def count(self, tag: str) -> int:
         return sum(1 for name, _ in self.tags if name == tag)
@@ -143,7 +144,7 @@ def test_page_is_well_formed_and_loads_nothing(page: str) -> None:
 def test_every_figure_has_its_table_and_a_name(page: str) -> None:
     figures = re.findall(r"<figure>.*?</figure>", page, re.DOTALL)
     # standard ones; the classes of each variant; analyses; probabilities of one
-    assert len(figures) == 5 + 3 + 6 + 2
+    assert len(figures) == 6 + 3 + 6 + 2
     for figure in figures:
         assert re.search(r'<svg [^>]*role="img" aria-label="[^"]+"', figure)
         table = re.search(r"<details>.*?<tbody>(.*?)</tbody>", figure, re.DOTALL)
@@ -409,6 +410,16 @@ def test_chosen_classes_show_three_numbers() -> None:
         assert line in text
 
 
+def test_points_of_one_cost_do_not_hide_each_other() -> None:
+    points = (("a", 50.0, 82.5), ("b", 50.0, 82.5), ("c", 90.0, 80.0))
+    data = FigureData("scatter", [Series(name, [y], [x]) for name, x, y in points])
+    svg = draw(data, "", "x")
+    found = re.findall(r'<use [^>]*x="([\d.]+)" y="([\d.]+)" style="fill: var\(--s[123]\)', svg)
+    (a, high), (b, same), *_ = ((float(x), float(y)) for x, y in found)
+    assert high == same
+    assert b - a == pytest.approx(7.0)  # points, of a marker of 5.5
+
+
 def test_summary_of_one_network() -> None:
     shown = summary(example.result())
     assert shown.columns == ["", "dense", "pruned", "change"]
@@ -434,12 +445,12 @@ def test_summary_of_several_networks_side_by_side() -> None:
     result = example.result([example.variant(), other])
     shown = summary(result)
     assert shown.columns == ["", "dense", "vit_tiny_half", "thin"]
-    rows = {row[0]: row[1:] for row in shown.rows}
+    rows = {row[0]: row[1:] for row in shown.rows + shown.more}
     assert rows["Top-1"][2].endswith("; dense 80.0 %)")
     assert rows["ONNX file, fp32"][2] == "–"
     assert rows["Attention heads"] == ["36", "–", "24 (−33.3 %)"]
-    assert all(len(row) == 4 for row in shown.rows)
-    labels = [row[0] for row in shown.rows]
+    assert all(len(row) == 4 for row in shown.rows + shown.more)
+    labels = [row[0] for row in shown.more]
     assert labels.index("Hidden units") < labels.index("Attention heads")
     assert "not all evaluated on the same images" in render_html(result)
 

@@ -107,14 +107,17 @@ def evaluate(
             logits = torch.cat(seen.dense), torch.cat(seen.pruned)
             evaluation = _compare(*logits, labels, images, config, data)
             evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
-            evaluation.flipped = seen.flipped.shown(images.preprocessing, _namer(config, images))
+            if settings.thumbnails:
+                namer = _namer(config, images)
+                evaluation.flipped = seen.flipped.shown(images.preprocessing, namer)
             evaluation.label_doubt = label_doubt(
                 logits[0].argmax(1), labels, dense.info.num_classes, images.source
             )
             _path_shares(evaluation, checkpoint, config)
         evaluation.device = str(work.where)
         evaluation.dense_model, evaluation.pruned_model = dense.info, pruned.info
-        evaluation.merged = merged_images(pruned, sample, labels, images)
+        if settings.thumbnails:
+            evaluation.merged = merged_images(pruned, sample, labels, images)
         evaluation.seconds = time.perf_counter() - started
         if settings.latency:
             evaluation.latency = [
