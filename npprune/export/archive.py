@@ -119,13 +119,21 @@ def to_timm(
             "timm's networks have one MLP per block, and here the class token has one of its own",
             hint="export to ONNX or a torch archive",
         )
+    if any(name.startswith("layers.") for name in model.state_dict()):
+        raise ExportError(
+            "a folder in timm's format is written of networks with one width, and this one has "
+            "stages",
+            hint="export to ONNX or a torch archive",
+        )
     ratio = _mlp_ratio(info)
     tensors = {k: v.contiguous() for k, v in frozen_copy(model).state_dict().items()}
     for name, tensor in tensors.items():
-        if name.endswith("attn.qkv.weight") and tensor.shape[0] != 3 * info.embed_dim:
+        parts = {"attn.qkv.weight": 3, "attn.q_proj.weight": 1}
+        count = next((n for end, n in parts.items() if name.endswith(end)), 0)
+        if count and tensor.shape[0] != count * info.embed_dim:
             raise ExportError(
                 f"timm's attention is as wide as the stream ({info.embed_dim}): `{name}` gives "
-                f"{tensor.shape[0] // 3}",
+                f"{tensor.shape[0] // count}",
                 hint="attention was made smaller: export to ONNX or a torch archive",
             )
     pre = info.preprocessing
