@@ -86,6 +86,19 @@ def test_what_merges_in_front_of_a_stage() -> None:
     assert moved[7]
 
 
+def test_bfloat16_keeps_the_stream() -> None:
+    model = tiny_swin().float()
+    images = images_for(model).float()
+    exact, rough = make_view(model), make_view(model, precision="bf16")
+    with torch.no_grad():
+        x, y = exact.embed(images), rough.embed(images)
+        for l in range(4):
+            x, y = exact.block(l, x), rough.block(l, y)
+            assert y.dtype == torch.float32
+    assert not torch.equal(x, y)
+    torch.testing.assert_close(y, x, rtol=0.1, atol=0.2)
+
+
 def test_a_network_that_does_more_between_its_stages_is_noticed() -> None:
     model: Any = tiny_swin()
     inner = model.layers[1].forward
