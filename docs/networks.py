@@ -1,4 +1,4 @@
-"""Writes `docs/networks.md`: what works on which network of timm, asked of tiny ones of a family.
+"""Writes `docs/networks.md`: what works on which network, asked of tiny ones of each family.
 
     python docs/networks.py
 

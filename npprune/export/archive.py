@@ -116,6 +116,12 @@ def to_timm(
     """
     from safetensors.torch import save_file
 
+    if any(name.startswith("layers.") for name in model.state_dict()):
+        raise ExportError(
+            "a folder in timm's format is written of networks with one width, and this one has "
+            "stages",
+            hint="export to ONNX or a torch archive",
+        )
     tensors = {k: v.contiguous() for k, v in frozen_copy(model).state_dict().items()}
     name, args = info.source.architecture.split(".")[0], dict(info.source.model_args)
     own = not _is_timms(info, tensors)
@@ -186,10 +192,12 @@ def _described(
 
 def _narrower(info: ModelInfo, tensors: dict[str, Tensor]) -> bool:
     """Whether some block's attention is smaller than timm's."""
+    parts = {"attn.qkv.weight": 3, "attn.q_proj.weight": 1}
     return any(
-        tensor.shape[0] != 3 * info.embed_dim
+        tensor.shape[0] != count * info.embed_dim
         for name, tensor in tensors.items()
-        if name.endswith("attn.qkv.weight")
+        for end, count in parts.items()
+        if name.endswith(end)
     )
 
 

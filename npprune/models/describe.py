@@ -132,8 +132,7 @@ def _likely(name: str, model: nn.Module) -> list[dict[str, Any]]:
     outputs = {"num_classes": own["num_classes"]}
     try:
         with torch.device("meta"):
-            quick = {"weight_init": "skip"} if isinstance(model, STAGED) else {}
-            usual = _arguments(create(name, dict(outputs), **quick))
+            usual = _arguments(create(name, dict(outputs)))
     except (ModelError, RuntimeError, AttributeError):  # not such a network any more
         return []
     args = outputs | {k: v for k, v in own.items() if usual.get(k) != v}

@@ -38,15 +38,16 @@ class StagedView(TimmView):
 
     def _flat(self, streams: list[Tensor]) -> Tensor:
         self.grids = [(x.shape[1], x.shape[2]) for x in streams]
-        return streams[0].flatten(1, 2)
+        return streams[0].flatten(1, 2).to(self.blocks[0].norm1.weight.dtype)
 
     def _check_plain(self, streams: list[Tensor], features: Any) -> None:
         """With blocks that do nothing, patches merge between the stages, and that is all."""
         same = len(streams) == len(self.blocks)
-        with torch.no_grad():
+        with torch.no_grad(), self._products(streams[0]):
             for l in range(1, len(streams) if same else 0):
                 expected = self.entered(l, streams[l - 1].flatten(1, 2))
-                same &= torch.allclose(streams[l].flatten(1, 2), expected, equal_nan=True)
+                found = streams[l].flatten(1, 2).to(expected.dtype)
+                same &= torch.allclose(found, expected, equal_nan=True)
             expected = self.model.norm(streams[-1])
         if not same or not torch.allclose(features, expected, atol=1e-5, equal_nan=True):
             raise ModelError(

@@ -279,7 +279,7 @@ class TimmView:
         return self.blocks[l].mlp.fc2  # type: ignore[no-any-return]
 
     def norm(self, l: int) -> nn.Module | None:
-        norm = getattr(self.blocks[l].mlp, "norm", None)
+        norm: nn.Module | None = getattr(self.blocks[l].mlp, "norm", None)
         return None if isinstance(norm, nn.Identity) else norm
 
     def first(self, l: int) -> list[nn.Linear]:

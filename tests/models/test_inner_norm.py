@@ -84,7 +84,7 @@ def test_the_refit_is_least_squares_on_what_the_smaller_norm_gives() -> None:
     torch.testing.assert_close(ours, fit, rtol=1e-5, atol=1e-6)
 
 
-def test_the_line(tmp_path: Any) -> None:
+def test_the_line() -> None:
     model: nn.Module = family("beit3, MLP norm")[0].float()
     g = torch.Generator().manual_seed(4)
     images = torch.randn(40, 3, 32, 32, generator=g)
@@ -96,8 +96,6 @@ def test_the_line(tmp_path: Any) -> None:
         p, q, r = (m(fresh).log_softmax(1) for m in (model.eval(), pruned.model, rough.model))
     harm, before = ((p.exp() * (p - x)).sum(1).mean() for x in (q, r))
     assert harm < 0.7 * before
-    record = npprune.export(pruned, tmp_path / "m.onnx", images, latency=False)
-    assert record.passed
     with pytest.raises(UsageError, match="this one norms them") as err:
         npprune.prune(model, images, keep=0.5, compensation="mean", **settings)
     assert "sequential" in str(err.value.hint)
