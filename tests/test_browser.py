@@ -163,7 +163,7 @@ def test_the_report_can_be_read_by_everyone_at_every_width(
 
 def test_a_page_with_a_barrier_is_found(opened: Any, checker: str) -> None:
     dark = "@media (prefers-color-scheme: dark) { h1 { color: #eee; background: #fff } }"
-    page = "<main><h1>x</h1><img src=data:,></main>"
+    page = "<main><h1>A heading</h1><img src=data:,></main>"
     opened.set_content(f"<html lang=en><title>x</title><style>{dark}</style>{page}")
     kinds = [line.split(":")[0] for line in barriers(opened, checker)]
     assert kinds == ["light, image-alt", "dark, color-contrast"]
