@@ -22,17 +22,17 @@ depends on all others."""
 
 def blocks_of(model: Any) -> list[Any]:
     """The blocks in forward order."""
-    if isinstance(model, STAGED):
-        return [block for stage in model.layers for block in stage.blocks]
-    return list(model.blocks)
+    stages: Any = model.layers if isinstance(model, STAGED) else [model]
+    return [block for stage in stages for block in stage.blocks]
 
 
 def entrances(model: Any) -> dict[int, nn.Module]:
     """Block -> what merges the patches in front of it; empty for a network of one row."""
     if not isinstance(model, STAGED):
         return {}
-    found, first = {}, 0
-    for stage in model.layers:
+    found: dict[int, nn.Module] = {}
+    first, stages = 0, list[Any](model.layers)
+    for stage in stages:
         if not isinstance(stage.downsample, nn.Identity):
             found[first] = stage.downsample
         first += len(stage.blocks)

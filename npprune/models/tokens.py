@@ -71,7 +71,7 @@ def remove_tokens(model: nn.Module) -> nn.Module:
     """The same network, changed in place: every token goes through every block."""
     for block in blocks_of(model):
         if isinstance(block, Merging):
-            block.__class__ = next(p for p, ours in MERGING.items() if type(block) is ours)
+            block.__class__ = next(p for p, ours in MERGING.items() if type(block) is ours)  # type: ignore[assignment]
             del block.token_options
     return model
 
