@@ -209,8 +209,9 @@ def python() -> str:
             )
             if sections := getattr(thing, "sections", ()):
                 keys = [section.__name__.removesuffix("Section").lower() for section in sections]
-                links = ", ".join(f"[{key}](recipes.md#{key})" for key in keys)
-                parts.append(f"Settings, by their names in a recipe: {links}.\n")
+                links = [f"[{k}](recipes.md#{k})" for k in keys if k in Recipe.model_fields]
+                if links:
+                    parts.append(f"Settings, by their names in a recipe: {', '.join(links)}.\n")
     parts.append(
         "## npprune.criteria.register\n\nA criterion of your own, known to `prune` as long as the "
         "process runs.\n\n" + _docstrings("npprune.criteria.register")

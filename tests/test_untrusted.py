@@ -37,7 +37,7 @@ def test_no_escape_sequence_reaches_the_terminal(capsys: pytest.CaptureFixture[s
         emit(Event("discover", EVIL, "warning"))
         emit(Event("discover", EVIL, "progress", 1, 1, "images"))
     text = "".join(capsys.readouterr())
-    Output(as_json=True).document("x", {"name": EVIL})
+    Output(as_json=True).document("report", {"html": EVIL, "markdown": ""})
     document = capsys.readouterr().out
     assert not set(text + document) & set("\x1b\x9b\x07\r\u202e")
     assert text.count("[2J") >= 7

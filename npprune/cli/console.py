@@ -84,7 +84,7 @@ def _console(*, stderr: bool) -> Console:
 
 def _room(console: Console) -> int | None:
     """Columns of a terminal; None where lines go to a file or a pipe, which keeps them whole."""
-    return console.width if console.is_terminal or "COLUMNS" in os.environ else None
+    return console.width if console.is_terminal else None
 
 
 def wrapped(text: str, width: int | None, indent: str = "", used: int = 0) -> str:

@@ -11,6 +11,7 @@ from npprune.records import (
     Benchmark,
     Evaluation,
     ExportRecord,
+    FeatureEvaluation,
     Plan,
     Result,
     Variant,
@@ -109,6 +110,7 @@ RECORDS: dict[str, type] = {
     "plan": Plan,  # a file alone
     "variant": Variant,  # prune, heal
     "evaluation": Evaluation,  # eval
+    "feature-evaluation": FeatureEvaluation,  # eval of a network without a classifier
     "export": ExportRecord,  # export
     "benchmark": Benchmark,  # bench
     "analyses": Analyses,

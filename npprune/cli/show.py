@@ -218,7 +218,8 @@ def evaluated(
     """Dense and pruned side by side; with what they cost where the run is still there."""
     from npprune.report import numbers
 
-    output.document("evaluation", to_dict(evaluation))
+    kind = "evaluation" if isinstance(evaluation, Evaluation) else "feature-evaluation"
+    output.document(kind, to_dict(evaluation))
     if isinstance(evaluation, Evaluation):
         _doubts(output, [evaluation.label_doubt])
     if run is not None:

@@ -61,7 +61,7 @@ def npprune_vit(
     """
     config = resolve_pretrained_cfg("npprune_vit", pretrained_cfg, pretrained_cfg_overlay)
     classes = kwargs.pop("num_classes", config.num_classes)
-    model: Any = timm.create_model(base, num_classes=classes, **{**base_args, **kwargs})
+    model: Any = timm.create_model(base, **{**base_args, **kwargs, "num_classes": classes})
     for l in cls:
         mlp = model.blocks[l].mlp
         mlp.cls, mlp.first = copy.deepcopy(mlp), cls_tokens

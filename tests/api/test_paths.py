@@ -88,7 +88,7 @@ def test_gradients_that_are_switched_off(
         (UsageError, {"accumulation": None}, "`accumulation` must be one of"),
         (UsageError, {"model": "vit"}, "`model` must be a network, got str"),
         (ModelError, {"model": nn.Linear(2, 2)}, "Linear"),
-        (ModelError, {"model": tiny_vit(num_classes=0)}, "must end in a linear classifier"),
+        (ModelError, {"model": tiny_vit(num_classes=0)}, "VisionTransformer has no classifier"),
         (ModelError, {"model": tiny_vit(num_classes=1), "labels": [0, 0]}, "got one"),
         (ModelError, {"model": tiny_vit().to("meta")}, "meta device"),
     ],
@@ -134,7 +134,7 @@ def test_plans_are_checked(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"num_classes": 0}, {"num_heads": 2.5}, {"img_size": "big"}, {"img_size": (0, 16)}]
+    "wrong", [{"num_classes": -1}, {"num_heads": 2.5}, {"img_size": "big"}, {"img_size": (0, 16)}]
 )
 def test_numbers_of_load_model(wrong: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match=f"`{next(iter(wrong))}` must be a whole number at least"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from npprune.cli import show
+from npprune.cli import console, show
 from npprune.cli.console import Output, wrapped
 from npprune.records import Benchmark, BenchmarkRow, Environment, Mean, Result
 from npprune.report.markdown import render_markdown
@@ -95,6 +95,7 @@ def test_every_summary_fits_the_terminal_as_tables(
     stage: str, columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(console, "_room", lambda _: columns)  # as on a terminal
     STAGES[stage](Output(as_json=False))
     for stream in capsys.readouterr():
         lines = [line for line in stream.splitlines() if not line.startswith("next: ")]

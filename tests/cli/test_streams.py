@@ -36,8 +36,8 @@ def test_a_table_and_the_help_on_any_stream(encoding: str, monkeypatch: pytest.M
     assert app.run_app(["prune", "--help"]) == 0
     output = Output(as_json=False)
     output.table("Top-1 – dense", ("", "dense"), [("−1 ×", "62.0 % (4/8, 95 % 58.6–65.3)")])
-    output.document("x", {})
-    Output(as_json=True).document("x", {"name": "caf\udce9 −"})
+    output.document("report", {"html": "", "markdown": ""})
+    Output(as_json=True).document("report", {"html": "caf\udce9 −", "markdown": ""})
     stream.flush()
     text = raw.getvalue().decode(encoding)
     assert "-1" in text

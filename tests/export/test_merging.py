@@ -11,15 +11,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from npprune.errors import ExportError
-from npprune.export.archive import to_timm, to_torch_archive
+from npprune.export.archive import to_torch_archive
 from npprune.export.checked import Comparison, export_checked
 from npprune.export.graph import tidy
 from npprune.export.onnx import Int8Needs, OnnxForm, export_onnx
 from npprune.export.parity import top1_score
-from npprune.models.info import model_info
 from npprune.models.tokens import apply_tokens
-from npprune.records import ModelSource
 from tests.export.test_onnx import CLASSES, PREPROCESSING, images, tiny
 
 __all__ = ["images"]
@@ -71,12 +68,6 @@ def test_eight_bits(merging, images, tmp_path: Path) -> None:
 def test_torch_archive(merging, images, tmp_path: Path) -> None:
     record = to_torch_archive(merging, PREPROCESSING, CLASSES, images, tmp_path / "m.pt2")
     assert all(row.max_relative_error < 1e-5 for row in record.parity)
-
-
-def test_timm_has_no_such_network(merging, tmp_path: Path) -> None:
-    info = model_info(merging, ModelSource("vit_tiny_patch16_224"))
-    with pytest.raises(ExportError, match="merge no tokens"):
-        to_timm(merging, info, CLASSES, tmp_path / "timm")
 
 
 def test_constants_of_one_value_and_other_shapes_stay_apart() -> None:

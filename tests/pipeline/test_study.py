@@ -340,7 +340,7 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         "--out", str(tmp_path / "study"),
     ]  # fmt: skip
     assert run_app([*args, "--dry-run"]) == 0
-    assert "random, uniform, least-squares" in capsys.readouterr().out
+    assert "random        1" in capsys.readouterr().out
     assert run_app([*args, "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["kind"] == "result"
