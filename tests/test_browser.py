@@ -80,7 +80,9 @@ def opened(browser: Any) -> Iterator[Any]:
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
 
 
-@pytest.mark.parametrize("page", ["site/index.html", "one.html"])
+@pytest.mark.parametrize(
+    "page", ["site/index.html", pytest.param("one.html", marks=pytest.mark.slow)]
+)
 def test_every_page_draws_itself_at_three_widths(world: Path, opened: Any, page: str) -> None:
     opened.goto(f"file://{world / page}")
     opened.wait_for_selector("h1")

@@ -41,7 +41,7 @@ def test_no_escape_sequence_reaches_the_terminal(capsys: pytest.CaptureFixture[s
     document = capsys.readouterr().out
     assert not set(text + document) & set("\x1b\x9b\x07\r\u202e")
     assert text.count("[2J") >= 7
-    assert json.loads(document)["name"] == EVIL
+    assert json.loads(document)["html"] == EVIL
 
 
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-x.png", "@SUM(A1)", "\t=1"])

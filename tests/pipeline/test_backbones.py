@@ -112,7 +112,12 @@ def test_a_network_in_memory_goes_the_whole_line(
 
 
 @pytest.mark.parametrize(
-    ("what", "shape"), [("pooled", (3, 24)), ("cls", (3, 24)), ("patches", (3, 24, 4, 4))]
+    ("what", "shape"),
+    [
+        pytest.param("pooled", (3, 24), marks=pytest.mark.slow),
+        pytest.param("cls", (3, 24), marks=pytest.mark.slow),
+        ("patches", (3, 24, 4, 4)),
+    ],
 )
 def test_a_file_gives_the_features_asked_for(
     what: Any, shape: tuple[int, ...], half: npprune.Pruned, tmp_path: Path

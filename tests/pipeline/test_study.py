@@ -346,7 +346,7 @@ def test_the_command(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert document["kind"] == "result"
     assert len(document["analyses"]["study"]["rows"]) == 2
     assert run_app(args) == 0
-    assert "variance, uniform, least-squares" in capsys.readouterr().out
+    assert "selection uniform, compensation least-squares" in capsys.readouterr().out
     assert run_app([*args, "--keep", "0.5,1.5"]) == 2
     assert "`--keep` must be in (0, 1] each, got `0.5,1.5`" in capsys.readouterr().err
 
