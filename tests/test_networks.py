@@ -44,7 +44,7 @@ def test_the_page_is_what_the_script_writes() -> None:
     assert networks.PAGE.read_text(encoding="utf-8") == networks.page()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", networks.FAMILIES)
 def test_every_family_that_is_pruned_is_exported(family: str, tmp_path: Path) -> None:
     import onnxruntime

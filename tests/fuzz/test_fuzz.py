@@ -254,7 +254,7 @@ def test_a_few_damages(name: str, formats: dict[str, Format], tmp_path: Path) ->
     examine(formats[name], prepared(tmp_path, formats[name]), FEW)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", NAMES)
 def test_many_damages(name: str, formats: dict[str, Format], tmp_path: Path) -> None:
     examine(formats[name], prepared(tmp_path, formats[name]), MANY)

@@ -297,6 +297,8 @@ def test_bfloat16_keeps_the_stream_and_lets_a_callers_autocast_be() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 def test_compiled_blocks_give_the_same_gradient() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
     model, images = family("vit")
     plain, compiled = make_view(model), make_view(model, compiled=True)
     gradients = []
