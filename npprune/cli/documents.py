@@ -110,7 +110,7 @@ RECORDS: dict[str, type] = {
     "plan": Plan,  # a file alone
     "variant": Variant,  # prune, heal
     "evaluation": Evaluation,  # eval
-    "feature-evaluation": FeatureEvaluation,  # eval of a network without a classifier
+    "features": FeatureEvaluation,  # eval of a network without a classifier
     "export": ExportRecord,  # export
     "benchmark": Benchmark,  # bench
     "analyses": Analyses,

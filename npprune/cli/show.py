@@ -218,9 +218,10 @@ def evaluated(
     """Dense and pruned side by side; with what they cost where the run is still there."""
     from npprune.report import numbers
 
-    kind = "evaluation" if isinstance(evaluation, Evaluation) else "feature-evaluation"
-    output.document(kind, to_dict(evaluation))
-    if isinstance(evaluation, Evaluation):
+    if isinstance(evaluation, FeatureEvaluation):
+        output.document("features", to_dict(evaluation))
+    else:
+        output.document("evaluation", to_dict(evaluation))
         _doubts(output, [evaluation.label_doubt])
     if run is not None:
         _summary(output, numbers.summary(run), "Dense and pruned, with 95 % intervals")
