@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --out gpu                          # ViT-B/16 at 224, one GPU
     python benchmarks/gpu.py --out gpu --profile                # where discovery's time goes
     python benchmarks/gpu.py --model vit_large_patch16_224 --images 128 --out gpu
-    python benchmarks/gpu.py --device cpu --small --out /tmp/gpu  # a tiny network, in seconds
+    python benchmarks/gpu.py --device cpu --small --out gpu  # a tiny network, in seconds
 
 Weights are random and images are noise: for times and memory only; nothing is downloaded. Every
 stage is the function that the commands call. It runs once to warm up (except refit, which runs a

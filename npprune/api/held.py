@@ -203,6 +203,24 @@ def held_images(
     return held
 
 
+def held_to_calibrate(
+    paths: Found | str | Path | None, images: Any, work: Work, section: ModelSection
+) -> tuple[Path | None, str | None]:
+    """The run folder, if there is one, and the name of the images to calibrate on; None: the run's.
+
+    Raises:
+        UsageError: there is neither.
+    """
+    run = None if paths is None else hold_run(paths, work)
+    source = held_images(images, work, section)
+    if source is None and run is None:
+        raise UsageError(
+            "`images` are needed: those to calibrate on",
+            hint="give a DataLoader, `(images, labels)`, or `folder:PATH`",
+        )
+    return run, source
+
+
 def hold_run(paths: Found | str | Path, work: Work) -> Path:
     """The run folder with paths; the images that they are of are held by the work."""
     if isinstance(paths, Found):

@@ -22,7 +22,7 @@ from npprune.api.held import (
     check_shared,
     checkpoint_of,
     held_images,
-    hold_run,
+    held_to_calibrate,
     opened,
     place,
     working,
@@ -174,13 +174,7 @@ def prune(
         section, network = opened(model, of_model, work)
         if out is not None:
             check_described(network)
-        run = None if paths is None else hold_run(paths, work)
-        source = held_images(images, work, section)
-        if source is None and run is None:
-            raise UsageError(
-                "`images` are needed: those to calibrate on",
-                hint="give a DataLoader, `(images, labels)`, or `folder:PATH`",
-            )
+        run, source = held_to_calibrate(paths, images, work, section)
         variant = _prune(
             run or section,
             data_section(of_images, calibration=source),

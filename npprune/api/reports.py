@@ -12,7 +12,16 @@ from typing import Any, Literal
 from torch import nn
 
 from npprune.api.arguments import by_section, data_section, taking
-from npprune.api.held import Progress, check_shared, held_images, hold_run, opened, place, working
+from npprune.api.held import (
+    Progress,
+    check_shared,
+    held_images,
+    held_to_calibrate,
+    hold_run,
+    opened,
+    place,
+    working,
+)
 from npprune.api.results import Found, Pruned
 from npprune.errors import UsageError
 from npprune.pipeline.analyze.stage import analyze_paths, analyze_scores, analyze_similarity
@@ -68,13 +77,7 @@ def study(
     with working(progress, device, 0, model) as work, place(out) as folder:
         check_shared(out, work)
         section, _ = opened(model, of_model, work)
-        run = None if paths is None else hold_run(paths, work)
-        source = held_images(images, work, section)
-        if source is None and run is None:
-            raise UsageError(
-                "`images` are needed: those to calibrate on",
-                hint="give a DataLoader, `(images, labels)`, or `folder:PATH`",
-            )
+        run, source = held_to_calibrate(paths, images, work, section)
         measured = held_images(val, work, labelled=True, name="val")
         data = data_section(of_images, calibration=source, val=measured)
         return _study(run or section, data, wish, folder, work=work)
