@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,23 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import npprune
+from npprune.api.held import in_memory
 from npprune.cli.app import run_app
 from npprune.core import metrics, probes
+from npprune.data.given import Given
 from npprune.errors import DataError, ModelError, NpPruneError
 from npprune.models.probe import read_probe, with_probe
 from npprune.models.surgery import mask_plan
 from npprune.models.view import outputs_of
+from npprune.pipeline.common.inputs import open_images
+from npprune.pipeline.common.processes import Processes
+from npprune.pipeline.common.work import Work
+from npprune.pipeline.evaluate.features import compared_features, see_features
 from npprune.pipeline.verify import verify
+from npprune.recipe import DataSection
 from npprune.records import FeatureEvaluation
 from npprune.store.runs import RunFolder
+from tests.helpers.processes import Team
 from tests.helpers.tiny import tiny_vit
 
 SMALL: dict[str, Any] = {"round_to": 2, "min_keep": 2}
@@ -137,6 +146,66 @@ def test_a_file_gives_the_features_asked_for(
     rows = found.reshape(3, 24, -1).swapaxes(1, 2)
     wanted = expected[:, :1] if what != "patches" else expected[:, 1:]
     np.testing.assert_allclose(rows, wanted.numpy(), rtol=1e-3, atol=1e-4)
+
+
+class Exchange(Processes):
+    """One process of two whose peer's part is there already."""
+
+    parts: list[Any]
+
+    def gathered(self, mine: Any) -> list[Any]:
+        self.parts.append(mine)
+        return self.parts
+
+
+def test_two_processes_see_the_features_of_one(backbone: nn.Module, half: npprune.Pruned) -> None:
+    data = (patterns(45, 4), torch.arange(45) // 15)  # the last batch is smaller
+    one = npprune.evaluate(half, data, latency=False, batch_size=8, progress=False)
+    dense, pruned = in_memory(backbone), in_memory(half)
+    parts: list[Any] = []
+    for rank in (1, 0):
+        work = Work(emit=lambda event: None)
+        work.team = Exchange(rank, 2)
+        object.__setattr__(work.team, "parts", parts)
+        work.held.images["memory:val"] = Given(data, None, True)
+        images = open_images(
+            "memory:val", DataSection(batch_size=8), dense.info, work, asked="data.val",
+            on_bad="error",
+        )  # fmt: skip
+        seen = see_features(dense, pruned, images, work)
+    assert [sum(map(len, part.labels)) for part, _ in parts] == [21, 24]
+    found, labels, sample = seen.joined(images)
+    assert torch.equal(labels, data[1])
+    assert torch.equal(sample, data[0][:8])
+    two = compared_features(found, labels, images)
+    assert isinstance(one, FeatureEvaluation)
+    assert two.agreement == one.agreement
+    assert two.probes == one.probes
+    assert len(two.probes) == 2
+
+
+@pytest.mark.slow
+def test_eval_of_features_by_two_processes_of_gloo(
+    backbone: nn.Module, half: npprune.Pruned, tmp_path: Path
+) -> None:
+    npprune.save(backbone, tmp_path / "dense")
+    npprune.save(half, tmp_path / "half")
+    folder_of(patterns(45, 6), tmp_path / "images")
+    args = [
+        "eval", str(tmp_path / "half"), "--dense", str(tmp_path / "dense"), "--data",
+        f"folder:{tmp_path / 'images'}", "--batch-size", "8", "--no-latency", "--json",
+        "--device", "cpu",
+    ]  # fmt: skip
+    (tmp_path / "one").mkdir()
+    found = []
+    for root, count in ((tmp_path / "one", 1), (tmp_path, 2)):
+        team = Team(root, args, count)
+        assert team.end() == [0] * count, team.text("err0")
+        found.append(json.loads(team.text("out0")))
+    assert found[0]["data"]["images"] == 45
+    for each in found:
+        del each["seconds"]
+    assert found[0] == found[1]
 
 
 def folder_of(images: Tensor, path: Path) -> None:

@@ -2,54 +2,43 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from npprune.core import metrics, probes
-from npprune.errors import DataError
+from npprune.data.loading import Batch
 from npprune.models.view import outputs_of
 from npprune.pipeline.common.inputs import Images, Network
 from npprune.pipeline.common.work import Work
+from npprune.pipeline.evaluate.seen import Seen, see_all
 from npprune.records import FeatureEvaluation, Probe
 
 PROBES = {"k-NN": probes.nearest_neighbours, "ridge probe": probes.ridge}
 
 
-@torch.no_grad()
-def measured_features(
-    dense: Network, pruned: Network, images: Images, work: Work
-) -> tuple[FeatureEvaluation, Tensor, Tensor]:
-    """What is found; labels [n]; and a few of the images, for timing.
+def see_features(dense: Network, pruned: Network, images: Images, work: Work) -> Seen:
+    """Of all images: pooled vectors [b, d] of both, and how far apart their features are."""
 
-    Raises:
-        DataError: there is no image that can be read.
-    """
-    distances: list[Tensor] = []
-    pooled: tuple[list[Tensor], list[Tensor]] = ([], [])
-    labels: list[Tensor] = []
-    sample: Tensor | None = None
-    done = 0
-    for batch in images.batches():
+    def look(batch: Batch) -> tuple[Tensor, ...]:
         x = batch.images.to(work.where)
         before, after = (outputs_of(n.model, x).float().cpu() for n in (dense, pruned))
-        distances.append(metrics.feature_distances(before, after))
-        for kept, features in zip(pooled, (before, after), strict=True):
-            kept.append(features[:, 0].clone())
-        labels.append(batch.labels)
-        sample = batch.images if sample is None else sample
-        done += len(batch)
-        work.progress(done, images.source.length)
-    if sample is None:
-        raise DataError(f"no image of `{images.source.spec}` could be read")
-    before, after = (torch.cat(parts) for parts in pooled)
-    found = FeatureEvaluation(
+        distances = metrics.feature_distances(before, after)
+        return before[:, 0].clone(), after[:, 0].clone(), distances
+
+    return see_all(Seen(), look, images, work)
+
+
+def compared_features(
+    found: tuple[Tensor, ...], labels: Tensor, images: Images
+) -> FeatureEvaluation:
+    """Of what `see_features` saw, over all images; labels [n], -1 where there is none."""
+    dense, pruned, distances = found
+    return FeatureEvaluation(
         data=images.info(),
         preprocessing=images.preprocessing,
         device="",
-        agreement=metrics.feature_agreement(torch.cat(distances)),
-        probes=_probes(before, after, torch.cat(labels)),
+        agreement=metrics.feature_agreement(distances),
+        probes=_probes(dense, pruned, labels),
     )
-    return found, torch.cat(labels), sample
 
 
 def _probes(dense: Tensor, pruned: Tensor, labels: Tensor) -> list[Probe]:

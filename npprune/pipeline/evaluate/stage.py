@@ -6,8 +6,7 @@ import base64
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from npprune.core import metrics
 from npprune.data.loading import Batch
-from npprune.errors import DataError, ModelError, plural
+from npprune.errors import ModelError, plural
 from npprune.export.bench import bench_pair, torch_runner
 from npprune.files import keeping
 from npprune.models.hub import is_fetched
@@ -32,12 +31,11 @@ from npprune.pipeline.common.inputs import (
     remembered,
 )
 from npprune.pipeline.common.outputs import recordable
-from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.results import run_of, update_variant
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.evaluate.features import measured_features
-from npprune.pipeline.evaluate.flipped import Flipped
+from npprune.pipeline.evaluate.features import compared_features, see_features
 from npprune.pipeline.evaluate.merging import merged_images
+from npprune.pipeline.evaluate.seen import Seen, see_all
 from npprune.recipe import DataSection, EvaluateSection, ModelSection
 from npprune.records import (
     CheckpointConfig,
@@ -93,18 +91,19 @@ def evaluate(
     pruned, config, dense, images = team.together(open_all)
     recorded = team.on_first(lambda: recordable(run_of(checkpoint, config, work), work))
     started = time.perf_counter()
-    # the first process alone measures features
-    seen = None if dense.info.num_classes == 0 else _predict(dense, pruned, images, config, work)
+    headless = dense.info.num_classes == 0
+    if headless:
+        seen = see_features(dense, pruned, images, work)
+    else:
+        seen = _predict(dense, pruned, images, config, work)
 
     def finish() -> Evaluation | FeatureEvaluation:
         evaluation: Evaluation | FeatureEvaluation
-        if seen is None:
-            evaluation, labels, sample = measured_features(dense, pruned, images, work)
-        elif seen.sample is None:
-            raise DataError(f"no image of `{images.source.spec}` could be read")
+        found, labels, sample = seen.joined(images)
+        if headless:
+            evaluation = compared_features(found, labels, images)
         else:
-            sample, labels = seen.sample, torch.cat(seen.labels)
-            logits = torch.cat(seen.dense), torch.cat(seen.pruned)
+            logits = found[0], found[1]
             evaluation = _compare(*logits, labels, images, config, data)
             evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
             if settings.thumbnails:
@@ -242,84 +241,21 @@ def dense_reference(section: ModelSection, folder: Path) -> dict[str, object]:
     return found
 
 
-@dataclass
-class _Seen:
-    """What was seen of the images, batch by batch: where each begins, logits [b, c] of both,
-    labels and ids; a few of the images for timing, and some that flipped."""
-
-    first: list[int] = field(default_factory=list)
-    dense: list[Tensor] = field(default_factory=list)
-    pruned: list[Tensor] = field(default_factory=list)
-    labels: list[Tensor] = field(default_factory=list)
-    ids: list[str] = field(default_factory=list)
-    sample: Tensor | None = None
-    flipped: Flipped = field(default_factory=Flipped)
-
-    def add(self, batch: Batch, dense: Tensor, pruned: Tensor) -> None:
-        """The next batch."""
-        self.first.append(batch.positions[0])
-        self.dense.append(dense)
-        self.pruned.append(pruned)
-        self.labels.append(batch.labels)
-        self.ids += batch.ids
-        self.flipped.see(batch, dense, pruned)
-        self.sample = batch.images if self.sample is None else self.sample
-
-
-@torch.no_grad()
 def _predict(
     dense: Network, pruned: Network, images: Images, config: CheckpointConfig, work: Work
-) -> _Seen:
-    """What both say of all images; the processes take whole batches in turn."""
-    seen, team = _Seen(), work.team
+) -> Seen:
+    """Logits [b, c] of both, and the images that flipped."""
+    seen = Seen()
     outputs = config.details.get("outputs")  # a head cut to some classes
-    done = 0
-    for batch in _own_batches(images, team):
+
+    def look(batch: Batch) -> tuple[Tensor, ...]:
         x = batch.images.to(work.where)
         before = dense.model(x).float().cpu()
-        seen.add(batch, before, _full(pruned.model(x).float().cpu(), outputs, before))
-        done += len(batch)
-        # others are as far, more or less
-        work.progress(min(done * team.count, images.source.length or done), images.source.length)
-    return _of_all(seen, images, team)
+        after = _full(pruned.model(x).float().cpu(), outputs, before)
+        seen.flipped.see(batch, before, after)
+        return before, after
 
-
-def _own_batches(images: Images, team: Processes) -> Iterator[Batch]:
-    """This process's batches, the same ones that one process alone would see."""
-    size = images.section.batch_size
-
-    def mine(position: int) -> bool:
-        return position // size % team.count == team.rank
-
-    if team.count == 1:
-        return images.batches()
-    if images.source.items is None:
-        return images.batches(entries=(e for e in enumerate(images.source.stream()) if mine(e[0])))
-    return images.batches(indices=[i for i in range(len(images.source.items)) if mine(i)])
-
-
-def _of_all(seen: _Seen, images: Images, team: Processes) -> _Seen:
-    """What all processes have seen, in the order of the images, on the first one."""
-    if team.count == 1:
-        return seen
-    sample, seen.sample = seen.sample, None  # the first image is the first process's
-    parts = team.gathered((seen, images.skipped))
-    images.skipped = [name for _, skipped in parts for name in skipped]
-    whole = _Seen(sample=sample)
-    rows = []
-    for part, _ in parts:
-        ids = iter(part.ids)
-        for i, labels in enumerate(part.labels):
-            names = [next(ids) for _ in labels]
-            rows.append((part.first[i], part.dense[i], part.pruned[i], labels, names))
-    for first, before, after, labels, names in sorted(rows, key=lambda row: row[0]):
-        whole.first.append(first)
-        whole.dense.append(before)
-        whole.pruned.append(after)
-        whole.labels.append(labels)
-        whole.ids += names
-    whole.flipped = Flipped.of_all([part.flipped for part, _ in parts])
-    return whole
+    return see_all(seen, look, images, work)
 
 
 def _full(logits: Tensor, outputs: list[int] | None, dense: Tensor) -> Tensor:
