@@ -39,13 +39,16 @@ from npprune.cli import (
 )
 from npprune.cli.console import drop, say, show_error
 from npprune.cli.options import flag_name
-from npprune.errors import NpPruneError, PeerError
+from npprune.errors import NpPruneError, PeerError, UsageError
 from npprune.untrusted import first_line, out_of_memory
 from npprune.words import did_you_mean
 
 BUG = 70
 USAGE = 2
 PARSER_ERROR = typer.BadParameter.__mro__[1]  # the base of the parser's usage errors
+
+IN_ONE_PROCESS = ("export", "bench", "analyze", "explore")
+"""Of several processes, each would do all of the work and write the same files."""
 
 app = typer.Typer(
     name="npprune",
@@ -70,6 +73,7 @@ Start here: npprune demo
 
 @app.callback(epilog=EXAMPLES)
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", help="the version", is_eager=True, callback=_version),
@@ -78,6 +82,13 @@ def _root(
     """Find the neurons that carry each class through a vision transformer, keep them, remove the
     rest for real: discover, prune, eval, export, report.
     """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if context.invoked_subcommand in IN_ONE_PROCESS and count != "1":
+        raise UsageError(
+            f"`npprune {context.invoked_subcommand}` runs in one process, and WORLD_SIZE says "
+            f"`{count}`",
+            hint="start it without `torchrun`, or unset WORLD_SIZE",
+        )
 
 
 for _name, _module in (
@@ -135,8 +146,7 @@ def run_app(args: list[str] | None = None) -> int:
             say("ended", f"{error.message}; {error.hint}")
         return error.exit_code
     except NpPruneError as error:
-        show_error(*error.said(error.name_of or partial(flag_name, {})))
-        return error.exit_code
+        return _refused(error.exit_code, *error.said(error.name_of or partial(flag_name, {})))
     except OSError as error:
         return _os_error(error)
     except Exception as error:
@@ -158,6 +168,18 @@ def _ends() -> tuple[type[BaseException], ...]:
     return (*early, Exception) if endings.came() else early
 
 
+def _refused(code: int, message: str, hint: str | None) -> int:
+    """Say what is wrong with the command, unless another process of this machine says the same:
+    until torchrun's processes have met, each finds what the others find."""
+    dist = sys.modules.get("torch.distributed")
+    met = dist is not None and dist.is_available() and dist.is_initialized()
+    if met or os.environ.get("LOCAL_RANK", "0") == "0":
+        show_error(message, hint)
+    else:
+        endings.let_first_speak(code)
+    return code
+
+
 def _usage_error(error: Exception, args: list[str]) -> int:
     """A command line that the parser refuses, in our words."""
     context = getattr(error, "ctx", None)
@@ -173,8 +195,7 @@ def _usage_error(error: Exception, args: list[str]) -> int:
     message = message.rstrip(".")
     shown = f"`{context.command_path if context else 'npprune'} --help` shows what there is"
     near = _nearest(error) if context is not None else None
-    show_error(message[:1].lower() + message[1:], f"{near} {shown}" if near else shown)
-    return USAGE
+    return _refused(USAGE, message[:1].lower() + message[1:], f"{near} {shown}" if near else shown)
 
 
 def _nearest(error: Any) -> str | None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 WORDS = {130: "interrupted", 143: "terminated"}
+
+PATIENCE = 20.0  # seconds that the first of several processes has to say what is wrong
 
 _came: list[int] = []  # the exit codes of the signals of this process, in order
 
@@ -57,6 +60,14 @@ def told() -> int:
     if os.environ.get("RANK", "0") == "0" and sys.stderr is not None:
         sys.stderr.write(f"{WORDS[code]}; run the same command again to resume\n")
     return code
+
+
+def let_first_speak(code: int) -> None:
+    """Wait until torchrun, which ends all processes once one has failed, ends this one: the first,
+    which says why they fail, may be slower."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(PATIENCE)
 
 
 def leave(code: int) -> NoReturn:

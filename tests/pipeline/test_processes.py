@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from npprune.cli import endings
+from npprune.cli.app import run_app
 from npprune.errors import PeerError
 from npprune.pipeline.common.processes import Processes, backend
 from npprune.pipeline.run import run_recipe
@@ -117,6 +121,46 @@ def test_what_only_rank_1_finds_wrong_is_said_by_it(world: World) -> None:
     assert "[rank 1] error: " in team.text("err1")
     assert "class_1/5.png" in team.text("err1")
     assert "error: " not in team.text("err0")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--topk", "0"], "`--topk` must be at least 1"), (["--topk", "x"], "`--topk` must be a")],
+)
+@pytest.mark.parametrize(("rank", "local"), [(0, 0), (1, 1), (8, 0)])
+def test_what_is_wrong_before_they_meet_is_said_once_a_machine(
+    args: list[str], message: str, rank: int, local: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    for name, value in (("RANK", rank), ("LOCAL_RANK", local), ("WORLD_SIZE", 16)):
+        monkeypatch.setenv(name, str(value))
+    assert run_app(["discover", "x", "--data", "folder:x", *args]) == 2
+    said = capsys.readouterr().err
+    assert (message in said) == (local == 0)
+    assert said.startswith("[rank 8] error: " if rank == 8 else "error: ") or local
+    assert said == "" or local == 0
+
+
+@pytest.mark.parametrize("command", ["bench", "export", "analyze", "explore"])
+def test_what_one_process_does_is_refused_to_many(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run_app([command, "x"]) == 2
+    assert f"error: `npprune {command}` runs in one process" in capsys.readouterr().err
+
+
+def test_who_says_nothing_waits_until_torchrun_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[int] = []
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setattr(os, "_exit", left.append)
+    monkeypatch.setattr(time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        endings.let_first_speak(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert left == [2]
 
 
 def recipe(world: World, name: str) -> Path:
@@ -257,9 +301,11 @@ def test_torchrun(world: World) -> None:
     assert json.loads(done.stdout)["discovery"]["images"] == sum(COUNTS)
     assert world.files() == world.files("one")
     before = world.files()
-    done = finish(world, "--batch-size", "4")
-    assert done.returncode != 0
-    assert done.stderr.count("error: `") == 1
+    for wrong in (["--batch-size", "4"], ["--topk", "0"]):  # once they have met, and before
+        done = finish(world, *wrong)
+        assert done.returncode != 0
+        assert done.stderr.count("error: `") == 1
+        assert re.search(r"exitcode *: 2", done.stderr)
     assert world.files() == before
 
 
