@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -21,12 +21,13 @@ from npprune.errors import ModelError, UsageError
 from npprune.files import out_folder
 from npprune.models.describe import describe, is_described, unwrapped
 from npprune.models.info import model_info, weights_sha256
+from npprune.models.view import outputs_count
 from npprune.pipeline.common.events import Emit
 from npprune.pipeline.common.inputs import Network, open_network
 from npprune.pipeline.common.work import MEMORY, Work
 from npprune.progress import showing
 from npprune.recipe import ModelSection
-from npprune.records import ModelSource
+from npprune.records import CheckpointConfig, ClassInfo, ModelSource
 from npprune.store.checkpoints import is_checkpoint, read_config
 
 MODEL, DENSE, PRUNED, IMAGES = (
@@ -84,7 +85,7 @@ def in_memory(model: nn.Module | Pruned, known: ModelSource | None = None) -> Ne
     """
     if isinstance(model, Pruned):
         module = _float32(unwrapped(model.model))
-        config = replace(model.config, run=None, weights_sha256=weights_sha256(module))
+        config = replace(config_of(model), run=None, weights_sha256=weights_sha256(module))
         info = model_info(module, replace(config.source, sha256=""))
         info.preprocessing = config.preprocessing
         return Network(module, info, config, held=True)
@@ -94,6 +95,16 @@ def in_memory(model: nn.Module | Pruned, known: ModelSource | None = None) -> Ne
     if known is not None and known.sha256 == weights_sha256(module):
         return Network(module, model_info(module, known), held=True)
     return Network(module, model_info(module, describe(module)), held=True)
+
+
+def config_of(pruned: Pruned) -> CheckpointConfig:
+    """What a folder would say of the network as it is now: it may have another classifier."""
+    config, outputs = pruned.config, outputs_count(unwrapped(pruned.model))
+    if outputs == config.num_classes:
+        return config
+    classes = [ClassInfo(i, str(i)) for i in range(outputs)]
+    details = {k: v for k, v in config.details.items() if k not in ("outputs", "classes")}
+    return replace(config, num_classes=outputs, classes=classes, details=details)
 
 
 def opened(model: Any, given: Mapping[str, Any], work: Work) -> tuple[ModelSection, Network]:
@@ -241,6 +252,7 @@ def _float32(model: nn.Module) -> nn.Module:
 
     Raises:
         UsageError: another precision.
+        ModelError: weights that are no numbers.
     """
     found = {t.dtype for t in model.parameters()}
     if found != {torch.float32}:
@@ -249,6 +261,9 @@ def _float32(model: nn.Module) -> nn.Module:
             f"the network must be of float32, got {kinds or 'no parameters'}",
             hint="`model.float()`; a pruned network can be made half precision afterwards",
         )
+    for name, weight in model.named_parameters():
+        if not bool(torch.isfinite(weight).all()):
+            raise ModelError(f"`{name}` of the network holds NaN or infinity")
     tensors = chain(model.parameters(), model.buffers())
     return copy.deepcopy(model) if any(t.is_inference() for t in tensors) else model
 
@@ -259,12 +274,12 @@ def _headless(section: ModelSection, work: Work) -> bool:
     return network is not None and network.info.num_classes == 0
 
 
-def _predicting(section: ModelSection, work: Work) -> Callable[[Tensor], Tensor]:
-    """Images [b, c, h, w] -> the network's own top-1 [b]."""
+def _predicting(section: ModelSection, work: Work) -> Callable[[Sequence[Any]], Tensor]:
+    """Images, prepared or PIL -> the network's own top-1 [b]."""
     found: list[Network] = []
 
     @torch.no_grad()
-    def predict(images: Tensor) -> Tensor:
+    def predict(images: Sequence[Any]) -> Tensor:
         if not found:
             found.append(open_network(section, work))
         fit = AsGiven(found[0].info.preprocessing)

@@ -21,6 +21,7 @@ from npprune.api.held import (
     check_described,
     check_shared,
     checkpoint_of,
+    config_of,
     held_images,
     held_to_calibrate,
     opened,
@@ -49,7 +50,6 @@ from npprune.recipe import (
     section_of,
 )
 from npprune.records import (
-    CheckpointConfig,
     Evaluation,
     ExportRecord,
     FeatureEvaluation,
@@ -229,7 +229,8 @@ def evaluate(
     wish = section_of(EvaluateSection, asked)
     with working(progress, device, 0, pruned) as work:
         folder, named = checkpoint_of(pruned, dense, work)
-        labelled = _config_of(pruned).num_classes > 0
+        config = config_of(pruned) if isinstance(pruned, Pruned) else read_config(pruned)
+        labelled = config.num_classes > 0
         data = data_section(of_images, val=held_images(images, work, labelled=labelled))
         return _evaluate(folder, data, wish, dense_checkpoint=named, work=work)
 
@@ -342,10 +343,6 @@ def export(
         section, _ = opened(model, of_model, work)
         data = data_section(of_images, val=held_images(images, work, section))
         return export_model(section, data, wish, out=target, provider=provider, work=work)
-
-
-def _config_of(pruned: Pruned | str | Path) -> CheckpointConfig:
-    return pruned.config if isinstance(pruned, Pruned) else read_config(pruned)
 
 
 def _dense_of(work: Any) -> ModelSection | None:

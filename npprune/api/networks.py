@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from npprune.api.arguments import check_model, number, whole
-from npprune.api.held import check_described, in_memory, not_described
+from npprune.api.held import check_described, config_of, in_memory, not_described
 from npprune.api.results import Cost, Pruned
 from npprune.errors import StoreError, UsageError
 from npprune.files import out_folder
@@ -123,7 +123,7 @@ def save(model: nn.Module | Pruned, out: str | Path) -> Path:
         module = unwrapped(model.model)
         if not builds(model.config.source, module):
             raise not_described(module)
-        write_checkpoint(folder, replace(model.config, run=None), state(module), model.plan)
+        write_checkpoint(folder, replace(config_of(model), run=None), state(module), model.plan)
         return folder
     network = in_memory(model)
     check_described(network)

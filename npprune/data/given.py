@@ -45,12 +45,13 @@ class Given:
 
     images: [n, c, h, w] as a tensor or an array; that and labels [n]; a data set; or what gives
         samples or batches each time it is iterated: a DataLoader, a list.
-    predict: images [b, c, h, w] -> labels [b], for images that come alone; None: they have none.
+    predict: b images (tensors [c, h, w], PIL) -> labels [b], for those that come alone; None: they
+        have none.
     labelled: images that come alone are refused.
     """
 
     images: Any
-    predict: Callable[[Tensor], Tensor] | None = None
+    predict: Callable[[Sequence[Any]], Tensor] | None = None
     labelled: bool = False
 
 
@@ -377,12 +378,7 @@ class _Reader:
 
     def _predicted(self, images: list[Any]) -> list[int]:
         assert self.given.predict is not None
-        if not all(isinstance(image, Tensor) for image in images):
-            raise DataError(
-                "images that come without labels must be tensors, prepared for the network",
-                hint="give the data set a transform",
-            )
-        return [int(y) for y in self.given.predict(torch.stack(images))]
+        return [int(y) for y in self.given.predict(images)]
 
     def _inside(self, label: int, i: int) -> int:
         most = self.num_classes

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from npprune.core.view import Projections
 from npprune.errors import ModelError
-from npprune.models.blocks import blocks_of
+from npprune.models.blocks import blocks_of, is_linear
 
 
 class NarrowAttention(nn.Module):
@@ -116,6 +116,9 @@ ROTARY = (EvaAttention, FewerHeads, AttentionRope)
 
 def projections(attn: Any) -> Projections | None:
     """The layers of an attention whose heads can be told apart; None for other kinds."""
+    layers = [getattr(attn, name, None) for name in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]
+    if not all(layer is None or is_linear(layer) for layer in layers):
+        return None
     if type(attn) in (Attention, NarrowAttention):
         return Projections(int(attn.num_heads), attn.qkv, attn.proj)
     if type(attn) in ROTARY and getattr(attn, "num_kv_groups", 1) == 1:
@@ -184,6 +187,6 @@ def check_attention(attn: Any, l: int, axis: str) -> None:
     if not plain or getattr(attn, "gate", None) is not None:
         raise ModelError(
             f"block {l}: {what} {type(attn).__module__}.{type(attn).__name__} (another attention, "
-            "or with a norm or gate on its output)",
+            "or with a norm or gate on its output, or with layers that are not plain linear ones)",
             hint="remove hidden units of the MLPs alone",
         )

@@ -26,6 +26,14 @@ def blocks_of(model: Any) -> list[Any]:
     return [block for stage in stages for block in stage.blocks]
 
 
+def is_linear(layer: Any) -> bool:
+    """Whether a layer is a linear one whose weight and bias are all there is to it: no
+    parametrization, no adapter."""
+    if not isinstance(layer, nn.Linear) or layer._modules:
+        return False
+    return "weight" in layer._parameters and layer._parameters.keys() <= {"weight", "bias"}
+
+
 def entrances(model: Any) -> dict[int, nn.Module]:
     """Block -> what merges the patches in front of it; empty for a network of one row."""
     if not isinstance(model, STAGED):

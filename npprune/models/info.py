@@ -102,8 +102,24 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     counter = FlopCounterMode(display=False)
     # The plain attention kernel is made of products that the counter knows on any device.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
-        functional_call(model, meta, (image,), tie_weights=False)
+        answer = functional_call(model, meta, (image,), tie_weights=False)
+    _check_answer(model, answer)
     return int(counter.get_total_flops() // 2)
+
+
+def _check_answer(model: nn.Module, answer: Any) -> None:
+    """ModelError where one image does not give one row of outputs."""
+    if getattr(model, "distilled_training", False) and model.training:
+        return  # of both classifiers apart, until it is in evaluation mode
+    outputs = outputs_count(model)
+    rows = isinstance(answer, Tensor) and len(answer) == 1
+    if not rows or (outputs and tuple(answer.shape) != (1, outputs)):
+        found = list(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ModelError(
+            f"{type(model).__name__} must give a tensor of [images, {outputs or 'features'}], and "
+            f"of one image gives {found}",
+            hint="let its `forward` give the logits alone",
+        )
 
 
 def model_sizes(model: nn.Module) -> cost.Sizes:
@@ -126,12 +142,12 @@ def model_sizes(model: nn.Module) -> cost.Sizes:
     block: Any = view.blocks[0]
     first = block.mlp.fc1_x if hasattr(block.mlp, "fc1_x") else block.mlp.fc1
     gated = hasattr(block.mlp, "fc1_x") or first.out_features == 2 * view.widths[0]
-    attended = tuple(int(b.attn.proj.in_features) for b in view.blocks)
     found = [projections(b.attn) for b in view.blocks]
+    width = view.fc2(0).out_features
+    attended = tuple(int(getattr(b.attn.proj, "in_features", width)) for b in view.blocks)
     queries = tuple(
         v if p is None else p.heads * p.query_dims for v, p in zip(attended, found, strict=True)
     )
-    width = view.fc2(0).out_features
     bias = getattr(getattr(block.attn, "qkv", None), "bias", None)
     apart = _bias_of_queries(block.attn)
     merged, last = tokens_of(model)

@@ -20,6 +20,7 @@ from npprune.core.compression.attention import shrink_by_weights, smaller_qkv, s
 from npprune.core.compression.harm import SmallerNorm
 from npprune.errors import ModelError, setting
 from npprune.models.attention import check_heads
+from npprune.models.blocks import is_linear
 from npprune.models.info import weights_sha256
 from npprune.models.merging import check_tokens
 from npprune.models.own_units import check_own, give_own, own_mlp
@@ -224,6 +225,15 @@ def check_prunable(model: nn.Module) -> None:
                 f"{kind} is not a two-layer MLP that npprune can prune",
                 hint="plain and gated MLPs (Mlp, GluMlp, SwiGLU) can be pruned",
             )
+        for name in ("fc1", "fc1_g", "fc1_x", "fc2"):
+            layer = getattr(mlp, name, None)
+            if layer is not None and not is_linear(layer):
+                raise ModelError(
+                    f"block {l}: `mlp.{name}` must be a linear layer of a weight and a bias alone, "
+                    f"got {type(layer).__name__} of {', '.join(dict(layer.named_parameters()))}",
+                    hint="merge adapters and parametrizations into the weight first: peft's "
+                    "`merge_and_unload`, torch's `remove_parametrizations`",
+                )
         if not isinstance(mlp.norm, (nn.Identity, nn.LayerNorm, nn.RMSNorm, RmsNorm)):
             raise ModelError(
                 f"{kind} has a {type(mlp.norm).__name__} between its activation and `fc2`, which "

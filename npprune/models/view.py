@@ -423,7 +423,8 @@ def classifiers(model: nn.Module) -> list[nn.Linear]:
         kinds = ", ".join(type(h).__name__ for h in heads)
         raise ModelError(
             f"{type(model).__name__} must end in a linear classifier, got {kinds}",
-            hint="use weights fine-tuned for classification",
+            hint="prune it without its head, by its features (`num_classes=0`, "
+            "`model.reset_classifier(0)`), and put the head back",
         )
     return heads
 
@@ -479,6 +480,12 @@ def _blocks(model: nn.Module) -> list[Any]:
             raise ModelError(
                 f"{name}: block {i} ({type(block).__name__}) has no `attn` next to its `mlp.fc2`",
                 hint="npprune supports blocks of one attention and one two-layer MLP",
+            )
+        if block in list(blocks)[:i]:
+            raise ModelError(
+                f"{name}: block {i} is block {list(blocks).index(block)} once more, and would be "
+                "pruned with it",
+                hint="give each its own: `model.blocks[i] = copy.deepcopy(model.blocks[i])`",
             )
     for part in ("forward_features", "forward_head", "norm"):
         if not callable(getattr(model, part, None)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -231,6 +232,86 @@ def test_a_network_changed_by_hand(change: str, data: Data, tmp_path: Path) -> N
     else:
         npprune.save(pruned, tmp_path / "x")
         assert torch.equal(npprune.load(tmp_path / "x").model(images), pruned.model(images))
+
+
+class Adapter(nn.Module):
+    """As peft's: beside the layer, not in it."""
+
+    def __init__(self, base: Any) -> None:
+        super().__init__()
+        self.base, self.more = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.more(x)  # type: ignore[no-any-return]
+
+
+class InATuple(VisionTransformer):
+    def forward(self, x: Tensor) -> Any:
+        return (super().forward(x),)
+
+
+class InADict(VisionTransformer):
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": super().forward(x)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("adapter", r"block 1: `mlp.fc1` must be a linear layer of a weight and a bias alone"),
+        ("parametrized", r"block 1: `mlp.fc2` must be .* parametrizations.weight.original0"),
+        ("one block twice", "block 2 is block 1 once more"),
+        ("tuple", r"must give a tensor of \[images, 7\], and of one image gives tuple"),
+        ("dict", r"must give a tensor of \[images, 7\], and of one image gives dict"),
+        ("NaN", r"`blocks.1.mlp.fc1.weight` of the network holds NaN or infinity"),
+        ("two layers", "must end in a linear classifier, got Sequential"),
+    ],
+)
+def test_a_network_changed_too_much_is_told_why(change: str, said: str, data: Data) -> None:
+    model: Any = tiny_vit().float()
+    block = model.blocks[1]
+    if change == "adapter":
+        block.mlp.fc1 = Adapter(block.mlp.fc1)
+    elif change == "parametrized":
+        nn.utils.parametrizations.weight_norm(block.mlp.fc2)
+    elif change == "one block twice":
+        model.blocks[2] = block
+    elif change in ("tuple", "dict"):
+        model.__class__ = InATuple if change == "tuple" else InADict
+    elif change == "NaN":
+        block.mlp.fc1.weight.data[0, 0] = torch.nan
+    else:
+        model.head = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 7))
+    with pytest.raises(ModelError, match=said):
+        npprune.prune(model, data, keep=0.5, progress=False, **SMALL)
+
+
+def test_another_classifier_on_the_pruned_network(
+    pruned: npprune.Pruned, data: Data, tmp_path: Path
+) -> None:
+    pruned.model.head = nn.Linear(24, 3)
+    npprune.save(pruned, tmp_path / "x")
+    again = npprune.load(tmp_path / "x")
+    assert torch.equal(again.model(data[0]), pruned.model(data[0]))
+    assert [c.index for c in again.config.classes] == [0, 1, 2]
+    smaller = npprune.prune(pruned, data[0], keep=0.8, progress=False, **SMALL)
+    assert npprune.evaluate(smaller, (data[0], data[1] % 3), **QUICK).pruned.top1.total == 80
+    for call in (
+        lambda: npprune.evaluate(pruned, data, **QUICK),
+        lambda: npprune.heal(pruned, data, epochs=1),
+    ):
+        with pytest.raises(ModelError, match="has 3 outputs and the dense one 7"):
+            call()
+
+
+def test_attention_that_is_not_of_plain_layers_stays_as_it_is(data: Data) -> None:
+    model: Any = tiny_vit().float()
+    model.blocks[0].attn.qkv = Adapter(model.blocks[0].attn.qkv)
+    nn.utils.parametrizations.weight_norm(model.blocks[1].attn.proj)
+    pruned = npprune.prune(model, data, target_macs=0.8, progress=False, **SMALL)
+    assert pruned.plan.heads is None
+    assert npprune.evaluate(pruned, data, progress=False, **QUICK).agreement.value > 0.8
+    assert npprune.discover_paths(model, data[0][:2], data[1][:2]).neurons.shape == (2, 3, 1)
 
 
 def test_a_criterion_of_ones_own(model: nn.Module, data: Data) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,10 +135,13 @@ def test_pil_images_are_prepared_as_the_network_says() -> None:
 
 
 def test_labels_that_are_missing_are_predicted_or_left_out() -> None:
-    def own(images: Tensor) -> Tensor:
-        return (images.mean((1, 2, 3)) > 0).long()
+    def own(images: Sequence[Any]) -> Tensor:
+        return (torch.stack(list(map(AsGiven(PRE), images))).mean((1, 2, 3)) > 0).long()
 
-    expected = own(IMAGES).tolist()
+    expected = own(list(IMAGES)).tolist()
+    grey = [Image.new("L", (20, 10), 51 * i) for i in range(4)]
+    source = open_given(Given(grey, own), "x", Asked(num_classes=4))
+    assert [y for _, _, y in read(source)] == [0, 0, 0, 1]
     for images in (IMAGES, list(IMAGES.split(6)), TensorDataset(IMAGES)):
         source = open_given(Given(images, own), "x", Asked(num_classes=4))
         assert [y for _, _, y in read(source)] == expected

@@ -78,6 +78,7 @@ def evaluate(
         config = pruned.config
         assert config is not None
         dense = open_dense(config, checkpoint, dense_checkpoint, work)
+        check_outputs(config, dense)
         work.say(f"{checkpoint.name} and its dense network on {work.where} ({work.reason})")
         outputs = config.details.get("outputs")  # a head cut to some classes
         if outputs is not None and data.classes is None:
@@ -186,6 +187,18 @@ def open_dense(
             hint="give the weights it came from with `--dense FILE`",
         )
     return dense
+
+
+def check_outputs(config: CheckpointConfig, dense: Network) -> None:
+    """ModelError where the two networks' outputs do not stand for the same."""
+    cut = config.details.get("outputs")  # a head cut to some classes
+    there = dense.info.num_classes
+    if config.num_classes != (there if cut is None else len(cut)):
+        raise ModelError(
+            f"the pruned network has {plural(config.num_classes, 'output')} and the dense one "
+            f"{there}: its classifier was replaced, so that they cannot be compared",
+            hint="measure and train it in a loop of your own, as any network",
+        )
 
 
 def dense_section(config: CheckpointConfig, folder: Path, override: str | None) -> ModelSection:

@@ -27,7 +27,12 @@ from npprune.pipeline.common.outputs import check_checkpoint, reads_of, recordab
 from npprune.pipeline.common.processes import Processes
 from npprune.pipeline.common.results import add_command, run_of
 from npprune.pipeline.common.work import Work
-from npprune.pipeline.evaluate.stage import dense_reference, dense_section, open_dense
+from npprune.pipeline.evaluate.stage import (
+    check_outputs,
+    dense_reference,
+    dense_section,
+    open_dense,
+)
 from npprune.pipeline.heal.distillation import Distillation
 from npprune.pipeline.heal.images import (
     most_held,
@@ -109,6 +114,7 @@ def heal(
         )
     plan = None if student.held else plan_of(checkpoint, config)
     dense = open_dense(config, checkpoint, dense_checkpoint, work, any_weights=any_teacher)
+    check_outputs(config, dense)
     teacher = _teacher(student, dense, settings, work)
     if not settings.layerwise:
         weight = feature_weight(settings, make_view(student.model), teacher)
