@@ -88,27 +88,40 @@ CRITERIA: dict[str, Criterion] = {}
 def register(
     name: str, source: str, *needs: Need, paths: bool = False, draws: bool = False
 ) -> Callable[[Function], Function]:
-    """Add a criterion under `name`.
+    """Add a criterion under `name`: a decorator of `function(context, l)`.
+
+    The function gives a tensor [h]: a score for every hidden unit of block l, higher stays. What it
+    may read is said by `Context`. Run again, as a notebook's cell is, the same function takes its
+    own place.
 
     Args:
+        name: what `criterion=`, recipes and the command line call it.
         source: where it is from: one line.
-        needs: the statistics it reads, so that one pass collects just those.
+        needs: the statistics it reads, so that one pass collects just those: `moments` of the
+            activations, `gates` (`statistics.taylor`, `fisher`), `curvature`
+            (`statistics.curvature`), `salience` (tokens weighted by the loss's gradient), `read`
+            (all of these once more, over the tokens that the classifier reads).
         paths: it reads `votes` or `attribution`.
         draws: it reads `random`.
 
     Raises:
-        UsageError: the name is taken, or a need is unknown.
+        UsageError: the name is another function's, or a need is unknown.
     """
-    if name in CRITERIA:
-        raise UsageError(f"a criterion `{name}` is registered already")
     for need in needs:
         check_word("needs", need, NEEDS)
 
     def add(function: Function) -> Function:
+        there = CRITERIA.get(name)
+        if there is not None and _place(there.function) != _place(function):
+            raise UsageError(f"a criterion `{name}` is registered already")
         CRITERIA[name] = Criterion(name, function, needs, source, paths, draws)
         return function
 
     return add
+
+
+def _place(function: Function) -> tuple[str, str]:
+    return function.__module__, function.__qualname__
 
 
 @register("random", "chance; the baseline", draws=True)

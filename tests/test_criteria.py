@@ -73,11 +73,22 @@ def test_one_of_ones_own_prunes_and_stands_in_recipe_and_study(peak: str, tmp_pa
     assert kept[0].plan_sha256 != kept[1].plan_sha256
 
 
+def test_a_notebooks_cell_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(CRITERIA, "mine", raising=False)
+    for source in ("first", "second"):
+
+        @register("mine", source)
+        def mine(context: Any, l: int) -> Tensor:
+            return context.random(l)
+
+    assert CRITERIA.pop("mine").source == "second"
+
+
 def test_what_is_not_registered_is_refused_with_the_nearest(peak: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"`prune\.criterion` must be one of .*`peak`") as err:
         load_recipe(recipe(tmp_path, "peek"))
     assert err.value.hint == "did you mean `peak`?"
     with pytest.raises(UsageError, match="registered already"):
-        register("peak", "again")
+        register("peak", "again")(lambda context, l: None)
     with pytest.raises(UsageError, match=r"got `moment`"):
         register("other", "x", "moment")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from npprune.core.compression.scores import Context, score
 from npprune.core.compression.statistics import Statistics, collect_statistics
-from npprune.criteria import CRITERIA
+from npprune.criteria import CRITERIA, Criterion
 from npprune.errors import UsageError
 from tests.core.test_statistics import data, in_batches, seeded, tiny_view
 
@@ -57,6 +57,27 @@ def test_scores_match_their_formulas(statistics: Statistics) -> None:
     }
     for name, values in expected.items():
         torch.testing.assert_close(score(name, ctx)[l], values)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(None, "got NoneType"), (torch.zeros(3), r"got a tensor of \[3\]"),
+     (torch.full((24,), torch.nan), "got NaN"), ([1.0] * 24, "got list")],
+)  # fmt: skip
+def test_what_is_no_score_for_each_unit_is_refused(
+    given: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CRITERIA, "x", Criterion("x", lambda context, l: given, (), "a test"))
+    with pytest.raises(UsageError, match=r"`x` must give a score for each of the 24 .*" + said):
+        score("x", context(None))  # type: ignore[arg-type]
+
+
+def test_a_tensor_of_a_criterions_own_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = torch.arange(24).double()
+    monkeypatch.setitem(CRITERIA, "x", Criterion("x", lambda context, l: own, (), "a test"))
+    (found,) = score("x", context(None, protected=[[0, 1]] * 3), [1])  # type: ignore[arg-type]
+    assert found[:2].min() > found[2:].max()
+    assert torch.equal(own, torch.arange(24).double())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,12 +111,13 @@ def score(name: str, context: Context, blocks: Iterable[int] | None = None) -> l
     and protected units are lifted above all others.
 
     Raises:
-        UsageError: an unknown criterion, or one whose statistics or paths are missing.
+        UsageError: an unknown criterion, one whose statistics or paths are missing, or one that
+            gives no score for some unit.
     """
     check_word("criterion", name, CRITERIA)
     out = []
     for l in range(len(context.second)) if blocks is None else blocks:
-        s = CRITERIA[name].function(context, l).detach().to("cpu", torch.float64)
+        s = _checked(CRITERIA[name].function(context, l), name, l, context.second[l].in_features)
         if l not in context.eliminated:
             if context.prior is not None:
                 s = (s - s.min()) * context.prior[l].to(s)
@@ -123,6 +125,20 @@ def score(name: str, context: Context, blocks: Iterable[int] | None = None) -> l
                 s[list(context.protected[l])] += s.max() - s.min() + 1
         out.append(s)
     return out
+
+
+def _checked(found: Any, name: str, l: int, hidden: int) -> Tensor:
+    """A criterion's scores of block l, as a copy [h] on the CPU."""
+    if isinstance(found, Tensor) and found.shape == (hidden,) and not bool(found.isnan().any()):
+        return found.detach().to("cpu", torch.float64, copy=True)
+    got = type(found).__name__
+    if isinstance(found, Tensor):
+        got = "NaN" if found.shape == (hidden,) else f"a tensor of {list(found.shape)}"
+    raise UsageError(
+        f"criterion `{name}` must give a score for each of the {hidden} hidden units of block {l}, "
+        f"got {got}",
+        hint="a tensor [h] of numbers, higher stays",
+    )
 
 
 def _of_paths(found: Sequence[Tensor] | None) -> Sequence[Tensor]:
