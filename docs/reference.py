@@ -17,10 +17,20 @@ import typer
 
 import npprune
 import npprune.core
+from npprune import records
 from npprune.cli.app import app
 from npprune.recipe import Recipe
 from npprune.recipe.sections import EditSection, StudySection
 from npprune.recipe.settings import told
+
+RESULTS = (
+    records.Evaluation, records.FeatureEvaluation, records.FeatureAgreement, records.Probe,
+    records.Accuracy, records.Rate, records.Mean, records.ClassRow, records.Latency,
+    records.HealSummary, records.HealPoint, records.ExportRecord, records.ParityRow,
+    records.Result, records.DiscoverySummary, records.Analysis,
+)  # fmt: skip
+FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?: = [^#\n]+?)?(?:  # (.+))?$", re.MULTILINE)
+"""A field of a dataclass in its source: name, type, and the comment beside it."""
 
 
 def pages() -> dict[str, str]:
@@ -214,7 +224,14 @@ def python() -> str:
                     parts.append(f"Settings, by their names in a recipe: {', '.join(links)}.\n")
     parts.append(
         "## npprune.criteria.register\n\nA criterion of your own, known to `prune` as long as the "
-        "process runs.\n\n" + _docstrings("npprune.criteria.register")
+        "process runs.\n\n"
+        + _docstrings("npprune.criteria.register")
+        + "\n### What it may read\n\n"
+        + _docstrings("npprune.criteria.Context")
+    )
+    parts.append(
+        "## What they return\n\nRecords of plain values, as in the JSON of the commands.\n\n"
+        + "\n".join(map(_record, RESULTS))
     )
     parts.append(
         "## Exceptions\n\nAll of them are `npprune.errors.NpPruneError`, with a `message`, a "
@@ -222,6 +239,17 @@ def python() -> str:
         + _docstrings("npprune.errors")
     )
     return "\n".join(parts)
+
+
+def _record(kind: type) -> str:
+    """A record's fields; what they hold is said by the comments beside them."""
+    rows = [
+        (f"`{name}`", f"`{kind_of.strip()}`".replace("|", "\\|"), _cell(said or ""))
+        for name, kind_of, said in FIELD.findall(inspect.getsource(kind))
+        if not kind_of.startswith("ClassVar")
+    ]
+    table = _table(("field", "type", "holds"), rows)
+    return f"### {kind.__name__}\n\n{inspect.cleandoc(kind.__doc__ or '')}\n\n{table}"
 
 
 def core() -> str:

@@ -568,7 +568,7 @@ class Evaluation:
 
     data: DataInfo
     preprocessing: Preprocessing
-    device: str
+    device: str  # that both ran on
     dense: Accuracy
     pruned: Accuracy
     probability_deviation: Mean  # per image: (p_pruned - p_dense) / p_dense, of the true class
@@ -576,20 +576,20 @@ class Evaluation:
     accuracy_deviation: float  # (top1_pruned - top1_dense) / top1_dense
     top1_change: Mean  # paired, pruned minus dense, in [-1, 1]
     agreement: Rate  # same top-1 prediction as dense
-    classes: list[ClassRow]
-    latency: list[Latency] = field(default_factory=list)
+    classes: list[ClassRow]  # those that have images, by label
+    latency: list[Latency] = field(default_factory=list)  # at each batch size, where timed
     restricted_to: list[int] | None = None  # chosen classes; then the next two are set
     dense_restricted: Accuracy | None = None  # predictions limited to the chosen classes
     pruned_restricted: Accuracy | None = None
     dense_model: ModelInfo | None = None
     pruned_model: ModelInfo | None = None
-    seconds: float = 0.0
-    label_doubt: str = ""  # why the labels are probably wrong
+    seconds: float = 0.0  # without timing
+    label_doubt: str = ""  # why the labels are probably wrong; empty: no reason
     spared: Mean | None = None  # rank correlation, over classes, of path kept and deviation
     merged: list[MergedImage] = field(default_factory=list)  # where the pruned network merges
-    outcomes: Outcomes | None = None
+    outcomes: Outcomes | None = None  # right or wrong, image by image
     flipped: list[FlippedImage] = field(default_factory=list)  # some, spread over the images
-    dense_reliability: Reliability | None = None
+    dense_reliability: Reliability | None = None  # how far its probabilities hold
     pruned_reliability: Reliability | None = None
     deviations: Histogram | None = None  # probability deviation per image
 

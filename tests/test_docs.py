@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import shlex
@@ -135,6 +136,11 @@ def test_the_python_reference_has_every_name_and_where_its_settings_are() -> Non
     assert [name for name in names if f"heading: npprune.{name}\n" not in text] == []
     assert text.count("[data](recipes.md#data)") == 6
     assert "npprune.criteria.register" in text
+    assert "| `top1_change` | `Mean` | paired, pruned minus dense, in [-1, 1] |" in text
+    for kind in reference.RESULTS:
+        _, _, table = text.partition(f"### {kind.__name__}\n")
+        shown = re.findall(r"^\| `(\w+)` \|", table.partition("\n#")[0], re.MULTILINE)
+        assert shown == [field.name for field in dataclasses.fields(kind)]
 
 
 def test_recipes_shown_are_recipes() -> None:

@@ -360,10 +360,12 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     compared = any(row.pruned_agreement is not None for row in found.rows)
     output.line()
     output.table(
-        "Throughput" + (", and agreement with PyTorch" if compared else "") + " (dense)",
+        "What follows from it, and what else it takes: pruned (dense)"
+        + ("; its agreement with PyTorch" if compared else ""),
         [
             "timed in",
             "images/s",
+            "start-up",
             "peak memory",
             *(["logits off by", "same top-1"] if compared else []),
         ],
@@ -372,6 +374,10 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
                 name,
                 f"{text.fixed(row.pruned_images_per_second)} "
                 f"({text.fixed(row.dense_images_per_second)})",
+                text.DASH
+                if row.pruned_start_ms is None or row.dense_start_ms is None
+                else f"{text.milliseconds(row.pruned_start_ms)} "
+                f"({text.milliseconds(row.dense_start_ms)})",
                 f"{text.size(row.pruned_memory)} ({text.size(row.dense_memory)})"
                 if row.pruned_memory is not None
                 else text.DASH,
@@ -382,7 +388,8 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     )
     facts = [("not here", f"{name}: {why}") for name, why in found.absent.items()]
     if found.macs_ratio is not None:
-        facts.insert(0, ("MACs ratio", text.fixed(found.macs_ratio, 2)))
+        said = "; 100 % of its gain: the time fell by as much" if found.saved else ""
+        facts.insert(0, ("MACs ratio", text.fixed(found.macs_ratio, 2) + said))
     for mark, said in MARKS.items():
         if marked := [n for n, row in zip(names, found.rows, strict=True) if mark in row.marks]:
             facts.append((mark, f"{'; '.join(marked)}: {said}"))
