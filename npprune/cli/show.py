@@ -360,8 +360,8 @@ def benchmark(output: Output, found: Benchmark, folder: Path | None) -> None:
     compared = any(row.pruned_agreement is not None for row in found.rows)
     output.line()
     output.table(
-        "What follows from it, and what else it takes: pruned (dense)"
-        + ("; its agreement with PyTorch" if compared else ""),
+        f"{found.pruned}, then {found.dense}"
+        + (f"; agreement of {found.pruned} with PyTorch" if compared else ""),
         [
             "timed in",
             "images/s",
