@@ -165,7 +165,8 @@ def checkpoint_of(
             raise ModelError(
                 "the dense network has other weights than those that were pruned: it was trained "
                 "or changed since",
-                hint="give the network as it was with `dense=`",
+                hint="give the network as it was with `dense=`; for a second round, that is what "
+                "the first one gave",
             )
         name = str(config.details.get("dense", {}).get("name") or config.source.architecture)
         work.held.networks[name] = held
