@@ -8,24 +8,30 @@ import torch
 from npprune.core.attribution.ablation import ablated_logits
 from npprune.core.attribution.editing import edited_logits
 from npprune.core.attribution.lens import pushes
+from npprune.core.view import Scope
 from npprune.models.view import make_view
 from npprune.models.writing import written
 from tests.helpers.tiny import tiny_batch, tiny_vit
 
 
-def test_removing_one_neuron_at_a_time_is_editing_with_a_factor_of_0() -> None:
-    view = make_view(tiny_vit())
+@pytest.mark.parametrize("known", [False, True], ids=["run", "taken out of the stream"])
+@pytest.mark.parametrize("scope", ["cls", "all"])
+def test_removing_one_neuron_at_a_time_is_editing_with_a_factor_of_0(
+    scope: Scope, known: bool
+) -> None:
+    view = make_view(tiny_vit(init_values=0.5))
     images, _ = tiny_batch(3)
     g = torch.Generator().manual_seed(3)
     neurons = torch.randint(0, view.widths[0], (3, len(view.widths), 2), generator=g)
-    found = ablated_logits(view, images, neurons, scope="cls")
+    writes = [written(view, l) for l in range(3)] if known else None
+    found = ablated_logits(view, images, neurons, scope=scope, writes=writes)
     assert found.shape == (3, 3, 2, 7)
     for i, image in enumerate(images):
         for l in range(3):
             for k in range(2):
                 factors = [torch.ones(1, h) for h in view.widths]
                 factors[l][0, neurons[i, l, k]] = 0
-                direct = edited_logits(view, image[None], factors, scope="cls")[0]
+                direct = edited_logits(view, image[None], factors, scope=scope)[0]
                 torch.testing.assert_close(found[i, l, k], direct)
 
 
