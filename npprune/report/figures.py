@@ -23,6 +23,7 @@ from npprune.report.svg import (
     picture,
 )
 
+FEW = 10  # images of a bin below which its accuracy says little
 PROTECTED = "of these, path neurons (protected)"
 
 
@@ -72,27 +73,32 @@ def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str
 
 
 def reliability(networks: Sequence[tuple[str, Reliability]], alt: str, name: str) -> str:
-    """Accuracy against confidence with 95 % intervals, and the line where both are equal."""
+    """Accuracy against confidence with 95 % intervals, and the line where both are equal; bins of
+    few images hollow, and joined by no line."""
 
     def paint(figure: Any) -> None:
         ax = figure.add_subplot()
         ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
         for (label, found), color, marker in zip(networks, (DENSE, ACCENT), "os", strict=True):
-            rates = [b.accuracy for b in found.bins]
-            below = [100 * (r.value - r.low) for r in rates]
-            above = [100 * (r.high - r.value) for r in rates]
-            ax.errorbar(
-                [100 * b.confidence for b in found.bins],
-                [100 * r.value for r in rates],
-                yerr=[below, above],
-                fmt=f"{marker}-",
-                color=color,
-                markersize=5,
-                linewidth=1.4,
-                elinewidth=1,
-                capsize=2.5,
-                label=f"{label}, calibration error {100 * found.error:.1f} %",
-            )
+            said = f"{label}, calibration error {100 * found.error:.1f} %"
+            for many in (True, False):
+                bins = [b for b in found.bins if (b.accuracy.total >= FEW) == many]
+                rates = [b.accuracy for b in bins]
+                below = [100 * (r.value - r.low) for r in rates]
+                above = [100 * (r.high - r.value) for r in rates]
+                ax.errorbar(
+                    [100 * b.confidence for b in bins],
+                    [100 * r.value for r in rates],
+                    yerr=[below, above],
+                    fmt=f"{marker}-" if many else marker,
+                    color=color,
+                    markerfacecolor=color if many else "none",
+                    markersize=5,
+                    linewidth=1.4,
+                    elinewidth=1 if many else 0.4,
+                    capsize=2.5 if many else 0,
+                    label=said if many else None,
+                )
         ax.set_xlim(0, 102)
         ax.set_ylim(0, 102)
         ax.set_xlabel("confidence: probability of the predicted class in %")

@@ -21,7 +21,7 @@ def curve(evaluation: Evaluation, prefix: str, name: str) -> Figure | None:
         "Below the line a network is surer than it is right, above it less sure. Expected "
         f"calibration error: {', '.join(errors)} (few images make it larger than it is). Where the "
         "pruned network leaves the line, its probabilities want a new temperature before anything "
-        "is decided by them.",
+        f"is decided by them. Hollow: of fewer than {figures.FEW} images.",
         partial(figures.reliability, both, "Accuracy against confidence", name),
         Table(
             ["network", "images", "confidence", "top-1"],

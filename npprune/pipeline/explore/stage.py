@@ -380,9 +380,9 @@ def _neurons(
     ablations: dict[tuple[int, int], list[float]],
 ) -> dict[str, Any]:
     writes = written(opened.view, l) if jacobian is not None else None
-    lens = None
+    up = down = None
     if jacobian is not None and writes is not None:
-        lens = (jacobian @ writes[:, units].to(jacobian)).cpu()  # [c, n]
+        up, down = _pushed((jacobian @ writes[:, units].to(jacobian)).cpu())
     found = {}
     for n, unit in enumerate(units):
         about: dict[str, Any] = {}
@@ -392,12 +392,30 @@ def _neurons(
             about["values"] = kept.values[n].tolist()
             if seen.grid:
                 about["lit"] = kept.lit(n)
-        if lens is not None:
-            order = lens[:, n].argsort(descending=True, stable=True).tolist()
-            k = min(PUSHED, len(order) // 2)
-            about["up"] = [[c, float(lens[c, n])] for c in order[:k]]
-            about["down"] = [[c, float(lens[c, n])] for c in reversed(order[len(order) - k :])]
+        if up is not None and down is not None:
+            about |= {"up": up[n], "down": down[n]}
         if (changes := ablations.get((l, unit))) is not None:
             about["alone"] = {"n": len(changes), "change": interval(changes)}
         found[str(unit)] = about
     return found
+
+
+_Labels = list[list[list[float]]]
+
+
+def _pushed(lens: torch.Tensor) -> tuple[_Labels, _Labels]:
+    """Of each neuron the classes [class, logit] that it pushes up most, and down; lens: [c, n]."""
+    rows = lens.T.contiguous()
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    classes = rows.shape[1]
+    k = min(PUSHED, classes // 2)
+    both = []
+    for chosen in (order[:, :k], order[:, classes - k :].flip(1)):
+        values = rows.gather(1, chosen).tolist()
+        both.append(
+            [
+                [[c, v] for c, v in zip(*each, strict=True)]
+                for each in zip(chosen.tolist(), values, strict=True)
+            ]
+        )
+    return both[0], both[1]

@@ -31,7 +31,7 @@
       h("div", { class: "sides" }, sides.map((side, k) => h("section", {},
         chooser(side, k, labels, go),
         h("h2", {}, npprune.classLink(side.c), h("small", {}, ` by ${side.method}`)),
-        npprune.known && h("div", { class: "row" }, npprune.rows.get(side.c).slice(0, 4).map((row) => npprune.imageLink(row))),
+        npprune.known && h("div", { class: "row" }, npprune.pictured(npprune.rows.get(side.c), 4).map((row) => npprune.imageLink(row))),
         npprune.graph(side.method, npprune.rows.get(side.c), { mark: marks, about: k ? "on the right" : "on the left", caption: "The larger a disc, the more of the class's images have the neuron on their path. Ringed: on both sides among those held most often."
           + (npprune.kept ? " Crossed out: removed by the plan." : "") }),
         effect(side))))];

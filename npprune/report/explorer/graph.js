@@ -102,7 +102,7 @@
       preview.replaceChildren(
         h("p", {}, h("b", {}, `Block ${l}, neuron ${j}`), ` – on the path of ${percent(share)} of these images `,
           npprune.badge(l, j)),
-        npprune.exemplars(l, j, 6));
+        npprune.shown[l].has(j) ? npprune.exemplars(l, j, 6) : h("small", {}, "The images that excite it were not kept; --neurons keeps more."));
     }
     function dim() { drawing.classList.remove("focused"); }
 

@@ -32,7 +32,7 @@
       run.notes.map((note) => h("p", { class: "note" }, note)),
       inShort(labels),
       section(["For example, the class ", h("span", { class: "name" }, npprune.title(example))],
-        strip(rows.slice(0, 6)),
+        strip(npprune.pictured(rows, 6)),
         npprune.graph(own(), rows),
         h("p", {}, npprune.classLink(example, "All about this class"))),
       run.plan && planSection(),
@@ -47,15 +47,16 @@
     if (plan) {
       const { all, stay } = counts(), paths = pathsLost();
       const merged = plan.merged ? plan.merged.reduce((a, b) => a + b) : 0;
+      const heads = plan.heads ? plan.heads.reduce((n, [k, d]) => n + d - k, 0) : 0;
       facts.push(["Removed", `${(all - stay).toLocaleString("en")} of ${all.toLocaleString("en")} neurons (${percent(1 - stay / all)}), `
         + `${paths.removed.toLocaleString("en")} of the ${paths.held.toLocaleString("en")} that are on a path`
-        + (plan.heads ? `; ${plan.heads.reduce((n, [k, d]) => n + d - k, 0)} of ${plan.heads.reduce((n, [, d]) => n + d, 0)} attention heads` : "")
+        + (heads ? `; ${heads} of ${plan.heads.reduce((n, [, d]) => n + d, 0)} attention heads` : "")
         + (merged ? `; ${plural(merged, "patch", "patches")} of an image merged into others` : "") + "."]);
       const [dense, pruned] = plan.top1 || [];
       facts.push(["What it cost", plan.top1
         ? `Top-1 accuracy ${percent(pruned[0], 1)} (95 % ${percent(pruned[1], 1)} to ${percent(pruned[2], 1)}) instead of ${percent(dense[0], 1)}, on ${plural(dense[3], "image")}`
           + (plan.macs ? `; for that, ${percent(plan.macs[1] / plan.macs[0])} of the MACs.` : ".")
-        : `Not measured in this run. \`npprune eval ${plan.name} --data IMAGES\` does it.`]);
+        : ["Not measured in this run: ", h("code", {}, "npprune eval"), ` of ${plan.name} does it.`]]);
     }
     facts.push(["To doubt", doubt(labels)]);
     return h("dl", { class: "short" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text))));
@@ -162,7 +163,7 @@
     return h("ul", { class: "cards" }, sorted.slice(0, limit).map(([, c]) => {
       const rows = npprune.rows.get(c), effect = npprune.effects[c];
       return h("li", {}, npprune.classLink(c,
-        npprune.known && h("span", { class: "row", "aria-hidden": "true" }, rows.slice(0, 3).map((row) => npprune.picture(row))),
+        npprune.known && h("span", { class: "row", "aria-hidden": "true" }, npprune.pictured(rows, 3).map((row) => npprune.picture(row))),
         h("b", {}, npprune.title(c)),
         h("small", {}, plural(rows.length, "image"),
           effect && `, ${points(effect[own()].remove.change[0], 0)} points without its path`)));
