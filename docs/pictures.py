@@ -22,6 +22,10 @@ IMAGES = Path(__file__).resolve().parent / "img"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDE, HIGH = 1200, 860
 LARGEST = 150 * 1024  # bytes of a picture
+LOADED = """Promise.all([...document.images].map(image => {
+  image.loading = 'eager';
+  return image.decode();
+}))"""
 
 DEMO = "demo"
 STUDY = (
@@ -43,7 +47,8 @@ def main(root: Path) -> None:
         save("report", page)
         page.goto(f"file://{runs / 'demo/explore/index.html'}#/class/3")
         page.wait_for_selector(".graph .node")
-        page.evaluate("Promise.all([...document.images].map(i => { i.loading = 'eager'; }))")
+        page.wait_for_selector(".preview .strip img")
+        page.evaluate(LOADED)
         save("explorer", page)
         page.goto(f"file://{runs / 'study/report.html'}")
         save("study", page.locator("figure .scroll").first)

@@ -125,6 +125,33 @@ def test_links_search_and_keys(world: Path, opened: Any) -> None:
     opened.wait_for_selector("h1:has-text('Nothing here')")
 
 
+def test_what_was_removed_is_said_at_once_and_headings_stand_over_their_columns(
+    world: Path, opened: Any
+) -> None:
+    opened.goto(f"file://{world / 'site/index.html'}")
+    opened.wait_for_selector(".short")
+    said = opened.locator(".short dt").all_text_contents()
+    assert said == ["Looked at", "Removed", "What it cost", "To doubt"]
+    assert "128 of 256 neurons (50" in opened.locator(".short dd").nth(1).text_content()
+    columns = "row => [...row.cells].reduce((n, cell) => n + cell.colSpan, 0)"
+    table = opened.locator("table:has(.barcell)")
+    first = table.locator("tbody tr").first
+    assert table.locator("thead tr").evaluate(columns) == first.evaluate(columns)
+
+
+def test_images_without_pictures_are_listed_behind_those_with(
+    world: Path, opened: Any, tmp_path: Path
+) -> None:
+    build(world / "run", tmp_path / "few", images_per_class=1, ablate=0)
+    opened.goto(f"file://{tmp_path / 'few/index.html'}#/class/0")
+    opened.wait_for_selector(".gallery li")
+    assert opened.locator(".gallery li").count() == 1
+    assert opened.locator(".ids a").count() == 4
+    opened.click("text=4 more images without a picture")
+    opened.click(".ids a >> nth=0")
+    opened.wait_for_selector("h1.file")
+
+
 @pytest.mark.parametrize("route", ["#/class/0", "#/neuron/1/{j}", "#/image/6"])
 def test_the_explorer_can_be_read_by_everyone(
     world: Path, opened: Any, checker: str, route: str

@@ -315,7 +315,7 @@ def _origins(networks: Sequence[Network]) -> Section:
     for n in networks:
         source = n.result.model.source
         said = f"{source.architecture}, weights {source.sha256[:12]}; run {n.result.name}"
-        said += f" of {n.result.created}"
+        said += f" of {text.when(n.result.created)}"
         if n.evaluation is not None:
             said += f"; {text.data(n.evaluation.data)}, on {n.evaluation.device}"
         pairs.append((n.label, text.clean(said)))

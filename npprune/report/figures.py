@@ -23,11 +23,15 @@ from npprune.report.svg import (
     picture,
 )
 
+FEW = 10  # images of a bin below which its accuracy says little
 PROTECTED = "of these, path neurons (protected)"
 
 
 def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str:
-    """Top-1 and top-5 with 95 % intervals, one line per network, top to bottom."""
+    """Top-1 and top-5 with 95 % intervals, one line per network, top to bottom; the axis begins
+    at 0, or at a round number where all are far above it."""
+    lowest = min((100 * top1.low for _, top1, _ in rows), default=0.0)
+    start = 0 if lowest < 50 else 10 * int((lowest - 5) // 10)
 
     def paint(figure: Any) -> None:
         ax = figure.add_subplot()
@@ -58,8 +62,8 @@ def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str
                 )
         ax.set_yticks([-i for i in range(len(rows))], [text.clip(r[0], 34) for r in rows])
         ax.set_ylim(-len(rows) + 0.45, 0.55)
-        ax.set_xlim(0, 112)
-        ax.set_xticks(range(0, 101, 20))
+        ax.set_xlim(start, 100 + 0.12 * (100 - start))
+        ax.set_xticks(range(start, 101, 20 if start == 0 else 10 if start < 70 else 5))
         ax.set_xlabel("accuracy in %, with 95 % intervals")
         ax.grid(axis="x")
         ax.tick_params(length=0)
@@ -69,27 +73,32 @@ def accuracy(rows: Sequence[tuple[str, Rate, Rate]], alt: str, name: str) -> str
 
 
 def reliability(networks: Sequence[tuple[str, Reliability]], alt: str, name: str) -> str:
-    """Accuracy against confidence with 95 % intervals, and the line where both are equal."""
+    """Accuracy against confidence with 95 % intervals, and the line where both are equal; bins of
+    few images hollow, and joined by no line."""
 
     def paint(figure: Any) -> None:
         ax = figure.add_subplot()
         ax.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle=(0, (4, 2)))
         for (label, found), color, marker in zip(networks, (DENSE, ACCENT), "os", strict=True):
-            rates = [b.accuracy for b in found.bins]
-            below = [100 * (r.value - r.low) for r in rates]
-            above = [100 * (r.high - r.value) for r in rates]
-            ax.errorbar(
-                [100 * b.confidence for b in found.bins],
-                [100 * r.value for r in rates],
-                yerr=[below, above],
-                fmt=f"{marker}-",
-                color=color,
-                markersize=5,
-                linewidth=1.4,
-                elinewidth=1,
-                capsize=2.5,
-                label=f"{label}, calibration error {100 * found.error:.1f} %",
-            )
+            said = f"{label}, calibration error {100 * found.error:.1f} %"
+            for many in (True, False):
+                bins = [b for b in found.bins if (b.accuracy.total >= FEW) == many]
+                rates = [b.accuracy for b in bins]
+                below = [100 * (r.value - r.low) for r in rates]
+                above = [100 * (r.high - r.value) for r in rates]
+                ax.errorbar(
+                    [100 * b.confidence for b in bins],
+                    [100 * r.value for r in rates],
+                    yerr=[below, above],
+                    fmt=f"{marker}-" if many else marker,
+                    color=color,
+                    markerfacecolor=color if many else "none",
+                    markersize=5,
+                    linewidth=1.4,
+                    elinewidth=1 if many else 0.4,
+                    capsize=2.5 if many else 0,
+                    label=said if many else None,
+                )
         ax.set_xlim(0, 102)
         ax.set_ylim(0, 102)
         ax.set_xlabel("confidence: probability of the predicted class in %")
@@ -99,6 +108,35 @@ def reliability(networks: Sequence[tuple[str, Reliability]], alt: str, name: str
         figure.legend(loc="outside upper left", ncols=2)
 
     return picture(paint, width=6.4, height=5.0, alt=alt, name=name)
+
+
+def histogram(
+    edges: Sequence[float], shares: Sequence[float], axis: tuple[str, str], alt: str, name: str
+) -> str:
+    """Bars between edges; one share more than there are such, for all above the last edge.
+
+    axis: what is counted, and what the shares are of.
+    """
+    ends = [*edges, edges[-1] + (edges[-1] - edges[-2])]
+
+    def paint(figure: Any) -> None:
+        ax = figure.add_subplot()
+        widths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        ax.bar(ends[:-1], shares, [0.92 * w for w in widths], align="edge", color=ACCENT)
+        ax.axvline(0, color=DENSE, linewidth=1.2, linestyle=(0, (4, 2)))
+        step = max(1, round((len(edges) - 1) / 10))
+        ticks = list(edges[::step])
+        names = [text.fixed(t, 0, sign=True) for t in ticks]
+        if ticks[-1] == edges[-1]:
+            names[-1] = f"{names[-1]} and more"
+        ax.set_xticks(ticks, names)
+        ax.set_xlim(ends[0], ends[-1])
+        ax.set_xlabel(axis[0])
+        ax.set_ylabel(axis[1])
+        ax.grid(axis="y")
+        ax.tick_params(length=0)
+
+    return picture(paint, width=WIDTH, height=3.4, alt=alt, name=name)
 
 
 def costs(

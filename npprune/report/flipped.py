@@ -28,8 +28,9 @@ def gallery(evaluation: Evaluation, title: str) -> Gallery | None:
         before, after = (right(evaluation.outcomes, which) for which in ("dense", "pruned"))
         lost, gained = changed(before, after)
         said = (
-            f"Of {text.plural(evaluation.outcomes.images, 'image')} {text.count(lost)} were right "
-            f"before and are wrong now, {text.count(gained)} the other way round. "
+            f"Of {text.plural(evaluation.outcomes.images, 'image')} {text.count(lost)} "
+            f"{'was right before and is' if lost == 1 else 'were right before and are'} wrong now, "
+            f"{text.count(gained)} the other way round. "
         )
     return Gallery(title, said + CAPTION, [_picture(image) for image in shown], _table(shown))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from npprune.report.text import clean
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 
 def render_html(result: Result) -> str:
@@ -42,12 +44,21 @@ def _environment() -> Environment:
     )
     env.tests["kind"] = _is_kind
     env.filters["svg"] = Markup  # drawn by us, its texts escaped by the SVG writer
+    env.filters["bound"] = _bound
     return env
 
 
 def _one_line(value: object) -> object:
     """Text from the result without control characters; what is markup already stays."""
     return clean(value) if type(value) is str else value
+
+
+def _bound(value: str) -> Markup:
+    """A sentence whose numbers stay on one line with what they are of."""
+    from markupsafe import escape
+
+    words = re.sub(r"(?<=\d) (?=%|points|×)", "\N{NO-BREAK SPACE}", clean(value))
+    return escape(re.sub(r"(?<=\b95\N{NO-BREAK SPACE}%) (?=\S)", "\N{NO-BREAK SPACE}", words))
 
 
 def _is_kind(item: Item, name: str) -> bool:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
-from npprune.records import Evaluation, FigureData, Histogram, Reliability, Series
-from npprune.report import drawing, figures, text
+from npprune.records import Evaluation, Histogram, Reliability
+from npprune.report import figures, text
 from npprune.report.document import Cell, Figure, Table, cells
 
 
@@ -21,7 +21,7 @@ def curve(evaluation: Evaluation, prefix: str, name: str) -> Figure | None:
         "Below the line a network is surer than it is right, above it less sure. Expected "
         f"calibration error: {', '.join(errors)} (few images make it larger than it is). Where the "
         "pruned network leaves the line, its probabilities want a new temperature before anything "
-        "is decided by them.",
+        f"is decided by them. Hollow: of fewer than {figures.FEW} images.",
         partial(figures.reliability, both, "Accuracy against confidence", name),
         Table(
             ["network", "images", "confidence", "top-1"],
@@ -45,16 +45,14 @@ def deviations(evaluation: Evaluation, prefix: str, name: str) -> Figure | None:
     total = sum(found.counts)
     ranges = _ranges(found)
     shares = [100 * n / total for n in found.counts]
-    data = FigureData(
-        "bars", [Series("images", list(shares))], x_label="probability deviation",
-        y_label="% of the images", x_names=ranges,
-    )  # fmt: skip
+    axis = ("probability deviation in %", "% of the images")
     title = f"{prefix}Probability deviation, image by image"
     return Figure(
         title,
-        "How the true class's probability changed against the dense network's. A tall bar on the "
-        "far left is images whose class was all but forgotten; the mean hides them.",
-        partial(drawing.draw, data, title, name),
+        "How the true class's probability changed against the dense network's (dashed: not at "
+        "all). A tall bar on the far left is images whose class was all but forgotten; the mean "
+        "hides them.",
+        partial(figures.histogram, [100 * e for e in found.edges], shares, axis, title, name),
         Table(
             ["probability deviation", "images", "share"],
             [

@@ -67,7 +67,7 @@ def build(result: Result) -> Page:
     ]
     return Page(
         title=text.clean(result.name),
-        subtitle=f"{result.model.source.architecture}, {result.created}",
+        subtitle=f"{result.model.source.architecture}, {text.when(result.created)}",
         headline=numbers.headline(result),
         warnings=numbers.warnings(result),
         cards=numbers.cards(result),
@@ -152,7 +152,11 @@ def _accuracy_figure(done: list[tuple[Variant, Evaluation]]) -> Figure:
     draw = partial(
         figures.accuracy, rows, "Top-1 and top-5 accuracy with 95 % intervals", "accuracy"
     )
-    return Figure("Accuracy", "Top-1 (filled) and top-5 (hollow).", draw, table)
+    said = (
+        "Filled: top-1; hollow: top-5. Both networks saw the same images: whether they differ is "
+        "said by the interval of the change in the table, more sharply than by where these overlap."
+    )
+    return Figure("Accuracy", said, draw, table)
 
 
 def _tradeoff(result: Result, done: list[tuple[Variant, Evaluation]]) -> Figure:
@@ -218,7 +222,13 @@ def _cost(result: Result) -> Section:
     labels = list(found)
     draw = partial(figures.costs, labels, series, "Cost as a share of the dense network's", "costs")
     section.items.append(
-        Figure("Share of the dense network's cost", "Shorter is better.", draw, table)
+        Figure(
+            "Share of the dense network's cost",
+            "Shorter is better. Where the bar of a latency is longer than that of the MACs, this "
+            "machine did not turn all that was saved into speed.",
+            draw,
+            table,
+        )
     )
     return section
 
@@ -359,7 +369,7 @@ def _widths(result: Result) -> Section:
     section.items.append(
         Figure(
             "Hidden units kept in each block",
-            "Outline: dense. Filled: kept.",
+            "Outline: dense. Filled: kept. A short bar is a block that gave much.",
             draw,
             Table(columns, rows),
         )
@@ -455,7 +465,8 @@ def _classes(result: Result) -> Section:
         section.items.append(
             Figure(
                 title,
-                f"Of {text.plural(len(ranked), 'class', 'classes')} with images; few images per "
+                "A dot left of its ring is top-1 that the class lost. Of "
+                f"{text.plural(len(ranked), 'class', 'classes')} with images; few images per "
                 f"class make single classes uncertain.{_spared(evaluation)}",
                 partial(figures.classes, drawn, title, f"classes-{len(section.items)}"),
                 _class_table(worst),
@@ -557,7 +568,8 @@ def _frequency(found: DiscoverySummary) -> Figure:
         "The neurons that paths pass through most often",
         f"Each cell is one neuron of the block: its index and the share of "
         f"{text.plural(found.images, 'image')} whose path (K = {found.topk}) holds it. "
-        f"Strongest colour: {text.percent(largest, 0)}.",
+        f"Strongest colour: {text.percent(largest, 0)}. A dark cell is a neuron that many images "
+        "share; in an even row they go different ways.",
         draw,
         table,
     )
@@ -598,7 +610,7 @@ def _class_paths(result: Result, found: DiscoverySummary) -> Figure:
     return Figure(
         "The preferred path of each class",
         "The most frequent path neuron of the class in each block. The stronger its colour, "
-        f"the more of the classes shown share that neuron.{part}",
+        f"the more of the classes shown share that neuron; a pale row is a path of its own.{part}",
         draw,
         table,
     )

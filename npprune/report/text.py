@@ -7,6 +7,7 @@ multiply-accumulates in G or M, parameters in M, files in bytes with a binary pr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,12 @@ RUNTIMES = {
     "torch-compile": "torch.compile",
     "openvino": "OpenVINO",
 }
+
+
+def when(stamp: str) -> str:
+    """A time of ISO 8601 in UTC, to the minute and for people; others as they are."""
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)[:\d.]*(?:\+00:00|Z)", stamp)
+    return f"{found[1]}, {found[2]} UTC" if found else stamp
 
 
 def fixed(value: float | None, digits: int = 1, *, sign: bool = False) -> str:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from npprune.models.view import make_view
 from npprune.pipeline.common.inputs import open_images, open_network
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.finished import divide, open_finished
+from npprune.pipeline.explore.stage import _in_turn
 from tests.helpers.exploring import HOSTILE, IMAGES, build, explored
 
 
@@ -205,3 +207,15 @@ def test_the_command_says_where_it_lies(
     assert (found["kind"], found["page"]) == ("explorer", str(out / "index.html"))
     assert found["bytes"] == sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
     assert (found["images"], found["classes"], found["neurons"]) == (10, 3, 4)
+
+
+def test_images_whose_neurons_are_removed_lie_evenly_among_the_classes() -> None:
+    def chosen(labels: list[int], count: int) -> set[int]:
+        rows = np.arange(len(labels))
+        table = SimpleNamespace(labels=np.array(labels))
+        return _in_turn(table, rows.tolist(), count)  # type: ignore[arg-type]
+
+    assert chosen([0, 1, 2, 3, 4, 5, 6, 7, 8], 3) == {0, 4, 8}
+    assert chosen([0, 0, 0, 1, 2, 2], 5) == {0, 1, 3, 4, 5}
+    assert chosen([0, 1], 9) == {0, 1}
+    assert chosen([0, 1], 0) == set()

@@ -55,6 +55,8 @@ from tests.helpers import report_example as example
             text.preprocessing(example.preprocessing()),
             "3 × 224 × 224, bicubic, crop 0.9 (center), mean 0.5 0.5 0.5, std 0.5 0.5 0.5",
         ),
+        (text.when("2026-11-27T20:38:01+00:00"), "2026-11-27, 20:38 UTC"),
+        (text.when("yesterday"), "yesterday"),
         (text.where(example.latency(16, 1.0, 0.5)), "ONNX Runtime, CPU, batch 16"),
         (text.where(example.latency(1, 1.0, 0.5, "torch")), "PyTorch, cpu, batch 1"),
     ],

@@ -29,6 +29,7 @@ def pushes(view: VitView, streams: Tensor, *, scope: Scope) -> Tensor:
         streams: [n, t, d], what the last block gives for some images; the mean over them counts.
     """
     tokens = view.tokens(scope)
+    streams = streams[:, : view.tokens_read]  # nothing else moves the logits
     n, t, d = streams.shape
     with torch.no_grad():
         classes = view.head(streams[:1]).shape[1]

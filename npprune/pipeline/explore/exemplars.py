@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 LEVELS = 15  # above 0 of a lit patch: one hexadecimal digit each
+DIGITS = np.frombuffer(b"0123456789abcdef", np.uint8)
 
 
 class Exemplars:
@@ -35,8 +37,15 @@ class Exemplars:
 def lit(maps: Tensor) -> list[str]:
     """Activations [k, p] as text: a hexadecimal digit a patch, 0 where the neuron does not fire,
     f where it does most in any of them."""
-    highest = float(maps.max()) if maps.numel() else 0.0
-    if highest <= 0:
-        return ["0" * maps.shape[1]] * len(maps)
-    levels = (maps.clamp_min(0) / highest * LEVELS).ceil().clamp_max(LEVELS).int()
-    return ["".join(f"{level:x}" for level in row) for row in levels.tolist()]
+    if not maps.numel():
+        return [""] * len(maps)
+    return each_lit(maps[None])[0]
+
+
+def each_lit(maps: Tensor) -> list[list[str]]:
+    """As `lit` for each of n [n, k, p], every one on a scale of its own."""
+    highest = maps.amax((1, 2), keepdim=True)
+    scale = torch.where(highest > 0, highest, 1)
+    levels = (maps.clamp_min(0) / scale * LEVELS).ceil().clamp_max(LEVELS).to(torch.uint8)
+    text = DIGITS[levels.numpy()]
+    return [[row.tobytes().decode() for row in one] for one in text]

@@ -16,10 +16,11 @@ from npprune.core.view import HiddenEdit, Scope
 from npprune.data.loading import Batch
 from npprune.export.onnx import to_pixels
 from npprune.models.view import TimmView
+from npprune.models.writing import written
 from npprune.pipeline.common.inputs import Images
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.explore.effects import Effects, Outcome
-from npprune.pipeline.explore.exemplars import Exemplars, lit
+from npprune.pipeline.explore.exemplars import Exemplars, each_lit
 from npprune.pipeline.explore.site import Site
 from npprune.store.path_store import PathTable
 
@@ -79,11 +80,12 @@ class Pass:
         self.site, self.work = site, work
         self.seen = Seen()
         self.ranks = min(RANKS, table.neurons.shape[2])
+        self.writes = [written(view, l) for l in range(len(view.widths))]
 
     def read(self, images: Images, rows: dict[int, int]) -> Seen:
         """Read the images at some positions of the source: position -> row of the table."""
         done = 0
-        lens = _spread(list(rows.values()), LENS_IMAGES)
+        lens = spread(list(rows.values()), LENS_IMAGES)
         for batch, of in _batches(images, rows):
             self._add(batch, of, images, lens)
             done += len(of)
@@ -106,7 +108,9 @@ class Pass:
                 self.seen.streams.append(stream[i])
             if row in self.ablate and not self.view.merges:
                 path = torch.from_numpy(self.table.neurons[row, :, : self.ranks])[None]
-                out = ablated_logits(self.view, x[i : i + 1], path, scope=self.scope)[0]
+                out = ablated_logits(
+                    self.view, x[i : i + 1], path, scope=self.scope, writes=self.writes
+                )[0]
                 p = out.double().softmax(-1)[..., int(labels[i])]
                 self.seen.ablated[row] = p.cpu().tolist()
 
@@ -147,10 +151,16 @@ class Pass:
         patch = slice(prefix, None) if seen.grid else slice(0)
         for kept, h in zip(seen.exemplars, hidden, strict=True):
             kept.add(rows, h[:, tokens].mean(1), h[:, patch])
-        for i, row in enumerate(rows):
-            seen.values[row] = [h[i, tokens].mean(0).tolist() for h in own]
-            if seen.grid:
-                seen.maps[row] = [[lit(m[None])[0] for m in h[i, patch].T] for h in own]
+        means = torch.stack([h[:, tokens].mean(1) for h in own], 1).tolist()  # [b, L, K]
+        seen.values.update(zip(rows, means, strict=True))
+        if seen.grid:
+            maps = torch.stack([h[:, patch].transpose(1, 2) for h in own], 1)  # [b, L, K, p]
+            texts = [text for (text,) in each_lit(maps.reshape(-1, 1, maps.shape[-1]))]
+            per = self.ranks
+            blocks = [texts[i : i + per] for i in range(0, len(texts), per)]
+            count = len(self.neurons)
+            for i, row in enumerate(rows):
+                seen.maps[row] = blocks[i * count : (i + 1) * count]
 
     def _predictions(self, rows: list[int], labels: Tensor, logits: Tensor, x: Tensor) -> None:
         p = logits.double().softmax(1).cpu()
@@ -200,7 +210,7 @@ def _best(p: Tensor) -> list[list[float]]:
     return [[int(c), float(v)] for c, v in zip(index[:n], values[:n], strict=True)]
 
 
-def _spread(rows: list[int], count: int) -> set[int]:
+def spread(rows: list[int], count: int) -> set[int]:
     """So many of the rows, evenly spaced."""
     at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
     return {rows[i] for i in at.tolist()}

@@ -31,7 +31,7 @@ from npprune.pipeline.common.threads import same_on_any_threads
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.discover.finished import FinishedRun, methods_of, open_finished, paths_of
 from npprune.pipeline.explore.effects import Effects, interval
-from npprune.pipeline.explore.reading import Pass, Pruned, Seen
+from npprune.pipeline.explore.reading import Pass, Pruned, Seen, spread
 from npprune.pipeline.explore.site import Site, objection
 from npprune.recipe.sections import ExploreSection
 from npprune.records import CheckpointConfig, Plan
@@ -251,14 +251,20 @@ def _look(
 
 
 def _in_turn(table: PathTable, rows: list[int], count: int) -> set[int]:
-    """So many rows, shared by the classes: the first of each, the second of each, and so on."""
+    """So many rows, shared by the classes: the first of each, the second of each, and so on.
+
+    Where there are not enough for all classes, for some that lie evenly among them.
+    """
     place: Counter[int] = Counter()
-    ranked = []
+    rounds: dict[int, list[tuple[int, int]]] = {}
     for row in sorted(rows):
         label = int(table.labels[row])
-        ranked.append((place[label], label, row))
+        rounds.setdefault(place[label], []).append((label, row))
         place[label] += 1
-    return {row for _, _, row in sorted(ranked)[:count]}
+    chosen: set[int] = set()
+    for _, each in sorted(rounds.items()):
+        chosen |= spread([row for _, row in sorted(each)], count - len(chosen))
+    return chosen
 
 
 def _effects(table: PathTable, effects: Effects, seen: Seen) -> dict[str, Any]:
@@ -334,6 +340,8 @@ def _plan_said(opened: _Opened) -> dict[str, Any] | None:
         said["criterion"] = config.prune.criterion
         said["compensation"] = config.prune.compensation
     mine = opened.found.result.variant(opened.name)
+    if mine is not None:
+        said["macs"] = [opened.found.result.model.macs, mine.model.macs]
     if mine is not None and mine.evaluation is not None:
         e = mine.evaluation
         said["top1"] = [[r.value, r.low, r.high, r.total] for r in (e.dense.top1, e.pruned.top1)]
@@ -372,9 +380,9 @@ def _neurons(
     ablations: dict[tuple[int, int], list[float]],
 ) -> dict[str, Any]:
     writes = written(opened.view, l) if jacobian is not None else None
-    lens = None
+    up = down = None
     if jacobian is not None and writes is not None:
-        lens = (jacobian @ writes[:, units].to(jacobian)).cpu()  # [c, n]
+        up, down = _pushed((jacobian @ writes[:, units].to(jacobian)).cpu())
     found = {}
     for n, unit in enumerate(units):
         about: dict[str, Any] = {}
@@ -384,12 +392,30 @@ def _neurons(
             about["values"] = kept.values[n].tolist()
             if seen.grid:
                 about["lit"] = kept.lit(n)
-        if lens is not None:
-            order = lens[:, n].argsort(descending=True, stable=True).tolist()
-            k = min(PUSHED, len(order) // 2)
-            about["up"] = [[c, float(lens[c, n])] for c in order[:k]]
-            about["down"] = [[c, float(lens[c, n])] for c in reversed(order[len(order) - k :])]
+        if up is not None and down is not None:
+            about |= {"up": up[n], "down": down[n]}
         if (changes := ablations.get((l, unit))) is not None:
             about["alone"] = {"n": len(changes), "change": interval(changes)}
         found[str(unit)] = about
     return found
+
+
+_Labels = list[list[list[float]]]
+
+
+def _pushed(lens: torch.Tensor) -> tuple[_Labels, _Labels]:
+    """Of each neuron the classes [class, logit] that it pushes up most, and down; lens: [c, n]."""
+    rows = lens.T.contiguous()
+    order = rows.argsort(dim=1, descending=True, stable=True)
+    classes = rows.shape[1]
+    k = min(PUSHED, classes // 2)
+    both = []
+    for chosen in (order[:, :k], order[:, classes - k :].flip(1)):
+        values = rows.gather(1, chosen).tolist()
+        both.append(
+            [
+                [[c, v] for c, v in zip(*each, strict=True)]
+                for each in zip(chosen.tolist(), values, strict=True)
+            ]
+        )
+    return both[0], both[1]

@@ -74,7 +74,9 @@ const npprune = (() => {
   }
 
   function number(value, digits = 2) {
-    return value.toFixed(digits).replace("-", "−");
+    const text = value.toFixed(digits);
+    const small = value !== 0 && Number(text) === 0; // as little as it is, rather than -0.00
+    return (small ? Number(value.toPrecision(1)).toString() : Number(text) === 0 ? text.replace("-", "") : text).replaceAll("-", "−");
   }
 
   function plural(count, one, many) {

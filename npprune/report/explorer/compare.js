@@ -26,13 +26,14 @@
     const marks = common.map((block) => new Set(block));
     return ["Compare", h("h1", {}, "Two paths side by side"),
       h("p", { class: "lead" }, `The two share ${sum} of the ${all} neurons that their images hold most often`,
-        run.topk > 1 ? ` (${run.topk} a block)` : " (one a block)", sum ? ": " : ".",
+        run.topk > 1 ? ` (${run.topk} a block)` : " (one a block)", sum ? "; as block/neuron: " : ".",
         common.map((block, l) => block.map((j) => [npprune.neuronLink(l, j), " "]))),
       h("div", { class: "sides" }, sides.map((side, k) => h("section", {},
         chooser(side, k, labels, go),
         h("h2", {}, npprune.classLink(side.c), h("small", {}, ` by ${side.method}`)),
-        npprune.known && h("div", { class: "row" }, npprune.rows.get(side.c).slice(0, 4).map((row) => npprune.imageLink(row))),
-        npprune.graph(side.method, npprune.rows.get(side.c), { mark: marks, about: k ? "on the right" : "on the left", caption: "The larger a disc, the more of the class's images have the neuron on their path. Ringed: one of the shared neurons." }),
+        npprune.known && h("div", { class: "row" }, npprune.pictured(npprune.rows.get(side.c), 4).map((row) => npprune.imageLink(row))),
+        npprune.graph(side.method, npprune.rows.get(side.c), { mark: marks, about: k ? "on the right" : "on the left", caption: "The larger a disc, the more of the class's images have the neuron on their path. Ringed: on both sides among those held most often."
+          + (npprune.kept ? " Crossed out: removed by the plan." : "") }),
         effect(side))))];
   };
 
@@ -51,9 +52,9 @@
     const found = npprune.effects[c];
     if (!found || !found[method]) return null;
     const line = (edit, text) => {
-      const { p, change } = found[method][edit];
+      const { p, change } = found[method][edit], random = found.random[edit].p[0];
       return h("li", {}, `${text}: ${percent(p[0])} `,
-        h("small", {}, change[1] === null ? "" : `(change ${points(change[0])} points, 95 % ${points(change[1])} to ${points(change[2])})`));
+        h("small", {}, change[1] === null ? "" : `(change ${points(change[0])} points, 95 % ${points(change[1])} to ${points(change[2])}; with a random path instead ${percent(random)})`));
     };
     return h("div", {}, h("p", {}, `Probability of the true class, ${percent(found.dense.p[0])} on ${plural(found.n, "image")}:`),
       h("ul", { class: "plain" }, line("remove", "without this path"), line("keep", "with this path alone")));

@@ -46,11 +46,11 @@
       for (const [pair, count] of together(method, rows, l, ...sides)) {
         const [i, j] = pair.split(" ").map(Number);
         const [x1, y1] = place(l, sides[0].get(i)), [x2, y2] = place(l + 1, sides[1].get(j));
-        const share = count / rows.length, bend = (x2 - x1) / 2;
+        const share = rows.length > 1 ? count / rows.length : 0.15, bend = (x2 - x1) / 2;
         lines.push([share, s("path", {
           d: `M${x1},${y1}C${x1 + bend},${y1} ${x2 - bend},${y2} ${x2},${y2}`,
           class: "edge", "data-ends": `${l}/${i} ${l + 1}/${j}`,
-          "stroke-width": (0.6 + 7 * share).toFixed(2), "stroke-opacity": (0.12 + 0.6 * share).toFixed(2),
+          "stroke-width": (0.6 + 5 * share).toFixed(2), "stroke-opacity": (0.08 + 0.42 * share).toFixed(2),
         })]);
       }
     }
@@ -102,7 +102,7 @@
       preview.replaceChildren(
         h("p", {}, h("b", {}, `Block ${l}, neuron ${j}`), ` – on the path of ${percent(share)} of these images `,
           npprune.badge(l, j)),
-        npprune.exemplars(l, j, 6));
+        npprune.shown[l].has(j) ? npprune.exemplars(l, j, 6) : h("small", {}, "The images that excite it were not kept; --neurons keeps more."));
     }
     function dim() { drawing.classList.remove("focused"); }
 

@@ -26,18 +26,67 @@
     const rows = npprune.rows.get(example);
     return [`Neuron paths of ${run.name}`,
       h("h1", {}, "Neuron paths of ", h("span", { class: "name" }, run.name)),
-      lead("A ", h("b", {}, "neuron path"), ` names the ${run.topk > 1 ? `${run.topk} hidden units` : "one hidden unit"} of each block `
-        + "that together carry an image to its class. What the paths of a class's images have in common is the class's own. "
-        + `Here are the paths of ${plural(npprune.images.length, "image")} of ${plural(labels.length, "class", "classes")} through `
-        + `the ${npprune.blocks} blocks of ${run.network}, found by ${run.methods[0]} at ${npprune.tokens().replace(" (mean)", "")}.`),
+      lead("Every block of the network computes with hidden units, its neurons. A ", h("b", {}, "neuron path"),
+        ` names the ${run.topk > 1 ? `${run.topk} neurons` : "one neuron"} of each block that together carry one image to its class; `
+        + "what the paths of a class's images have in common is the class's own path."),
       run.notes.map((note) => h("p", { class: "note" }, note)),
-      section(["Such as: ", npprune.title(example)],
-        strip(rows.slice(0, 6)),
+      inShort(labels),
+      section(["For example, the class ", h("span", { class: "name" }, npprune.title(example))],
+        strip(npprune.pictured(rows, 6)),
         npprune.graph(own(), rows),
         h("p", {}, npprune.classLink(example, "All about this class"))),
       run.plan && planSection(),
       section("Classes", classCards(labels, "name", 24), labels.length > 24 && h("p", {}, h("a", { href: "#/classes" }, `All ${labels.length} classes`)))];
   };
+
+  /* What one wants to know within a minute, as pairs of a word and a sentence. */
+  function inShort(labels) {
+    const { run } = npprune, { plan } = run, facts = [["Looked at",
+      `${plural(npprune.images.length, "image")} of ${plural(labels.length, "class", "classes")} in the ${npprune.blocks} blocks of ${run.network}; `
+      + `paths found by ${run.methods[0]} at ${npprune.tokens().replace(" (mean)", "")}.`]];
+    if (plan) {
+      const { all, stay } = counts(), paths = pathsLost();
+      const merged = plan.merged ? plan.merged.reduce((a, b) => a + b) : 0;
+      const heads = plan.heads ? plan.heads.reduce((n, [k, d]) => n + d - k, 0) : 0;
+      facts.push(["Removed", `${(all - stay).toLocaleString("en")} of ${all.toLocaleString("en")} neurons (${percent(1 - stay / all)}), `
+        + `${paths.removed.toLocaleString("en")} of the ${paths.held.toLocaleString("en")} that are on a path`
+        + (heads ? `; ${heads} of ${plan.heads.reduce((n, [, d]) => n + d, 0)} attention heads` : "")
+        + (merged ? `; ${plural(merged, "patch", "patches")} of an image merged into others` : "") + "."]);
+      const [dense, pruned] = plan.top1 || [];
+      facts.push(["What it cost", plan.top1
+        ? `Top-1 accuracy ${percent(pruned[0], 1)} (95 % ${percent(pruned[1], 1)} to ${percent(pruned[2], 1)}) instead of ${percent(dense[0], 1)}, on ${plural(dense[3], "image")}`
+          + (plan.macs ? `; for that, ${percent(plan.macs[1] / plan.macs[0])} of the MACs.` : ".")
+        : ["Not measured in this run: ", h("code", {}, "npprune eval"), ` of ${plan.name} does it.`]]);
+    }
+    facts.push(["To doubt", doubt(labels)]);
+    return h("dl", { class: "short" }, facts.map(([name, text]) => h("div", {}, h("dt", {}, name), h("dd", {}, text))));
+  }
+
+  /* Whether paths matter more than random ones here, and why that may be wrong. */
+  function doubt(labels) {
+    const found = labels.map((c) => npprune.effects[c]).filter(Boolean);
+    if (!found.length) {
+      return "A path is what a method scores highest; that the network needs it is not measured here"
+        + (npprune.known ? ": that takes two images of a class." : ".");
+    }
+    const more = found.filter((effect) => effect[own()].remove.change[0] < effect.random.remove.change[0]).length;
+    const fewest = Math.min(...found.map((effect) => effect.n));
+    return `A path is what a method scores highest, not proof that the network needs it. Removing it costs more than removing a random path in ${more} of `
+      + `${plural(found.length, "class", "classes")}` + (fewest < 10 ? `, on as few as ${plural(fewest, "image")} each: mind the intervals.` : ".");
+  }
+
+  function counts() {
+    const { run } = npprune, sum = (list) => list.reduce((a, b) => a + b, 0);
+    return { all: sum(run.widths), stay: sum(run.plan.keep.map((units) => units.length)) };
+  }
+
+  /* Neurons on any image's path, and those that the plan removed: per block, and in all. */
+  function pathsLost(rows = npprune.images.map((_, row) => row)) {
+    const sets = npprune.run.widths.map(() => new Set());
+    for (const row of rows) sets.forEach((set, l) => npprune.pathOf(own(), row, l).forEach((j) => set.add(j)));
+    const lost = sets.map((set, l) => [...set].filter((j) => !npprune.kept[l].has(j)).length);
+    return { sets, lost, held: sets.reduce((n, set) => n + set.size, 0), removed: lost.reduce((a, b) => a + b, 0) };
+  }
 
   /* How much of their paths images share: the mean share of each block's most frequent neuron. */
   function followed(rows) {
@@ -47,28 +96,22 @@
   }
 
   function planSection() {
-    const { run, kept } = npprune;
-    const { plan } = run;
-    const all = run.widths.reduce((a, b) => a + b), stay = plan.keep.reduce((a, units) => a + units.length, 0);
-    const onPaths = run.widths.map(() => new Set());
-    npprune.images.forEach((image, row) => onPaths.forEach((set, l) => npprune.pathOf(own(), row, l).forEach((j) => set.add(j))));
-    const lost = onPaths.map((set, l) => [...set].filter((j) => !kept[l].has(j)).length);
-    const removedPaths = lost.reduce((a, b) => a + b), paths = onPaths.reduce((a, set) => a + set.size, 0);
+    const { run } = npprune, { plan } = run;
+    const { all, stay } = counts(), { sets, lost } = pathsLost();
     const pays = npprune.known && h("p", {}, h("a", { href: "#/flips" }, "Who pays: the images whose prediction changed"));
     return section(["What was removed: the plan ", h("span", { class: "name" }, plan.name)],
-      lead(`${stay.toLocaleString("en")} of ${all.toLocaleString("en")} hidden units stay (${percent(stay / all)}). Of the `
-        + `${plural(paths, "neuron")} on any image's path, ${removedPaths.toLocaleString("en")} (${percent(removedPaths / paths)}) were removed.`
-        + (plan.top1 ? ` Top-1 accuracy on ${plural(plan.top1[0][3], "image")}: ${percent(plan.top1[0][0], 1)} before, ${percent(plan.top1[1][0], 1)} after `
-          + `(95 % ${percent(plan.top1[1][1], 1)} to ${percent(plan.top1[1][2], 1)}).` : "")
-        + (plan.criterion ? ` Chosen by ${plan.criterion}, what stays refitted by ${plan.compensation}.` : "")),
+      lead(`${stay.toLocaleString("en")} of ${all.toLocaleString("en")} neurons stay (${percent(stay / all)})`
+        + (plan.criterion ? `, chosen by ${plan.criterion}` : "")
+        + (plan.compensation && plan.compensation !== "none" ? `, their weights refitted (${plan.compensation})` : "")
+        + ". Read down the bars which blocks gave most, and in the last columns whether paths were spared."),
       h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Table of the plan" }, h("table", {},
-        h("thead", {}, h("tr", {}, ["block", "hidden units that stay", "", "on a path", "of these removed",
-          plan.heads && "heads that stay", plan.merged && "tokens merged"].filter(Boolean).map((name) => h("th", { scope: "col" }, name)))),
+        h("thead", {}, h("tr", {}, ["block", "neurons that stay", "on a path", "of these removed",
+          plan.heads && "heads that stay", plan.merged && "patches merged"].filter(Boolean).map((name, i) => h("th", { scope: "col", colspan: i === 1 && 2, class: i === 1 && "words" }, name)))),
         h("tbody", {}, run.widths.map((width, l) => h("tr", {},
           h("th", { scope: "row" }, String(l)),
           h("td", {}, `${plan.keep[l].length} of ${width}`),
           h("td", { class: "barcell" }, bar(plan.keep[l].length / width)),
-          h("td", {}, String(onPaths[l].size)),
+          h("td", {}, String(sets[l].size)),
           h("td", {}, String(lost[l])),
           plan.heads && h("td", {}, plan.heads[l].join(" of ")),
           plan.merged && h("td", {}, String(plan.merged[l]))))))), pays);
@@ -120,7 +163,7 @@
     return h("ul", { class: "cards" }, sorted.slice(0, limit).map(([, c]) => {
       const rows = npprune.rows.get(c), effect = npprune.effects[c];
       return h("li", {}, npprune.classLink(c,
-        npprune.known && h("span", { class: "row", "aria-hidden": "true" }, rows.slice(0, 3).map((row) => npprune.picture(row))),
+        npprune.known && h("span", { class: "row", "aria-hidden": "true" }, npprune.pictured(rows, 3).map((row) => npprune.picture(row))),
         h("b", {}, npprune.title(c)),
         h("small", {}, plural(rows.length, "image"),
           effect && `, ${points(effect[own()].remove.change[0], 0)} points without its path`)));
@@ -146,13 +189,24 @@
     return [title,
       h("p", { class: "kind" }, `class ${c}`, synset && synset !== name ? ` · ${synset}` : ""),
       h("h1", {}, title), name !== title && h("p", { class: "sub" }, name),
-      section("Its path", npprune.graph(own(), rows),
+      section("Its path", run.plan && lead(classPlan(rows)), npprune.graph(own(), rows),
         h("p", {}, h("a", { href: `#/compare/${npprune.keys.get(c)}` }, "Compare with another class",
           run.methods.length > 1 ? " or method" : ""))),
       effectSection(c),
       followSection(rows),
     ];
   };
+
+  /* What a plan did to a class's path and, on the images seen, to its predictions. */
+  function classPlan(rows) {
+    const path = npprune.shares(own(), rows).map((block) => block.slice(0, npprune.run.topk));
+    const all = path.reduce((n, block) => n + block.length, 0);
+    const gone = path.reduce((n, block, l) => n + block.filter(([j]) => !npprune.kept[l].has(j)).length, 0);
+    const seen = rows.map((row) => npprune.images[row]).filter((image) => image.pruned);
+    const right = (which) => seen.filter((image) => image[which][0][0] === image.label).length;
+    return `Of the ${plural(all, "neuron")} that its images hold most often, the plan removed ${gone || "none"}.`
+      + (seen.length ? ` Of ${plural(seen.length, "image")}, the dense network gets ${right("dense")} right, the pruned one ${right("pruned")}.` : "");
+  }
 
   const EDITS = [
     ["dense", "nothing changed", ""],
@@ -209,10 +263,14 @@
     const preferred = npprune.shares(own(), rows).map((block) => block[0][0]);
     const ranked = rows.map((row) => [preferred.filter((j, l) => npprune.pathOf(own(), row, l).includes(j)).length, row])
       .sort((a, b) => b[0] - a[0] || a[1] - b[1]);
+    const shown = ranked.filter(([, row]) => npprune.images[row].dense), others = ranked.filter(([, row]) => !npprune.images[row].dense);
     return section("Its images, from those that follow the path to those that leave it",
       h("p", { class: "caption" }, `In so many of the ${npprune.blocks} blocks an image's own path holds the class's most frequent neuron.`),
-      h("ul", { class: "gallery" }, ranked.map(([held, row]) => h("li", {}, npprune.imageLink(row, {},
-        h("span", {}, h("b", {}, `${held} of ${npprune.blocks} blocks`), verdict(row)))))));
+      shown.length > 0 && h("ul", { class: "gallery" }, shown.map(([held, row]) => h("li", {}, npprune.imageLink(row, {},
+        h("span", {}, h("b", {}, `${held} of ${npprune.blocks} blocks`), verdict(row)))))),
+      others.length > 0 && h("details", {}, h("summary", {}, `${plural(others.length, shown.length ? "more image" : "image")} without a picture`),
+        h("ul", { class: "ids" }, others.map(([held, row]) => h("li", {}, h("a", { href: `#/image/${row}` }, npprune.images[row].id),
+          h("small", {}, ` ${held} of ${npprune.blocks}`))))));
   }
 
   /* What the networks say of an image, in a few words. */
@@ -358,9 +416,9 @@
       });
     }
     return section("Its path, block by block",
-      h("p", { class: "caption" }, seen && seen.lit ? "Left: this image, lit where the neuron fires (on a scale of its own). " : "",
-        npprune.known ? "Right: the images that excite the neuron most. " : "",
-        changes ? `Middle: points of the true class's probability (${percent(image.p, 1)}) that removing this neuron alone, at ${npprune.tokens().replace(" (mean)", "")}, adds or takes. ` : "",
+      h("p", { class: "caption" }, seen && seen.lit ? "Of each neuron: this image, lit where it fires (on a scale of its own)" : "Of each neuron: on how many paths it is",
+        npprune.known ? "; last, the images that excite it most. " : ". ",
+        changes ? `The bar: points of the true class's probability (${percent(image.p, 1)}) that removing this neuron alone, at ${npprune.tokens().replace(" (mean)", "")}, adds or takes. ` : "",
         image.dense && !image.ablated ? "Single neurons were not removed for this image: `npprune explore --ablate N` does it for more." : ""),
       topk > 1 && h("p", { class: "caption" }, `${topk} neurons a block, the strongest first.`),
       h("ol", { class: changes ? "path-list changed" : "path-list" }, rows));

@@ -47,6 +47,9 @@
     return canvas;
   }
 
+  /* The first images of some rows that have a picture. */
+  npprune.pictured = (rows, count) => rows.filter((row) => npprune.images[row].dense).slice(0, count);
+
   npprune.imageLink = (row, options, ...inside) => h("a",
     { href: `#/image/${row}`, class: "thumb", "aria-label": inside.length ? null : `image ${npprune.images[row].id}` },
     npprune.picture(row, options), inside);
