@@ -6,6 +6,7 @@ For the command line and the Python API.
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -248,4 +249,14 @@ def showing(progress: bool | Emit | None) -> Iterator[Emit]:
 
 def _only_warnings(event: Event) -> None:
     if event.level == "warning":
-        warnings.warn(event.message, stacklevel=2)
+        warnings.warn(event.message, stacklevel=_callers_line())
+
+
+def _callers_line() -> int:
+    """`stacklevel` of the line that called npprune: the one outside its outermost frame."""
+    frame, depth, outermost = sys._getframe(1), 1, 1
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "npprune":
+            outermost = depth
+        frame, depth = frame.f_back, depth + 1  # type: ignore[assignment]
+    return outermost + 1

@@ -107,8 +107,9 @@ def test_python_may_be_silent_but_for_warnings(capfd: pytest.CaptureFixture[str]
     for progress in (None, False):  # pytest's stderr is no terminal
         with showing(progress) as emit:
             emit(Event("prune", "begun"))
-            with pytest.warns(UserWarning, match="labels"):
+            with pytest.warns(UserWarning, match="labels") as warned:
                 emit(Event("prune", "labels are shifted", "warning"))
+            assert warned[0].filename == __file__  # whoever called, not npprune's own lines
     assert capfd.readouterr() == ("", "")
 
 

@@ -56,7 +56,7 @@ from torch.func import jvp
 from torch.nn.functional import linear
 
 from npprune.core.attribution.quadrature import END_AT_ONE, Integral, quadrature
-from npprune.core.attribution.tangent import value_and_tangent
+from npprune.core.attribution.tangent import load_rules, value_and_tangent
 from npprune.core.finite import check_outputs, check_scores
 from npprune.core.view import VitView, frozen
 from npprune.errors import ModelError
@@ -306,6 +306,7 @@ class _TangentWalk(_Walk):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        load_rules()
         self.dx: Tensor | None = None  # zero until a neuron is chosen
         self.at = -1  # the block that _advance has run
 

@@ -6,7 +6,9 @@ by the change of the weight too, which is zero, and the fused attention has no f
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,6 +29,15 @@ def value_and_tangent(
     with torch.no_grad(), forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH), _WrittenOut():
         outputs = [_unpack(y) for y in f(forward_ad.make_dual(x, dx))]
     return tuple(y for y, _ in outputs), tuple(dy for _, dy in outputs)
+
+
+@cache
+def load_rules() -> None:
+    """PyTorch loads its rules of forward mode when they are first used, and warns of its own
+    `torch.jit.script`: here without."""
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.simplefilter("ignore", FutureWarning)
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 class _WrittenOut(TorchFunctionMode):
