@@ -20,7 +20,7 @@ from npprune.recipe.sections import (
     Recipe,
 )
 
-PATH_IMAGES = 10  # of each class, that paths are found for
+PATH_IMAGES = 5  # of each class, that paths are found for
 HEAL_MINUTES = 8.0
 
 EXAMPLES = """\
