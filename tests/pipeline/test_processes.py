@@ -135,6 +135,7 @@ def recipe(world: World, name: str) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_recipe_gives_the_network_of_one_process(world: World) -> None:
     """Statistics, harm, refit and evaluation are shared; the first process writes."""
     one = run_recipe(load_recipe(recipe(world, "one")), root=world.root)
@@ -256,11 +257,6 @@ def test_torchrun(world: World) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["discovery"]["images"] == sum(COUNTS)
     assert world.files() == world.files("one")
-    before = world.files()
-    done = finish(world, "--batch-size", "4")
-    assert done.returncode != 0
-    assert done.stderr.count("error: `") == 1
-    assert world.files() == before
 
 
 @pytest.mark.slow
