@@ -74,6 +74,7 @@ def main() -> None:
     parser.add_argument("--squash", action="store_true", help="resize those without a crop")
     parser.add_argument("--draws", nargs="+", default=["all"], metavar="N:SEED", help="of classes")
     parser.add_argument("--keep", nargs="+", type=float, default=[0.5, 0.35])
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of what is kept")
     parser.add_argument("--side", choices=["all", "cls"], default="all", help="who loses units")
     parser.add_argument("--candidates", nargs="+", choices=CANDIDATES)
     parser.add_argument("--images-per-class", type=int, default=5, help="to find paths on")
@@ -238,7 +239,7 @@ class World:
         """What each share costs or gains, compared with the criterion alone."""
         named = [int((v > 0).sum()) for v in votes]
         for keep, (widths, alone) in self.kept.items():
-            for share in SHARES:
+            for share in self.args.shares:
                 logits = self._logits(widths, votes, share)
                 yield {
                     "draw": self.draw,
@@ -293,11 +294,12 @@ def table(points: list[dict[str, Any]]) -> Iterator[str]:
             f"\n{draw}, {keep:g} kept: dense {100 * rows[0]['dense']:.1f}, "
             f"criterion alone {100 * rows[0]['alone']:.1f}\n"
         )
-        yield "| kept first | " + " | ".join(f"{100 * s:g} % of the kept" for s in SHARES) + " |"
-        yield "| --- |" + " --- |" * len(SHARES)
+        shares = sorted({p["share"] for p in rows})
+        yield "| kept first | " + " | ".join(f"{100 * s:g} % of the kept" for s in shares) + " |"
+        yield "| --- |" + " --- |" * len(shares)
         for name in dict.fromkeys(p["candidate"] for p in rows):
-            cells = [_cell(p) for p in rows if p["candidate"] == name]
-            yield f"| {name} | " + " | ".join(cells) + " |"
+            cells = {p["share"]: _cell(p) for p in rows if p["candidate"] == name}
+            yield f"| {name} | " + " | ".join(cells.get(s, "") for s in shares) + " |"
 
 
 def _cell(p: dict[str, Any]) -> str:
