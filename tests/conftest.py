@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,68 @@ def _traced_once() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _drawn_once() -> Iterator[None]:
+    """Reports of a process share the pictures of equal numbers."""
+    from npprune.report import drawing, figures, svg
+    from tests.helpers import pictures
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (drawing, figures):
+            patch.setattr(module, "picture", pictures.once(svg.picture))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _timed_briefly() -> Iterator[None]:
+    """Two networks are timed in turn for two seconds and more: here for a tenth, ten rounds at
+    least. What a test says of the times holds for that."""
+    from npprune.export import bench
+
+    enough = bench._enough
+
+    def soon(done: int, seconds: float, runs: int | None, least: float, most: int) -> bool:
+        return enough(done, seconds, runs, min(least, 0.1), most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "_enough", soon)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _built_once() -> Iterator[None]:
+    """What costs more than tiny networks do: counting their MACs; the parser of all commands,
+    which Typer makes anew for every command line."""
+    import typer.main
+
+    from tests.helpers.traces import digest
+
+    info: Any = sys.modules.get("npprune.models.info")  # whoever needs it has imported it
+    counted: dict[str, int] = {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        if info is not None:
+            count = info.count_macs
+
+            def macs(model: Any, size: tuple[int, int, int]) -> int:
+                key = digest(model, [size], values=False)
+                if key not in counted:
+                    counted[key] = count(model, size)
+                return counted[key]
+
+            patch.setattr(info, "count_macs", macs)
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _without_waiting() -> Iterator[None]:
+    """No test needs its files after a power cut: nothing waits for disks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _documents_as_published() -> Iterator[None]:
     """Whatever test asks for `--json`: the document is as its published schema says."""
     from npprune.cli.console import Output
@@ -65,6 +129,19 @@ def _documents_as_published() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Output, "document", document)
         yield
+
+
+@pytest.fixture(scope="session")
+def demo_dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's network, trained once for all processes of the tests: copy it to change it."""
+    from filelock import FileLock
+
+    from npprune.pipeline.demo.network import digits_network
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with FileLock(f"{root}.lock"):
+        return Path(digits_network(root).name)
 
 
 @pytest.fixture(scope="session")

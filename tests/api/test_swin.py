@@ -75,6 +75,7 @@ def test_refitting_helps(swin: nn.Module, pruned: npprune.Pruned, data: Data) ->
     assert divergence(pruned.model) < 0.5 * divergence(mask_plan(swin, pruned.plan))
 
 
+@pytest.mark.slow
 def test_what_comes_after(
     swin: nn.Module, pruned: npprune.Pruned, data: Data, found: Any, tmp_path: Path
 ) -> None:

@@ -172,6 +172,7 @@ def test_export_then_bench(world: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert {p.name for p in (tmp_path / "bench").iterdir()} == {"bench.json", "bench.svg"}
 
 
+@pytest.mark.slow
 def test_a_model_is_exported_by_its_weights(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:

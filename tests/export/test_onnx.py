@@ -136,7 +136,7 @@ def test_export_says_nothing_and_leaves_the_model_as_it_was(capfd, tmp_path):
     [
         ("vit_tiny_patch16_224", {"global_pool": "avg", "class_token": False}),
         ("vit_tiny_patch16_224", {"reg_tokens": 4, "qk_norm": True, "init_values": 0.1}),
-        ("eva02_tiny_patch14_224", {}),
+        pytest.param("eva02_tiny_patch14_224", {}, marks=pytest.mark.slow),
         pytest.param("deit_tiny_distilled_patch16_224", {}, marks=pytest.mark.slow),
         pytest.param("beit_base_patch16_224", {}, marks=pytest.mark.slow),
     ],
@@ -408,6 +408,7 @@ def test_the_ir_version_is_of_the_operator_sets_time(exported, images, tmp_path)
 # ---------------------------------------------------------------- timing
 
 
+@pytest.mark.slow
 def test_the_smaller_network_is_faster(images, tmp_path):
     paths = []
     for name, width in (("dense", 6000), ("pruned", 48)):

@@ -49,7 +49,9 @@ READ = {  # by a command after the one that made them
 """File -> the command that made it, and one that reads it."""
 
 
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize(
+    "share", [pytest.param(s, marks=[pytest.mark.slow] * (s in (0.25, 0.75))) for s in SHARES]
+)
 @pytest.mark.parametrize("stage", ["discover", "prune", "heal", "study"])
 def test_a_killed_command_resumes(
     stage: str, share: float, undisturbed: Undisturbed, said: Said

@@ -34,9 +34,12 @@ from npprune.store.path_store import PathStore, PathTable
 from tests.helpers.tiny import tiny_batch, tiny_vit
 
 # A server that forks before autograd has threads: they would not survive a fork of the tests' own
-# process. What is slow to import is imported once.
+# process. What is slow to import is imported once: an optimizer's first step brings
+# `torch._dynamo`.
 FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["npprune.api", "npprune.pipeline.run", "npprune.cli.app"])
+FORK.set_forkserver_preload(
+    ["npprune.api", "npprune.pipeline.run", "npprune.cli.app", "torch._dynamo"]
+)
 
 COUNTS = (6, 6, 1, 6, 6, 6, 6)  # images per class: 37
 FEW = {"images_per_class": 1}  # 7 images, where one batch or two say as much

@@ -249,7 +249,7 @@ def test_a_block_costs_what_its_sizes_say() -> None:
         )
 
 
-@pytest.mark.parametrize("dims", ["query_dims", "head_dims"])
+@pytest.mark.parametrize("dims", [pytest.param("query_dims", marks=pytest.mark.slow), "head_dims"])
 def test_onnx_gives_the_same_answers(dims: str, tmp_path: Path) -> None:
     model, _ = network(dtype=torch.float32)
     images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(5))

@@ -54,6 +54,7 @@ def test_what_else_cannot_go() -> None:
         check_axes(family("dinov3")[0], ["qk"])
 
 
+@pytest.mark.slow
 def test_the_line(tmp_path: Any) -> None:
     model = family("dinov3")[0].float()
     g = torch.Generator().manual_seed(4)

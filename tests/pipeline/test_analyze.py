@@ -456,9 +456,11 @@ def test_wrong_commands_are_told_why(
 
 @pytest.mark.slow
 def test_the_notebook_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    demo_dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     notebook = Path(__file__).resolve().parents[2] / "examples" / "paper.ipynb"
+    shutil.copytree(demo_dense, tmp_path / "ckpt" / demo_dense.name)
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
     for cell in json.loads(notebook.read_text())["cells"]:

@@ -180,7 +180,7 @@ def test_it_evaluates_heals_exports_and_is_reported(
         assert all(cell in text for cell in changed)
 
 
-@pytest.mark.parametrize("axis", ["qk", "head-dim"])
+@pytest.mark.parametrize("axis", ["qk", pytest.param("head-dim", marks=pytest.mark.slow)])
 def test_healing_trains_it(dense: Path, axis: str) -> None:
     out, healed = dense.parent / f"worse-{axis}", dense.parent / f"healed-{axis}"
     chosen = settings(axes=["mlp", "heads", axis], target_macs=0.4, compensation="none")

@@ -125,16 +125,27 @@ def test_a_network_in_memory_goes_the_whole_line(
     [
         pytest.param("pooled", (3, 24), marks=pytest.mark.slow),
         pytest.param("cls", (3, 24), marks=pytest.mark.slow),
-        ("patches", (3, 24, 4, 4)),
+        pytest.param("patches", (3, 24, 4, 4), marks=pytest.mark.slow),
     ],
 )
 def test_a_file_gives_the_features_asked_for(
     what: Any, shape: tuple[int, ...], half: npprune.Pruned, tmp_path: Path
 ) -> None:
+    gives_features(half, half.model, what, shape, tmp_path / "f.onnx")
+
+
+def test_a_file_gives_the_patches_where_no_token_merges(
+    backbone: nn.Module, tmp_path: Path
+) -> None:
+    gives_features(backbone, backbone, "patches", (3, 24, 4, 4), tmp_path / "f.onnx")
+
+
+def gives_features(
+    subject: Any, network: nn.Module, what: Any, shape: tuple[int, ...], file: Path
+) -> None:
     images = patterns(5, 5)
-    file = tmp_path / "f.onnx"
     record = npprune.export(
-        half, file, images, features=what, latency=False, provider="cpu", progress=False
+        subject, file, images, features=what, latency=False, provider="cpu", progress=False
     )
     assert record.details["features"] == what
     assert all(row.cosine is not None and row.cosine > 0.99999 for row in record.parity)
@@ -142,7 +153,7 @@ def test_a_file_gives_the_features_asked_for(
     (found,) = session.run(["features"], {"images": images[:3].numpy()})
     assert found.shape == shape
     with torch.no_grad():
-        expected = outputs_of(half.model, images[:3])
+        expected = outputs_of(network, images[:3])
     rows = found.reshape(3, 24, -1).swapaxes(1, 2)
     wanted = expected[:, :1] if what != "patches" else expected[:, 1:]
     np.testing.assert_allclose(rows, wanted.numpy(), rtol=1e-3, atol=1e-4)

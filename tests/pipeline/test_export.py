@@ -101,10 +101,7 @@ def images_of(world: Path) -> DataSection:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("vit", "attention pool")))
-        for name in FAMILIES
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "vit")) for name in FAMILIES],
 )
 def test_families_with_heads_and_classes_removed(name: str, world: Path, tmp_path: Path) -> None:
     architecture, more = FAMILIES[name]
@@ -584,6 +581,7 @@ def test_what_was_asked_for_by_name_has_to_be_here(
         bench_checkpoint(world / "uneven", settings)
 
 
+@pytest.mark.slow
 def test_a_run_holds_every_export_and_the_benchmark(world: Path, tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense")
     small = tmp_path / "small"

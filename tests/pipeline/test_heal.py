@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +91,44 @@ def half_network(world: Path, tmp_path: Path) -> Path:
     return tmp_path / "half"
 
 
+@pytest.fixture(scope="module")
+def straight(world: Path) -> Callable[[HealSection], bytes]:
+    """The weights that a training without interruption comes to, each trained once."""
+    known: dict[str, bytes] = {}
+
+    def trained(settings: HealSection) -> bytes:
+        key = settings.model_dump_json()
+        if key not in known:
+            root = world / f"straight{len(known)}"
+            for name in ("dense", "half"):
+                shutil.copytree(world / name, root / name)
+            heal(root / "half", DATA, settings, root / "healed")
+            known[key] = weights(root / "healed")
+        return known[key]
+
+    return trained
+
+
+@dataclass
+class Healed:
+    """What one training left, to be read."""
+
+    student: Path
+    variant: Variant
+    events: list[Event]
+
+
+@pytest.fixture(scope="module")
+def healed(world: Path) -> Healed:
+    for name in ("dense", "half"):
+        shutil.copytree(world / name, world / "read" / name)
+    student = world / "read" / "half"
+    events: list[Event] = []
+    work = Work(command="npprune heal x", emit=events.append)
+    variant = heal(student, DATA, short(), student.with_name("healed"), work=work)
+    return Healed(student, variant, events)
+
+
 def short(**more: object) -> HealSection:
     return HealSection(**{"epochs": 3, "lr": 2e-3, **more})
 
@@ -121,10 +159,8 @@ def test_the_healed_network_predicts_more_as_the_dense_one(half_network: Path) -
     assert config.plan_sha256 == read_config(half_network).plan_sha256
 
 
-def test_the_report_has_the_curve_and_both_networks(half_network: Path) -> None:
-    out = half_network.with_name("healed")
-    heal(half_network, DATA, short(), out, work=Work(command="npprune heal x"))
-    result = RunFolder(half_network).read_result()
+def test_the_report_has_the_curve_and_both_networks(healed: Healed) -> None:
+    result = RunFolder(healed.student).read_result()
     assert [v.name for v in result.variants] == ["half", "healed"]
     assert result.variants[1].checkpoint == "../healed"
     assert result.variants[1].heal is not None
@@ -133,7 +169,7 @@ def test_the_report_has_the_curve_and_both_networks(half_network: Path) -> None:
     assert analysis.columns == ["held-out images", "dense", "pruned", "healed"]
     assert analysis.figure is not None
     assert len(analysis.figure.series[0].y) == len(result.variants[1].heal.curve) > 3
-    html, markdown = render_report(half_network)
+    html, markdown = render_report(healed.student)
     assert "Healing of healed" in html.read_text()
     assert "Healing of healed" in markdown.read_text()
 
@@ -170,19 +206,21 @@ def test_bytes_in_memory_give_the_transforms_bits() -> None:
 
 
 def test_images_read_anew_in_every_epoch_give_the_same_weights(
-    half_network: Path, monkeypatch: pytest.MonkeyPatch
+    half_network: Path,
+    straight: Callable[[HealSection], bytes],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    a, b = half_network.with_name("a"), half_network.with_name("b")
+    out = half_network.with_name("healed")
     settings = short(epochs=2)  # too short for a table of the teacher's predictions
-    heal(half_network, DATA, settings, a)
+    expected = straight(settings)
     read = pools.read
 
     def too_many(images: object, positions: list[int], what: str, **more: int) -> object:
         return None if what == "reading images" else read(images, positions, what, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr("npprune.pipeline.heal.images.read", too_many)
-    heal(half_network, DATA, settings, b)
-    assert weights(a) == weights(b)
+    heal(half_network, DATA, settings, out)
+    assert weights(out) == expected
 
 
 @pytest.mark.parametrize(
@@ -190,8 +228,8 @@ def test_images_read_anew_in_every_epoch_give_the_same_weights(
     [
         {"feature_weight": 0.5},
         {"feature_weight": 0.0, "augment": "flips"},
-        {"temperature": 3.0},
-        {"precision": "bf16"},
+        pytest.param({"temperature": 3.0}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         {"epochs": None, "minutes": 0.03},
         {"layerwise": True},
     ],
@@ -268,17 +306,15 @@ def test_nothing_better_leaves_the_weights_and_says_so(half_network: Path) -> No
     assert all(torch.equal(after[k], v) for k, v in before.items())
 
 
-def test_progress_tells_loss_agreement_and_the_end(half_network: Path) -> None:
-    events: list[Event] = []
-    heal(
-        half_network, DATA, short(), half_network.with_name("healed"), work=Work(emit=events.append)
-    )
-    steps = [e for e in events if e.level == "progress" and e.unit == "steps"]
+def test_progress_tells_loss_agreement_and_the_end(healed: Healed) -> None:
+    steps = [e for e in healed.events if e.level == "progress" and e.unit == "steps"]
     assert [e.done for e in steps] == list(range(1, 49))
     assert all(e.total == 48 for e in steps)
     assert "loss " in steps[-1].data["note"]
     assert "held-out agreement" in steps[-1].data["note"]
-    assert any("augmentation: every image as it is and mirrored" in e.message for e in events)
+    assert any(
+        "augmentation: every image as it is and mirrored" in e.message for e in healed.events
+    )
 
 
 def test_a_dry_run_writes_nothing(half_network: Path) -> None:
@@ -295,7 +331,7 @@ def test_pruning_can_heal_at_once(half_network: Path) -> None:
     assert variant.heal.data.spec == "digits:calibration"
 
 
-@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("as_json", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_command_line_prunes_and_heals(
     half_network: Path, capsys: pytest.CaptureFixture[str], as_json: bool
 ) -> None:
@@ -355,30 +391,31 @@ def interrupted_at(step: int, unit: str = "steps") -> Callable[[Event], None]:
     ],
 )
 def test_an_interrupted_training_goes_on_with_the_same_bits(
-    half_network: Path, step: int, more: dict[str, object]
+    half_network: Path,
+    straight: Callable[[HealSection], bytes],
+    step: int,
+    more: dict[str, object],
 ) -> None:
-    straight, out = half_network.with_name("straight"), half_network.with_name("healed")
-    settings = short(**more)
-    heal(half_network, DATA, settings, straight)
+    out, settings = half_network.with_name("healed"), short(**more)
     with pytest.raises(KeyboardInterrupt):
         heal(half_network, DATA, settings, out, work=Work(emit=interrupted_at(step)))
     assert not out.exists()
     events: list[Event] = []
     found = heal(half_network, DATA, settings, out, work=Work(emit=events.append)).heal
-    assert weights(out) == weights(straight)
+    assert weights(out) == straight(settings)
     assert any("resumes at step" in e.message for e in events)
     assert found is not None
     assert [p.step for p in found.curve] == sorted({p.step for p in found.curve})
 
 
-def test_layers_go_on_with_the_same_bits(half_network: Path) -> None:
-    straight, out = half_network.with_name("straight"), half_network.with_name("healed")
-    settings = short(layerwise=True)
-    heal(half_network, DATA, settings, straight)
+def test_layers_go_on_with_the_same_bits(
+    half_network: Path, straight: Callable[[HealSection], bytes]
+) -> None:
+    out, settings = half_network.with_name("healed"), short(layerwise=True)
     with pytest.raises(KeyboardInterrupt):
         heal(half_network, DATA, settings, out, work=Work(emit=interrupted_at(1, "blocks")))
     heal(half_network, DATA, settings, out)
-    assert weights(out) == weights(straight)
+    assert weights(out) == straight(settings)
 
 
 def heal_and_die(student: Path, out: Path, threads: int) -> None:
@@ -393,16 +430,17 @@ def heal_and_die(student: Path, out: Path, threads: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_with_the_same_bits(half_network: Path) -> None:
-    straight, out = half_network.with_name("straight"), half_network.with_name("healed")
-    heal(half_network, DATA, short(), straight)
+def test_a_killed_process_goes_on_with_the_same_bits(
+    half_network: Path, straight: Callable[[HealSection], bytes]
+) -> None:
+    out = half_network.with_name("healed")
     process = FORK.Process(target=heal_and_die, args=(half_network, out, torch.get_num_threads()))
     process.start()
     process.join(120)
     assert process.exitcode == -9
     assert out.with_name("healed.partial").is_dir()
     heal(half_network, DATA, short(), out)
-    assert weights(out) == weights(straight)
+    assert weights(out) == straight(short())
 
 
 def test_an_interrupted_training_of_other_settings_is_refused(half_network: Path) -> None:
@@ -413,9 +451,10 @@ def test_an_interrupted_training_of_other_settings_is_refused(half_network: Path
         heal(half_network, DATA, short(lr=1e-3), out)
 
 
-def test_a_changed_state_is_set_aside_and_trained_again(half_network: Path) -> None:
-    out, straight = half_network.with_name("healed"), half_network.with_name("straight")
-    heal(half_network, DATA, short(), straight)
+def test_a_changed_state_is_set_aside_and_trained_again(
+    half_network: Path, straight: Callable[[HealSection], bytes]
+) -> None:
+    out = half_network.with_name("healed")
     with pytest.raises(KeyboardInterrupt):
         heal(half_network, DATA, short(), out, work=Work(emit=interrupted_at(5)))
     (file,) = out.with_name("healed.partial").glob("state-*.safetensors")
@@ -423,13 +462,14 @@ def test_a_changed_state_is_set_aside_and_trained_again(half_network: Path) -> N
     events: list[Event] = []
     heal(half_network, DATA, short(), out, work=Work(emit=events.append))
     assert any("the training begins anew" in e.message for e in events if e.level == "warning")
-    assert weights(out) == weights(straight)
+    assert weights(out) == straight(short())
     assert not out.with_name("healed.partial").exists()
 
 
 # ---------------------------------------------------------------- several processes
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_comes_to(half_network: Path) -> None:
     one, two = half_network.with_name("one"), half_network.with_name("two")
     heal(half_network, DATA, short(), one)
@@ -666,8 +706,7 @@ def test_a_network_without_numbers_is_named_before_the_first_step(
         heal(half_network, DATA, short(layerwise=layerwise), half_network.with_name("healed"))
 
 
-def test_the_summary_survives_its_file(half_network: Path) -> None:
-    variant: Variant = heal(half_network, DATA, short(), half_network.with_name("healed"))
-    stored = RunFolder(half_network).read_result().variant("healed")
+def test_the_summary_survives_its_file(healed: Healed) -> None:
+    stored = RunFolder(healed.student).read_result().variant("healed")
     assert stored is not None
-    assert stored.heal == variant.heal
+    assert stored.heal == healed.variant.heal

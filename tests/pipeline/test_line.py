@@ -322,8 +322,17 @@ def test_max_drop_alone_finds_the_smallest_network_within_it(run: Path) -> None:
     assert variant.prune.widths == [16, 16]  # any drop is allowed: the floor
 
 
-@pytest.mark.parametrize("selection", ["uniform", "global", "measured"])
-@pytest.mark.parametrize("compensation", ["least-squares", "sequential"])
+@pytest.mark.parametrize(
+    ("selection", "compensation"),
+    [
+        ("uniform", "least-squares"),
+        ("global", "sequential"),
+        ("measured", "least-squares"),
+        pytest.param("uniform", "sequential", marks=pytest.mark.slow),
+        pytest.param("global", "least-squares", marks=pytest.mark.slow),
+        pytest.param("measured", "sequential", marks=pytest.mark.slow),
+    ],
+)
 def test_selections_and_compensations_meet_the_budget(
     run: Path, selection: str, compensation: str
 ) -> None:

@@ -511,8 +511,15 @@ def settings(keep: float = 0.5, **more: Any) -> PruneSection:
     return PruneSection(**{"keep": keep, "selection": "measured", **more})
 
 
-@pytest.mark.parametrize("compensation", ["least-squares", "sequential"])
-@pytest.mark.parametrize("memory", [None, TINY])
+@pytest.mark.parametrize(
+    ("compensation", "memory"),
+    [
+        ("least-squares", TINY),
+        ("sequential", None),
+        pytest.param("least-squares", None, marks=pytest.mark.slow),
+        pytest.param("sequential", TINY, marks=pytest.mark.slow),
+    ],
+)
 def test_another_budget_finds_them_and_plans_alike(
     dense: ModelSection, tmp_path: Path, compensation: Any, memory: float | None
 ) -> None:

@@ -121,6 +121,7 @@ def test_the_plan_the_network_and_the_cost_agree(merged: tuple[Path, Variant], d
     torch.testing.assert_close(removed, masked, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_all_that_follows_takes_it(merged: tuple[Path, Variant], dense: Path) -> None:
     out, variant = merged
     val = DataSection(val="digits:test")
@@ -219,7 +220,14 @@ def test_between_two_measured_schedules_nats_are_read_from_both() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "vit, average", "vit, registers", "deit distilled", "dinov3"]
+    "name",
+    [
+        "vit",
+        pytest.param("vit, average", marks=pytest.mark.slow),
+        pytest.param("vit, registers", marks=pytest.mark.slow),
+        pytest.param("deit distilled", marks=pytest.mark.slow),
+        "dinov3",
+    ],
 )
 def test_families_are_measured_chosen_refitted_and_made_smaller(name: str) -> None:
     model, images = family(name)

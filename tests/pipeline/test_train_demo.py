@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from npprune.models.view import make_view
 from npprune.pipeline.common.events import Event
 from npprune.pipeline.common.work import Work
 from npprune.pipeline.demo import training as train_demo
+from npprune.store.checkpoints import read_config
 
 
 def train_briefly(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> tuple[nn.Module, dict]:
@@ -77,6 +80,5 @@ def test_the_schedule_warms_up_and_ends_near_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_model_reaches_its_accuracy() -> None:
-    _, info = train_demo.train_demo_model()
-    assert info["accuracy"] >= 0.97
+def test_the_demo_model_reaches_its_accuracy(demo_dense: Path) -> None:
+    assert read_config(demo_dense).details["trained"]["accuracy"] >= 0.97

@@ -22,12 +22,15 @@ from npprune.records import (
     to_json,
 )
 from npprune.report import (
+    drawing,
+    figures,
     five_numbers,
     learning_curve,
     pareto,
     render_html,
     render_markdown,
     summary,
+    svg,
 )
 from npprune.report.drawing import draw
 from npprune.report.markdown import code, escape
@@ -238,9 +241,11 @@ def test_same_result_gives_the_same_bytes(page: str, tmp_path: Path) -> None:
     assert other == hashlib.sha256(page.encode()).hexdigest()
 
 
-def test_rendering_leaves_matplotlib_and_the_result_alone() -> None:
+def test_rendering_leaves_matplotlib_and_the_result_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib
 
+    for module in (drawing, figures):  # draw it, whatever another test has drawn
+        monkeypatch.setattr(module, "picture", svg.picture)
     result = example.result()
     before, text = dict(matplotlib.rcParams), to_json(result)
     matplotlib.rcParams["font.size"] = 31
