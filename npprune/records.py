@@ -569,7 +569,7 @@ class Evaluation:
     data: DataInfo
     preprocessing: Preprocessing
     device: str  # that both ran on
-    dense: Accuracy
+    dense: Accuracy  # choosing among the classes that the pruned network has
     pruned: Accuracy
     probability_deviation: Mean  # per image: (p_pruned - p_dense) / p_dense, of the true class
     deviation_by_class: Mean  # the same, averaged per class first, as the paper does
@@ -578,6 +578,7 @@ class Evaluation:
     agreement: Rate  # same top-1 prediction as dense
     classes: list[ClassRow]  # those that have images, by label
     latency: list[Latency] = field(default_factory=list)  # at each batch size, where timed
+    dense_all: Accuracy | None = None  # choosing among all, where the pruned network has fewer
     restricted_to: list[int] | None = None  # chosen classes; then the next two are set
     dense_restricted: Accuracy | None = None  # predictions limited to the chosen classes
     pruned_restricted: Accuracy | None = None

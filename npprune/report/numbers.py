@@ -93,7 +93,8 @@ def brief_accuracy(done: Evaluation | FeatureEvaluation) -> str:
     a, b, interval = done.dense.top1, done.pruned.top1, f" ({text.change_span(done.top1_change)})"
     among = ""
     if done.dense_restricted and done.pruned_restricted:
-        a, b, interval = done.dense_restricted.top1, done.pruned_restricted.top1, ""
+        if done.dense_all is None:
+            a, b, interval = done.dense_restricted.top1, done.pruned_restricted.top1, ""
         among = f" among {text.plural(len(done.restricted_to or []), 'class', 'classes')}"
     return (
         f"top-1 {text.percent(b.value)}{among} on {text.plural(done.data.images, 'image')}, "
@@ -193,7 +194,7 @@ def accuracies(done: Evaluation | FeatureEvaluation) -> list[Measure]:
         _rates("Top-1", dense, pruned, "top1", text.change_span(done.top1_change)),
         _rates("Top-5", dense, pruned, "top5"),
     ]
-    if done.dense_restricted and done.pruned_restricted:
+    if done.dense_all is None and done.dense_restricted and done.pruned_restricted:
         label = f"Top-1 among the {text.count(len(done.restricted_to or []))} chosen classes"
         rows.append(_rates(label, done.dense_restricted, done.pruned_restricted, "top1"))
     a, b = dense.true_probability, pruned.true_probability
@@ -360,7 +361,7 @@ def _sentence(result: Result, variant: Variant) -> str:
         return f"{what}. {features.sentence(variant.features)}, at {costs}."
     if done is None:
         return f"{what}, at {costs}. Its accuracy has not been measured yet."
-    a, b = done.dense.top1, done.pruned.top1
+    a, b = (done.dense_all or done.dense).top1, done.pruned.top1
     if done.dense_restricted and done.pruned_restricted:
         c, d = done.dense_restricted.top1, done.pruned_restricted.top1
         chosen = text.plural(len(done.restricted_to or []), "chosen class", "chosen classes")
@@ -432,7 +433,8 @@ def cards(result: Result) -> list[Card]:
         label, interval = "Top-1 accuracy", f", {text.change_span(done.top1_change)}"
         if done.dense_restricted and done.pruned_restricted:
             b, a = done.pruned_restricted.top1, done.dense_restricted.top1
-            label, interval = "Top-1 among chosen classes", ""
+            label = "Top-1 among chosen classes"
+            interval = interval if done.dense_all else ""
         note = f"{text.points(b.value - a.value)}{interval}"
         shown.append(Card(label, text.percent(b.value), text.percent(a.value), note))
     elif v.features is not None:

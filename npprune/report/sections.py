@@ -182,7 +182,7 @@ def _restricted(variant: Variant, evaluation: Evaluation) -> list[Item]:
     rows = [
         ("pruned, predictions among the chosen classes", pruned),
         ("dense, predictions among the chosen classes", dense),
-        ("dense, predictions among all classes", evaluation.dense),
+        ("dense, predictions among all classes", evaluation.dense_all or evaluation.dense),
     ]
     table = Table(
         ["network and predictions", "top-1", "top-5"],

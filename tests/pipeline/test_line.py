@@ -227,9 +227,16 @@ def test_chosen_classes_cut_the_head_and_give_three_numbers(run: Path) -> None:
     assert any("images of the checkpoint's 3 classes" in e.message for e in events)
     assert found.restricted_to == [3, 7, 8]
     assert found.data.classes == 3
-    assert found.dense_restricted is not None
-    assert found.dense_restricted.top1.total == found.dense.top1.total
-    assert found.dense_restricted.top1.correct >= found.dense.top1.correct
+    assert found.dense_all is not None
+    assert found.dense_all.top1.total == found.dense.top1.total
+    assert found.dense_all.top1.correct <= found.dense.top1.correct
+    # the networks are compared among the same three classes, image by image too
+    assert found.dense_restricted == found.dense
+    change = found.pruned.top1.value - found.dense.top1.value
+    assert found.top1_change.value == pytest.approx(change)
+    rows = sum(row.images * row.dense_top1 for row in found.classes)
+    assert rows == pytest.approx(found.dense.top1.correct)
+    assert {image.dense for image in found.flipped} <= {"3", "7", "8"}
     some = evaluate(out, DataSection(val="digits:test", classes=[3, 8]), QUICK)
     assert some.data.classes == 2
     with pytest.raises(DataError, match=r"class `0` is not one of the 3 that .* head was cut to"):
@@ -287,6 +294,7 @@ def test_a_kept_head_still_answers_all_classes(run: Path) -> None:
     assert read_config(out).num_classes == 10
     found = evaluate(out, DataSection(val="digits:test"), QUICK)
     assert found.restricted_to == [3, 7]
+    assert found.dense_all is None
 
 
 def test_the_same_run_twice_is_the_same_bits(run: Path) -> None:

@@ -22,13 +22,15 @@ SIDE = 160  # pixels at most
 
 @torch.no_grad()
 def merged_images(network: Network, x: Tensor, labels: Tensor, images: Images) -> list[MergedImage]:
-    """Some of the images x [b, 3, H, W]; none where no token merges, or patches are no grid."""
+    """Some of the images; none where no token merges, or patches are no grid.
+
+    x, labels: the first of them, [b, 3, H, W] and [b], for sources that are read once.
+    """
     view = make_view(network.model)
     grid = getattr(getattr(network.model, "patch_embed", None), "grid_size", None)
     if not view.merges or grid is None:
         return []
-    step = max(1, len(x) // SHOWN)
-    x, labels = x[::step][:SHOWN], labels[::step][:SHOWN]
+    x, labels = _spread(images) or (x[:SHOWN], labels[:SHOWN])
     maps = token_maps(view, x.to(next(network.model.parameters()).device))
     blocks = sorted({max(0, round(share * len(maps)) - 1) for share in SHARES})
     prefix = view.num_prefix_tokens
@@ -44,6 +46,18 @@ def merged_images(network: Network, x: Tensor, labels: Tensor, images: Images) -
             zip(to_pixels(x, images.preprocessing), labels, strict=True)
         )
     ]
+
+
+def _spread(images: Images) -> tuple[Tensor, Tensor] | None:
+    """A few images [n, 3, H, W] and labels [n], evenly over the source; None of a stream."""
+    items = images.source.items
+    if items is None:
+        return None
+    count = min(SHOWN, len(items))
+    batches = list(images.batches(indices=[i * len(items) // count for i in range(count)]))
+    if not batches:  # none of them can be read
+        return None
+    return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])
 
 
 def _png(pixels: Tensor) -> str:

@@ -104,14 +104,17 @@ def evaluate(
         if headless:
             evaluation = compared_features(found, labels, images)
         else:
-            logits = found[0], found[1]
+            everything, after = found
+            logits = _fair(everything, config), after
             evaluation = _compare(*logits, labels, images, config, data)
+            if logits[0] is not everything:
+                evaluation.dense_all = metrics.accuracy(everything, labels)
             evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
             if settings.thumbnails:
                 namer = _namer(config, images)
                 evaluation.flipped = seen.flipped.shown(images.preprocessing, namer)
             evaluation.label_doubt = label_doubt(
-                logits[0].argmax(1), labels, dense.info.num_classes, images.source
+                everything.argmax(1), labels, dense.info.num_classes, images.source
             )
             _path_shares(evaluation, checkpoint, config)
         evaluation.device = str(work.where)
@@ -265,10 +268,17 @@ def _predict(
         x = batch.images.to(work.where)
         before = dense.model(x).float().cpu()
         after = _full(pruned.model(x).float().cpu(), outputs, before)
-        seen.flipped.see(batch, before, after)
+        seen.flipped.see(batch, _fair(before, config), after)
         return before, after
 
     return see_all(seen, look, images, work)
+
+
+def _fair(dense: Tensor, config: CheckpointConfig) -> Tensor:
+    """The dense logits among the classes that the pruned network has: choosing among fewer is
+    easier for any network."""
+    outputs = config.details.get("outputs")  # a head cut to some classes
+    return dense if outputs is None else metrics.restrict(dense, outputs)
 
 
 def _full(logits: Tensor, outputs: list[int] | None, dense: Tensor) -> Tensor:
