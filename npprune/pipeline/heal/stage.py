@@ -461,22 +461,26 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
         f"{AUGMENTATIONS[summary.augmentation]}. Measured on "
         f"{plural(summary.held_out, 'held-out image')}, "
         f"not trained on; the weights of step {after.step} are kept. Ended by {summary.stopped}."
+        f"{_losses(summary)}"
     )
     return learning_curve(
         f"Healing of {name}",
         [p.step for p in summary.curve],
-        {
-            "held-out divergence": [p.divergence_nats for p in summary.curve],
-            "training loss": [p.loss for p in summary.curve],
-        },
+        {"held-out divergence": [p.divergence_nats for p in summary.curve]},
         x_label="block" if summary.method == "layer-wise" else "step",
-        y_label=summary.unit
-        if summary.method != "layer-wise"
-        else f"{summary.unit}; relative error of a block",
+        y_label=f"held-out divergence, {summary.unit}",
         columns=["held-out images", "dense", "pruned", "healed"],
         rows=rows,
         text=said,
     )
+
+
+def _losses(summary: HealSummary) -> str:
+    """Of training: all terms together, so on another scale than the divergence."""
+    known = [p.loss for p in summary.curve if p.loss is not None]
+    if not known:
+        return ""
+    return f" The training loss, all of its terms, went from {known[0]:.3g} to {known[-1]:.3g}."
 
 
 def _learnt(summary: HealSummary) -> str:
