@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from npprune.cli import app
+from npprune.cli.specialise import HEAL_MINUTES, PATH_IMAGES
 from npprune.recipe import Recipe, load_recipe
 from npprune.records import Result
 from npprune.store.runs import RunFolder
@@ -82,6 +83,6 @@ def test_what_is_missing_is_said(capsys: pytest.CaptureFixture[str], tmp_path: P
 def test_the_shipped_recipe_is_the_same_line() -> None:
     recipe = load_recipe("specialise")
     assert recipe.discover is not None
-    assert (recipe.discover.topk, recipe.discover.images_per_class) == (5, 10)
+    assert (recipe.discover.topk, recipe.discover.images_per_class) == (5, PATH_IMAGES)
     assert recipe.heal is not None
-    assert recipe.heal.minutes == 8
+    assert recipe.heal.minutes == HEAL_MINUTES
