@@ -52,7 +52,9 @@ def to_half(path: Path, *, external_above: int = EXTERNAL_ABOVE) -> None:
 def to_int8(path: Path, needs: Int8Needs | None) -> list[Candidate]:
     """Rewrite `path` as the best of its eight-bit versions; returns all with their scores.
 
-    Weights of the linear layers get eight bits per output channel. Attention's products, softmax,
+    Weights of the linear layers become integers per output channel, of seven of the eight bits:
+    processors without VNNI add two products in sixteen bits, which those of eight would overflow,
+    and a file must say the same wherever it runs. Attention's products, softmax,
     norms and the patch embedding stay in float32. *static*: activations in eight bits too, with
     ranges from the calibration images; *static-mixed*: the same, but the second layer of each
     MLP and the classifier stay in float32 (after GELU a few large values take up the whole
@@ -131,6 +133,7 @@ def _static(path: Path, target: Path, images: np.ndarray, nodes: list[str]) -> N
         Images(),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
+        reduce_range=True,
         weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8,
         calibrate_method=CalibrationMethod.MinMax,
@@ -148,6 +151,7 @@ def _dynamic(path: Path, target: Path, nodes: list[str]) -> None:
         str(path),
         str(target),
         per_channel=True,
+        reduce_range=True,
         weight_type=QuantType.QInt8,
         nodes_to_quantize=nodes,
         op_types_to_quantize=["MatMul", "Gemm"],
