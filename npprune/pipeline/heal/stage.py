@@ -476,9 +476,10 @@ def _analysis(name: str, summary: HealSummary) -> Analysis:
 
 
 def _losses(summary: HealSummary) -> str:
-    """Of training: all terms together, so on another scale than the divergence."""
+    """Of training: all terms together, so on another scale than the divergence. Layer-wise, each
+    block has a loss of its own."""
     known = [p.loss for p in summary.curve if p.loss is not None]
-    if not known:
+    if not known or summary.method == "layer-wise":
         return ""
     return f" The training loss, all of its terms, went from {known[0]:.3g} to {known[-1]:.3g}."
 
