@@ -258,7 +258,7 @@ def _accuracy_and_cost(networks: Sequence[Network], studies: Sequence[Result]) -
     for n in networks:
         if n.evaluation is not None:
             model, source = n.result.model, n.result.model.source.sha256
-            before, after = tradeoff.tops(n.evaluation)
+            before, after, _ = numbers.compared(n.evaluation)
             dense.setdefault(source, tradeoff.Point.of(names[source], model, before))
             points.append(tradeoff.Point.of(n.label, n.variant.model, after))
     points = [*dense.values(), *points]

@@ -10,6 +10,7 @@ from npprune.records import (
     ExportRecord,
     FeatureEvaluation,
     Latency,
+    Rate,
     Result,
     Variant,
 )
@@ -90,16 +91,22 @@ def brief_accuracy(done: Evaluation | FeatureEvaluation) -> str:
     """`top-1 62.0 % on 800 images, −20.5 points (95 % −23.4 to −17.6)`; of features, how near."""
     if isinstance(done, FeatureEvaluation):
         return features.brief(done)
-    a, b, interval = done.dense.top1, done.pruned.top1, f" ({text.change_span(done.top1_change)})"
+    a, b, interval = compared(done)
     among = ""
     if done.dense_restricted and done.pruned_restricted:
-        if done.dense_all is None:
-            a, b, interval = done.dense_restricted.top1, done.pruned_restricted.top1, ""
         among = f" among {text.plural(len(done.restricted_to or []), 'class', 'classes')}"
     return (
         f"top-1 {text.percent(b.value)}{among} on {text.plural(done.data.images, 'image')}, "
-        f"{text.points(b.value - a.value)}{interval}"
+        f"{text.points(b.value - a.value)}{f' ({interval})' if interval else ''}"
     )
+
+
+def compared(done: Evaluation) -> tuple[Rate, Rate, str]:
+    """Top-1 of the dense and of the pruned network that are to be compared, both choosing among the
+    same classes, and the interval of the change; empty where it was recorded among all classes."""
+    if done.dense_all is None and done.dense_restricted and done.pruned_restricted:
+        return done.dense_restricted.top1, done.pruned_restricted.top1, ""
+    return done.dense.top1, done.pruned.top1, text.change_span(done.top1_change)
 
 
 # ---------------------------------------------------------------- latency
@@ -361,22 +368,21 @@ def _sentence(result: Result, variant: Variant) -> str:
         return f"{what}. {features.sentence(variant.features)}, at {costs}."
     if done is None:
         return f"{what}, at {costs}. Its accuracy has not been measured yet."
-    a, b = (done.dense_all or done.dense).top1, done.pruned.top1
+    a, b, interval = compared(done)
     if done.dense_restricted and done.pruned_restricted:
-        c, d = done.dense_restricted.top1, done.pruned_restricted.top1
+        everywhere = (done.dense_all or done.dense).top1
         chosen = text.plural(len(done.restricted_to or []), "chosen class", "chosen classes")
         return (
-            f"{what}. Among its {chosen} it reaches {text.percent(d.value)} top-1 on "
+            f"{what}. Among its {chosen} it reaches {text.percent(b.value)} top-1 on "
             f"{text.plural(done.data.images, 'image')}, where the dense network reaches "
-            f"{text.percent(c.value)} choosing among the same classes "
-            f"({text.points(d.value - c.value)}) and {text.percent(a.value)} choosing among all, "
-            f"at {costs}."
+            f"{text.percent(a.value)} choosing among the same classes "
+            f"({text.points(b.value - a.value)}) and {text.percent(everywhere.value)} choosing "
+            f"among all, at {costs}."
         )
     return (
         f"{what}. On {text.plural(done.data.images, 'image')} it reaches "
         f"{text.percent(b.value)} top-1 where the dense network reaches {text.percent(a.value)} "
-        f"({text.points(b.value - a.value)}, {text.change_span(done.top1_change)}), "
-        f"at {costs}."
+        f"({text.points(b.value - a.value)}, {interval}), at {costs}."
     )
 
 
@@ -429,13 +435,10 @@ def cards(result: Result) -> list[Card]:
     v = result.variants[0]
     shown: list[Card] = []
     if done := v.evaluation:
-        b, a = done.pruned.top1, done.dense.top1
-        label, interval = "Top-1 accuracy", f", {text.change_span(done.top1_change)}"
-        if done.dense_restricted and done.pruned_restricted:
-            b, a = done.pruned_restricted.top1, done.dense_restricted.top1
-            label = "Top-1 among chosen classes"
-            interval = interval if done.dense_all else ""
-        note = f"{text.points(b.value - a.value)}{interval}"
+        a, b, interval = compared(done)
+        chosen = done.dense_restricted and done.pruned_restricted
+        label = "Top-1 among chosen classes" if chosen else "Top-1 accuracy"
+        note = f"{text.points(b.value - a.value)}{f', {interval}' if interval else ''}"
         shown.append(Card(label, text.percent(b.value), text.percent(a.value), note))
     elif v.features is not None:
         shown += features.cards(v.features)

@@ -164,7 +164,7 @@ def _tradeoff(result: Result, done: list[tuple[Variant, Evaluation]]) -> Figure:
     points = []
     for variant, evaluation in done:
         name = text.clean(variant.name)
-        before, after = tradeoff.tops(evaluation)
+        before, after, _ = numbers.compared(evaluation)
         chosen = ", among the chosen classes" if evaluation.restricted_to is not None else ""
         images = f", images of {name}" if dense else ""
         key = f"{evaluation.data.sha256}{chosen}"

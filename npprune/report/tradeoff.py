@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from npprune.records import Evaluation, FigureData, ModelInfo, Rate, Result, Series
+from npprune.records import FigureData, ModelInfo, Rate, Result, Series
 from npprune.report import drawing, text
 from npprune.report.document import Figure, Table, cells
 
@@ -27,14 +27,6 @@ class Point:
     def of(cls, label: str, model: ModelInfo, rate: Rate) -> Point:
         """A network that was measured."""
         return cls(label, model.macs, 100 * rate.value, 100 * rate.low, 100 * rate.high)
-
-
-def tops(done: Evaluation) -> tuple[Rate, Rate]:
-    """Top-1 of the dense and of the pruned network that are to be compared: both choose among the
-    same classes."""
-    if done.dense_restricted and done.pruned_restricted:
-        return done.dense_restricted.top1, done.pruned_restricted.top1
-    return done.dense.top1, done.pruned.top1
 
 
 def studied(result: Result) -> list[Point]:

@@ -247,6 +247,15 @@ class Images:
             yield batch
         self._say_skipped(before)
 
+    def evenly(self, count: int) -> list[int] | None:
+        """The positions of so many images, or of all, evenly over the source; None of a stream,
+        which is read from its beginning."""
+        items = self.source.items
+        if items is None:
+            return None
+        n = min(count, len(items))
+        return [i * len(items) // n for i in range(n)]
+
     def info(self) -> DataInfo:
         """What was read so far, with what was skipped."""
         return self.source.info(self.skipped)

@@ -50,11 +50,10 @@ def merged_images(network: Network, x: Tensor, labels: Tensor, images: Images) -
 
 def _spread(images: Images) -> tuple[Tensor, Tensor] | None:
     """A few images [n, 3, H, W] and labels [n], evenly over the source; None of a stream."""
-    items = images.source.items
-    if items is None:
+    positions = images.evenly(SHOWN)
+    if positions is None:
         return None
-    count = min(SHOWN, len(items))
-    batches = list(images.batches(indices=[i * len(items) // count for i in range(count)]))
+    batches = list(images.batches(indices=positions))
     if not batches:  # none of them can be read
         return None
     return torch.cat([b.images for b in batches]), torch.cat([b.labels for b in batches])

@@ -107,7 +107,7 @@ def evaluate(
             everything, after = found
             logits = _fair(everything, config), after
             evaluation = _compare(*logits, labels, images, config, data)
-            if logits[0] is not everything:
+            if config.details.get("outputs") is not None:
                 evaluation.dense_all = metrics.accuracy(everything, labels)
             evaluation.outcomes = _outcomes(*logits, labels, seen.ids)
             if settings.thumbnails:

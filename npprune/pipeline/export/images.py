@@ -133,7 +133,7 @@ def _read(opened: Images, count: int) -> tuple[Tensor, Tensor]:
     images: list[Tensor] = []
     labels: list[Tensor] = []
     missing = count
-    for batch in opened.batches(indices=_positions(opened, count)):
+    for batch in opened.batches(indices=opened.evenly(count)):
         images.append(batch.images[:missing])
         labels.append(batch.labels[:missing])
         missing -= len(labels[-1])
@@ -146,15 +146,6 @@ def _read(opened: Images, count: int) -> tuple[Tensor, Tensor]:
             hint=f"give others with {setting('data.val')}",
         )
     return torch.cat(images), torch.cat(labels)
-
-
-def _positions(opened: Images, count: int) -> list[int] | None:
-    """Evenly over the items; None for a stream, which is read from its beginning."""
-    items = opened.source.items
-    if items is None:
-        return None
-    n = min(count, len(items))
-    return [i * len(items) // n for i in range(n)]
 
 
 def _as_outputs(labels: Tensor, outputs: list[int]) -> Tensor:

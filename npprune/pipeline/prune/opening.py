@@ -178,17 +178,10 @@ def calibration_images(
     """The calibration images and those held out of them, evenly over the source's order."""
     limit = limit or CALIBRATION_IMAGES
     fit, held = DecodedImages([], []), DecodedImages([], [])
-    if images.source.items is None:
-        batches = images.batches()
-        total: int | None = limit
-        positions = None
-    else:
-        n = len(images.source.items)
-        positions = [i * n // min(n, limit) for i in range(min(n, limit))]
-        batches = images.batches(indices=positions)
-        total = len(positions)
+    positions = images.evenly(limit)
+    total = limit if positions is None else len(positions)
     seen = 0
-    for batch in batches:
+    for batch in images.batches(indices=positions):
         x, y = batch.images[: limit - seen], batch.labels[: limit - seen]
         out = torch.arange(seen, seen + len(y)) % HELD_OUT == HELD_OUT - 1
         for part, mask in ((held, out), (fit, ~out)):
